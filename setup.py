@@ -1,0 +1,88 @@
+"""All package metadata. The folder ``kernels/`` is installed as ``i2am.kernels``: the top-level name belongs to
+Hugging Face's package of that name."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+TEST = [
+    "hypothesis>=6.100",
+    "pytest>=8.0",
+    "pytest-benchmark>=5.0",
+    "pytest-cov>=5.0",
+    "scikit-image>=0.24",
+    "torchmetrics>=1.8",
+]
+
+setup(
+    name="i2am",
+    version="0.1.0",
+    description="Image-to-image attribution maps of diffusion pipelines, recorded without the attention matrix",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # listed by hand: find_packages would not see that kernels/ is i2am.kernels
+    packages=[
+        "i2am",
+        "i2am.adapters",
+        "i2am.attribution",
+        "i2am.cli",
+        "i2am.data",
+        "i2am.kernels",
+        "i2am.kernels.fused",
+        "i2am.layouts",
+        "i2am.metrics",
+        "i2am.models",
+        "i2am.plots",
+    ],
+    package_dir={
+        "i2am": "i2am",
+        "i2am.kernels": "kernels",
+        "i2am.kernels.fused": "kernels/fused",
+    },
+    package_data={
+        "i2am": ["py.typed"],
+        "i2am.kernels": ["README.md"],
+        "i2am.models": ["**/*.json", "**/*.safetensors"],
+    },
+    include_package_data=False,
+    install_requires=[
+        "click>=8.1",
+        "diffusers>=0.42",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "safetensors>=0.8",
+        "torch>=2.11",
+        "tqdm>=4.60",
+        "transformers>=5.0",
+        (
+            "triton>=3.6; sys_platform == 'linux' and "
+            "(platform_machine == 'x86_64' or platform_machine == 'aarch64')"
+        ),
+    ],
+    extras_require={
+        "metrics": ["torchmetrics[image]>=1.8"],
+        "plots": ["matplotlib>=3.9"],
+        "export": ["pyarrow>=17", "zarr>=3.1"],
+        "space": ["gradio>=6.0"],
+        "demo": ["scikit-image>=0.24"],
+        "test": TEST,
+        "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"],
+    },
+    entry_points={"console_scripts": ["i2am = i2am.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
