@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 
 TEST = [
+    "accelerate>=1.0",
     "hypothesis>=6.100",
     "pytest>=8.0",
     "pytest-benchmark>=5.0",

@@ -1,0 +1,65 @@
+# `make demo` and `make test` do all the set-up themselves; nothing is fetched but packages.
+
+VENV := .venv
+PY := $(VENV)/bin/python -P
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+TORCH := 2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# the first of these that is new enough; override with `make PYTHON=/path/to/python test`
+PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+# named after the place of the checkout: a moved one is installed anew
+STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint kernels benchmark clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 18
+
+setup: $(STAMP) ## a virtual environment in .venv with pinned packages
+
+demo: $(STAMP) ## record the pocket model on photographs; pictures in demo/
+	$(PY) -m i2am demo --overwrite -o demo
+
+test: lint ## formatter, linter, types, then every test (fast ones: pytest -m "not slow")
+	$(PY) -m pytest
+
+lint: $(STAMP) ## formatter, linter and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	@rm -rf build/mypy && mkdir -p build/mypy/i2am
+	@ln -s "$(CURDIR)"/i2am/* "$(CURDIR)/kernels" build/mypy/i2am/
+	$(PY) -m mypy
+
+kernels: $(STAMP) ## compile every Triton kernel ahead of time for real GPU targets (needs no GPU)
+	$(PY) -m i2am.kernels.fused.ahead_of_time
+
+benchmark: $(STAMP) ## time the operator and a recorded UNet step
+	$(PY) -m pytest benchmarks --benchmark-only
+
+clean: ## remove everything that make made
+	rm -rf $(VENV) build demo .benchmarks .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+
+# A CPU build of torch where there is no NVIDIA GPU: from what pip is configured with, else from
+# PyTorch's own index, else (last resort, large) the default build.
+$(STAMP): setup.py pyproject.toml constraints.txt Makefile
+	@test -n "$(PYTHON)" || { \
+		echo "error: i2am needs Python 3.11 or newer; none of python3, python3.13, python3.12, python3.11 is" >&2; \
+		echo "       (name one with: make PYTHON=/path/to/python test)" >&2; exit 1; }
+	@rm -f $(VENV)/.installed-*
+	@$(VENV)/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing packages into $(VENV) (the first time takes a few minutes) ..."
+	@$(PIP) install --quiet -c constraints.txt --upgrade pip setuptools wheel
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+		$(PIP) install --quiet "torch==$(TORCH)"; \
+	else \
+		$(PIP) install --quiet --no-deps "torch==$(TORCH)+cpu" 2>/dev/null \
+		|| $(PIP) install --quiet --no-deps --retries 1 --index-url $(CPU_INDEX) "torch==$(TORCH)" 2>/dev/null \
+		|| $(PIP) install --quiet "torch==$(TORCH)"; \
+	fi
+	@$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	@touch $@
