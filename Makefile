@@ -53,13 +53,13 @@ $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 	@$(VENV)/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing packages into $(VENV) (the first time takes a few minutes) ..."
-	@$(PIP) install --quiet -c constraints.txt --upgrade pip setuptools wheel
+	@$(PIP) install -qq -c constraints.txt --upgrade pip setuptools wheel
 	@if nvidia-smi -L >/dev/null 2>&1; then \
-		$(PIP) install --quiet "torch==$(TORCH)"; \
+		$(PIP) install -qq "torch==$(TORCH)"; \
 	else \
-		$(PIP) install --quiet --no-deps "torch==$(TORCH)+cpu" 2>/dev/null \
-		|| $(PIP) install --quiet --no-deps --retries 1 --index-url $(CPU_INDEX) "torch==$(TORCH)" 2>/dev/null \
-		|| $(PIP) install --quiet "torch==$(TORCH)"; \
+		$(PIP) install -qq --no-deps "torch==$(TORCH)+cpu" 2>/dev/null \
+		|| $(PIP) install -qq --no-deps --retries 1 --index-url $(CPU_INDEX) "torch==$(TORCH)" 2>/dev/null \
+		|| $(PIP) install -qq "torch==$(TORCH)"; \
 	fi
-	@$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	@$(PIP) install -qq --no-build-isolation -c constraints.txt -e ".[dev]"
 	@touch $@

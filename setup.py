@@ -1,5 +1,8 @@
-"""All package metadata. The folder ``kernels/`` is installed as ``i2am.kernels``: the top-level name belongs to
-Hugging Face's package of that name."""
+"""All package metadata.
+
+The folder ``kernels/`` is installed as ``i2am.kernels``: the top-level name belongs to a package of
+Hugging Face's.
+"""
 
 from pathlib import Path
 
@@ -21,7 +24,7 @@ TEST = [
 setup(
     name="i2am",
     version="0.1.0",
-    description="Image-to-image attribution maps of diffusion pipelines, recorded without the attention matrix",
+    description="Image-to-image attribution maps of diffusion pipelines",
     long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,4 +1,4 @@
-"""Settings of every test run: Triton's interpreter without a GPU, two threads, `gpu` tests skipped."""
+"""Every test run: two threads; without a GPU Triton's interpreter, and `gpu` tests skipped."""
 
 import os
 

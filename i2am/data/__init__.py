@@ -1,0 +1,1 @@
+"""Reading the world's files."""

@@ -1,0 +1,123 @@
+"""Reading images and masks from files, decoded and checked whole before anything else starts.
+
+Every refusal is an `ImageRejected` with one sentence; only the disk's own faults stay `OSError`.
+"""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 50_000_000
+_DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits in one channel
+
+
+class ImageRejected(ValueError):
+    """A file that is no usable image or mask. The message is one sentence naming the file."""
+
+
+def read_image(path: str | Path, *, name: str = "image") -> "Image":
+    """Read an image file as RGB, upright (EXIF), with transparency laid over white.
+
+    Args:
+        path: The file, in any format Pillow reads with 8 bits per channel.
+        name: What the caller calls this input; it begins the error message.
+
+    Returns:
+        A fully decoded PIL image of mode RGB.
+
+    Raises:
+        ImageRejected: The file is missing, a folder, no image, damaged, larger than 50 megapixels
+            or of 16 bits or more per channel.
+    """
+    return _over(_load(Path(path), name), background="white")
+
+
+def read_mask(
+    path: str | Path, *, name: str = "mask", size: tuple[int, int] | None = None
+) -> "Image":
+    """Read a mask file: pixels of half brightness and more become 255, the others 0.
+
+    Transparent pixels count as black.
+
+    Args:
+        path: The file, as for `read_image`.
+        name: What the caller calls this input; it begins the error message.
+        size: ``(width, height)`` that the mask must have; None takes any.
+
+    Returns:
+        A PIL image of mode L that holds both 0 and 255, and nothing else.
+
+    Raises:
+        ImageRejected: As for `read_image`; or the size differs; or the mask is all black or all
+            white.
+    """
+    mask = _over(_load(Path(path), name), background="black").convert("L")
+    if size is not None and mask.size != size:
+        raise ImageRejected(
+            f"{name} {path} must be {_pixels(size)} like its image, got {_pixels(mask.size)}"
+        )
+    mask = mask.point([0] * 128 + [255] * 128)
+    low, high = mask.getextrema()
+    if low == high:
+        colour = "white" if low else "black"
+        raise ImageRejected(
+            f"{name} {path} must have black and white pixels, all of it is {colour}"
+        )
+    return mask
+
+
+def _load(path: Path, name: str) -> "Image":
+    from PIL import Image, ImageOps
+
+    if not path.exists():
+        raise ImageRejected(f"{name} {path} does not exist")
+    if path.is_dir():
+        raise ImageRejected(f"{name} {path} is a folder, not an image file")
+    bomb = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                # the header alone has been read so far
+                if image.width * image.height > MAX_PIXELS:
+                    raise ImageRejected(
+                        f"{name} {path} must have at most {MAX_PIXELS // 10**6} megapixels, "
+                        f"its header says {_pixels(image.size)}"
+                    )
+                if image.mode.startswith(_DEEP_MODES):
+                    raise ImageRejected(
+                        f"{name} {path} must have 8 bits per channel, it is of mode {image.mode}"
+                    )
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except ImageRejected:
+        raise
+    except bomb as error:
+        raise ImageRejected(
+            f"{name} {path} must have at most {MAX_PIXELS // 10**6} megapixels, it has far more"
+        ) from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageRejected(f"{name} {path} is not an image that can be read") from error
+    except Exception as error:
+        # decoders raise what they like on damaged data: bare OSError, SyntaxError, struct.error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise ImageRejected(f"{name} {path} is damaged: {reason}") from error
+
+
+def _over(image: "Image", *, background: str) -> "Image":
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    canvas = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    width, height = size
+    return f"{width} x {height} pixels"
