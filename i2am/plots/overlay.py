@@ -96,8 +96,8 @@ def contact_sheet(
         uint8 ``[height, width, 3]`` on white.
 
     Raises:
-        ValueError: There are no tiles, titles and tiles differ in number, `columns` is below 1, or a
-            tile is no uint8 RGB picture.
+        ValueError: There are no tiles, titles and tiles differ in number, `columns` is below 1, or
+            a tile is no uint8 RGB picture.
     """
     from PIL import Image, ImageDraw
 

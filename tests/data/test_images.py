@@ -1,0 +1,173 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from i2am.data.images import MAX_PIXELS, ImageRejected, read_image, read_mask
+
+
+def save(path, array, mode=None, **options):
+    image = Image.fromarray(np.asarray(array, dtype=np.uint8))
+    (image if mode is None else image.convert(mode)).save(path, **options)
+    return path
+
+
+def png_header(width, height):
+    """A PNG of a few bytes that claims a size; its pixels are not there."""
+
+    def chunk(name, body=b""):
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT") + chunk(b"IEND")
+
+
+@pytest.fixture
+def half(tmp_path):
+    """A mask whose right half is white, 6 wide and 4 high."""
+    mask = np.zeros((4, 6))
+    mask[:, 3:] = 255
+    return save(tmp_path / "mask.png", mask)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "1"])
+def test_every_common_mode_becomes_rgb(tmp_path, mode):
+    path = save(tmp_path / "x.tif", np.full((4, 6), 255), mode)
+    image = read_image(path)
+    assert (image.mode, image.size) == ("RGB", (6, 4))
+    assert (np.asarray(image) == 255).all()
+
+
+def test_transparency_lies_over_white_in_images_and_counts_as_black_in_masks(tmp_path):
+    pixels = np.full((2, 2, 4), 255)
+    pixels[0, :, 3] = 0
+    path = save(tmp_path / "x.png", pixels)
+    assert (np.asarray(read_image(path)) == 255).all()
+    assert np.asarray(read_mask(path)).tolist() == [[0, 0], [255, 255]]
+
+
+def test_camera_rotation_is_undone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    path = save(tmp_path / "x.jpg", np.zeros((4, 6, 3)), exif=exif)
+    assert Image.open(path).size == (6, 4)
+    assert read_image(path).size == (4, 6)
+
+
+def test_mask_is_cut_at_half_brightness(tmp_path):
+    path = save(tmp_path / "x.png", [[0, 127, 128, 255]])
+    assert np.asarray(read_mask(path, size=(4, 1))).tolist() == [[0, 0, 255, 255]]
+
+
+def test_pixel_cap_is_on_the_header_not_on_the_file(tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(10_000, MAX_PIXELS // 10_000 + 1))
+    with pytest.raises(ImageRejected, match="at most 50 megapixels, its header says 10000 x 5001"):
+        read_image(path)
+
+
+def missing(folder):
+    return folder / "absent.png"
+
+
+def a_folder(folder):
+    return folder
+
+
+def text(folder):
+    (folder / "x.jpg").write_text("no image")
+    return folder / "x.jpg"
+
+
+def empty(folder):
+    (folder / "x.png").touch()
+    return folder / "x.png"
+
+
+def truncated(suffix):
+    def make(folder):
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
+        whole = save(folder / f"whole.{suffix}", noise).read_bytes()
+        (folder / f"x.{suffix}").write_bytes(whole[: len(whole) // 2])
+        return folder / f"x.{suffix}"
+
+    return make
+
+
+def sixteen_bits(folder):
+    Image.fromarray(np.full((4, 4), 1000, dtype=np.uint16)).save(folder / "x.png")
+    return folder / "x.png"
+
+
+def floats(folder):
+    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(folder / "x.tif")
+    return folder / "x.tif"
+
+
+def huge(folder):
+    (folder / "x.png").write_bytes(png_header(60_000, 60_000))
+    return folder / "x.png"
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        pytest.param(missing, "does not exist", id="missing"),
+        pytest.param(a_folder, "is a folder, not an image file", id="folder"),
+        pytest.param(text, "is not an image", id="text"),
+        pytest.param(empty, "is not an image", id="empty"),
+        pytest.param(truncated("jpg"), "is damaged: .*truncated", id="truncated-jpg"),
+        pytest.param(truncated("png"), "is damaged", id="truncated-png"),
+        pytest.param(sixteen_bits, "8 bits per channel, it is of mode I;16", id="16-bit"),
+        pytest.param(floats, "8 bits per channel, it is of mode F", id="float"),
+        pytest.param(huge, "at most 50 megapixels", id="bomb"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_image, read_mask])
+def test_bad_file_is_refused_in_one_sentence(tmp_path, make, match, read):
+    path = make(tmp_path)
+    with pytest.raises(ImageRejected, match=match) as caught:
+        read(path, name="person")
+    assert str(caught.value).startswith(f"person {path} ")
+    assert "\n" not in str(caught.value)
+
+
+def test_file_cut_at_any_byte_is_refused_or_whole(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3))
+    whole = save(tmp_path / "whole.png", pixels).read_bytes()
+    expected = np.asarray(read_image(tmp_path / "whole.png"))
+    for length in range(len(whole)):
+        (tmp_path / "x.png").write_bytes(whole[:length])
+        try:
+            image = read_image(tmp_path / "x.png")
+        except ImageRejected:
+            continue
+        assert (np.asarray(image) == expected).all(), length
+
+
+@pytest.mark.parametrize(
+    ("pixels", "size", "match"),
+    [
+        pytest.param(np.zeros((4, 6)), None, "all of it is black", id="black"),
+        pytest.param(np.full((4, 6), 255), None, "all of it is white", id="white"),
+        pytest.param(np.full((4, 6), 100), None, "all of it is black", id="dark-grey"),
+        pytest.param(
+            np.eye(4) * 255,
+            (4, 5),
+            "must be 4 x 5 pixels like its image, got 4 x 4 pixels",
+            id="size",
+        ),
+    ],
+)
+def test_useless_mask_is_refused(tmp_path, pixels, size, match):
+    path = save(tmp_path / "x.png", pixels)
+    with pytest.raises(ImageRejected, match=match):
+        read_mask(path, size=size)
+
+
+def test_good_mask_passes_its_size_check(half):
+    assert read_mask(half, size=(6, 4)).getextrema() == (0, 255)
