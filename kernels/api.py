@@ -1,0 +1,354 @@
+"""The public functions: what they promise, what they refuse, and which implementation runs.
+
+Operators are registered with ``torch.library``, so ``torch.compile(fullgraph=True)`` keeps them.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from i2am.kernels import reference, streaming
+from i2am.kernels.types import AttentionStatistics, Impl
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    query_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    impl: Impl | str | None = None,
+) -> AttentionStatistics:
+    """Weighted sums of both softmaxes of ``S = scale * query @ key^T + bias``.
+
+    ``P`` (softmax over the keys) is what the model uses, ``C`` (softmax over the queries) is what
+    reference-to-generated attribution needs. Inference only, no gradient. fp32 statistics for
+    fp16, bf16 and fp32 inputs, fp64 for fp64. Deterministic to the bit for equal inputs.
+
+    Args:
+        query: ``[batch, heads, seqlen_q, head_dim]``, any strides.
+        key: ``[batch, heads, seqlen_k, head_dim]``, dtype and device of ``query``.
+        scale: Softmax scale, default ``head_dim ** -0.5``.
+        bias: Additive mask broadcastable to ``[batch, heads, seqlen_q, seqlen_k]``; a bool mask is
+            True where attention is allowed. Fully masked rows and columns contribute 0.
+        query_weights: ``W``, ``[batch or 1, rows, seqlen_q]``; default one row of ``1 / seqlen_q``.
+        key_weights: ``u``, ``[seqlen_k]``, ``[batch, seqlen_k]`` or, for several vote vectors in
+            one sweep, ``[batch or 1, votes, seqlen_k]``; default uniform ``1 / seqlen_k``. Zeros
+            drop tokens from the vote, not from the softmax.
+        impl: ``"fused"``, ``"streaming"``, ``"reference"``; fused on CUDA, else streaming, by default.
+
+    Returns:
+        ``(r2g, g2r, query_lse, key_lse)``: see :class:`AttentionStatistics`.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit, or ``impl`` is unknown.
+        RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
+        NotImplementedError: A gradient is asked for.
+
+    Example:
+        >>> query, key = torch.randn(1, 8, 48, 40), torch.randn(1, 8, 13, 40)
+        >>> attention_statistics(query, key).g2r.shape
+        torch.Size([1, 8, 1, 13])
+    """
+    chosen = _prepare(query, key, impl)
+    bias = _expanded_bias(bias, query, key)
+    rows = _query_weights(query_weights, query)
+    votes = _key_weights(key_weights, key)
+    r2g, g2r = _empty_sums(query, key, rows, votes)
+    query_lse, key_lse = torch.ops.i2am.accumulate(
+        query, key, bias, rows, votes, None, r2g, g2r, _scale(scale, query), chosen.value
+    )
+    return _named(r2g, g2r, query_lse, key_lse, key_weights)
+
+
+def attention_with_statistics(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    query_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    impl: Impl | str | None = None,
+) -> tuple[Tensor, AttentionStatistics]:
+    """The attention output together with its statistics; the row log-sum-exp is computed once.
+
+    Args:
+        query: As in :func:`attention_statistics`, like all other arguments.
+        key: ``[batch, heads, seqlen_k, head_dim]``.
+        value: ``[batch, heads, seqlen_k, head_dim]``, dtype and device of ``query``.
+        scale: Softmax scale.
+        bias: Additive or bool mask.
+        query_weights: ``W``.
+        key_weights: ``u``.
+        impl: Which implementation.
+
+    Returns:
+        ``(output, statistics)``; ``output`` is ``[batch, heads, seqlen_q, head_dim]`` in the dtype
+        of ``query``; its fully masked rows are 0.
+
+    Raises:
+        ValueError: As :func:`attention_statistics`, or ``value`` does not fit ``key``.
+        RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
+        NotImplementedError: A gradient is asked for.
+    """
+    chosen = _prepare(query, key, impl, value)
+    bias = _expanded_bias(bias, query, key)
+    rows = _query_weights(query_weights, query)
+    votes = _key_weights(key_weights, key)
+    r2g, g2r = _empty_sums(query, key, rows, votes)
+    softmax_scale = _scale(scale, query)
+    output, lse = torch.ops.i2am.attention(query, key, value, bias, softmax_scale, chosen.value)
+    query_lse, key_lse = torch.ops.i2am.accumulate(
+        query, key, bias, rows, votes, lse, r2g, g2r, softmax_scale, chosen.value
+    )
+    return output, _named(r2g, g2r, query_lse, key_lse, key_weights)
+
+
+def accumulate_attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    r2g: Tensor | None = None,
+    g2r: Tensor | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    query_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    query_lse: Tensor | None = None,
+    impl: Impl | str | None = None,
+) -> None:
+    """Add the sums of :func:`attention_statistics` into given accumulators, in place.
+
+    Args:
+        query: As in :func:`attention_statistics`, like the arguments not listed here.
+        key: ``[batch, heads, seqlen_k, head_dim]``.
+        r2g: ``[batch, heads, votes, seqlen_q]``, fp32 (fp64 with fp64 inputs), any strides; the
+            votes axis is always there. ``None`` skips the direction.
+        g2r: ``[batch, heads, rows, seqlen_k]``, likewise.
+        scale: Softmax scale.
+        bias: Additive or bool mask.
+        query_weights: ``W``.
+        key_weights: ``u``.
+        query_lse: Natural log-sum-exp over the keys ``[batch, heads, seqlen_q]`` where the caller
+            has it, of exactly these inputs: it saves one pass.
+        impl: Which implementation.
+
+    Raises:
+        ValueError: As :func:`attention_statistics`, or an accumulator does not fit.
+        RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
+        NotImplementedError: A gradient is asked for.
+    """
+    chosen = _prepare(query, key, impl)
+    bias = _expanded_bias(bias, query, key)
+    rows = _query_weights(query_weights, query)
+    votes = _key_weights(key_weights, key)
+    batch, heads, seqlen_q, _ = query.shape
+    _check_sums("r2g", r2g, (batch, heads, votes.shape[1], seqlen_q), query)
+    _check_sums("g2r", g2r, (batch, heads, rows.shape[1], key.shape[2]), query)
+    _check_sums("query_lse", query_lse, (batch, heads, seqlen_q), query)
+    torch.ops.i2am.accumulate(
+        query, key, bias, rows, votes, query_lse, r2g, g2r, _scale(scale, query), chosen.value
+    )
+
+
+def implementation(impl: Impl | str | None, device: torch.device) -> Impl:
+    """The implementation a request means on ``device``; ``None`` is fused on CUDA, else streaming.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if impl is None:
+        return Impl.FUSED if device.type == "cuda" else Impl.STREAMING
+    try:
+        return Impl(impl)
+    except ValueError:
+        names = ", ".join(repr(str(known)) for known in Impl)
+        raise ValueError(f"impl must be one of {names} or None, got {impl!r}") from None
+
+
+def module_of(impl: Impl) -> ModuleType:
+    """The module with ``accumulate`` and ``attention``; triton is imported only when asked for."""
+    if impl is Impl.FUSED:
+        from i2am.kernels import fused
+
+        return fused
+    return streaming if impl is Impl.STREAMING else reference
+
+
+@torch.library.custom_op("i2am::accumulate", mutates_args=("r2g", "g2r"))
+def _accumulate(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    query_weights: Tensor,
+    key_weights: Tensor,
+    query_lse: Tensor | None,
+    r2g: Tensor | None,
+    g2r: Tensor | None,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    row_lse, key_lse = module_of(Impl(impl)).accumulate(
+        query,
+        key,
+        scale=scale,
+        bias=bias,
+        query_weights=query_weights,
+        key_weights=key_weights,
+        r2g=r2g,
+        g2r=g2r,
+        query_lse=query_lse,
+    )
+    # an operator must not return one of its inputs
+    return (row_lse.clone() if row_lse is query_lse else row_lse), key_lse
+
+
+@_accumulate.register_fake
+def _(query, key, bias, query_weights, key_weights, query_lse, r2g, g2r, scale, impl):  # type: ignore[no-untyped-def]
+    statistics = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_empty(query.shape[:3], dtype=statistics),
+        key.new_empty(key.shape[:3], dtype=statistics),
+    )
+
+
+@torch.library.custom_op("i2am::attention", mutates_args=())
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    output, lse = module_of(Impl(impl)).attention(query, key, value, scale=scale, bias=bias)
+    # the layout is part of the operator's contract: fake and real strides must agree
+    return output.contiguous(), lse.contiguous()
+
+
+@_attention.register_fake
+def _(query, key, value, bias, scale, impl):  # type: ignore[no-untyped-def]
+    statistics = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_empty((*query.shape[:3], value.shape[3])),
+        query.new_empty(query.shape[:3], dtype=statistics),
+    )
+
+
+def _prepare(
+    query: Tensor, key: Tensor, impl: Impl | str | None, value: Tensor | None = None
+) -> Impl:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor is None:
+            continue
+        if tensor.ndim != 4 or 0 in tensor.shape:
+            raise ValueError(
+                f"{name} must be [batch, heads, seqlen, head_dim] and not empty, "
+                f"got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in _FLOATING:
+            raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+        if (tensor.dtype, tensor.device) != (query.dtype, query.device):
+            raise ValueError(
+                f"{name} must have the dtype and device of query, {query.dtype} on {query.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    for axis, what in ((0, "batch"), (1, "heads"), (3, "head_dim")):
+        if query.shape[axis] != key.shape[axis]:
+            raise ValueError(
+                f"query and key must have the same {what}, "
+                f"got {query.shape[axis]} and {key.shape[axis]}"
+            )
+    if value is not None and value.shape != key.shape:
+        raise ValueError(
+            f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}"
+        )
+    tensors = [tensor for tensor in (query, key, value) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise NotImplementedError(
+            "attention statistics are inference-only; call them under torch.no_grad()"
+        )
+    return implementation(impl, query.device)
+
+
+def _scale(scale: float | None, query: Tensor) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _expanded_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    if bias is None:
+        return None
+    shape = (*query.shape[:3], key.shape[2])
+    if bias.dtype == torch.bool:
+        allowed = bias
+        bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        bias = bias.masked_fill(~allowed, float("-inf"))
+    elif not bias.dtype.is_floating_point:
+        raise ValueError(f"bias must be bool or floating point, got {bias.dtype}")
+    try:
+        return bias.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"bias must broadcast to {shape}, got {tuple(bias.shape)}") from None
+
+
+def _query_weights(weights: Tensor | None, query: Tensor) -> Tensor:
+    batch, _, seqlen_q, _ = query.shape
+    if weights is None:
+        uniform = torch.full((1, 1, seqlen_q), 1.0 / seqlen_q, device=query.device)
+        return uniform.expand(batch, 1, seqlen_q)
+    if weights.ndim != 3 or weights.shape[0] not in (1, batch) or weights.shape[2] != seqlen_q:
+        raise ValueError(
+            f"query_weights must be [{batch} or 1, rows, {seqlen_q}], got {tuple(weights.shape)}"
+        )
+    return _as_statistics(weights, query).expand(batch, -1, -1)
+
+
+def _key_weights(weights: Tensor | None, key: Tensor) -> Tensor:
+    batch, _, seqlen_k, _ = key.shape
+    if weights is None:
+        weights = torch.full((1, 1, seqlen_k), 1.0 / seqlen_k, device=key.device)
+        return weights.expand(batch, 1, seqlen_k)
+    full = weights if weights.ndim == 3 else weights.reshape(-1, 1, weights.shape[-1])
+    if (
+        weights.ndim not in (1, 2, 3)
+        or full.shape[0] not in (1, batch)
+        or full.shape[2] != seqlen_k
+    ):
+        raise ValueError(
+            f"key_weights must be [{seqlen_k}], [{batch}, {seqlen_k}] or [{batch} or 1, votes, "
+            f"{seqlen_k}], got {tuple(weights.shape)}"
+        )
+    return _as_statistics(full, key).expand(batch, -1, -1)
+
+
+def _as_statistics(weights: Tensor, like: Tensor) -> Tensor:
+    return weights.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+
+def _empty_sums(query: Tensor, key: Tensor, rows: Tensor, votes: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, seqlen_q, _ = query.shape
+    statistics = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_zeros((batch, heads, votes.shape[1], seqlen_q), dtype=statistics),
+        query.new_zeros((batch, heads, rows.shape[1], key.shape[2]), dtype=statistics),
+    )
+
+
+def _check_sums(name: str, sums: Tensor | None, shape: tuple[int, ...], query: Tensor) -> None:
+    statistics = torch.promote_types(query.dtype, torch.float32)
+    if sums is None:
+        return
+    if tuple(sums.shape) != shape or sums.dtype != statistics or sums.device != query.device:
+        raise ValueError(
+            f"{name} must be {shape} in {statistics} on {query.device}, "
+            f"got {tuple(sums.shape)} in {sums.dtype} on {sums.device}"
+        )
+
+
+def _named(
+    r2g: Tensor, g2r: Tensor, query_lse: Tensor, key_lse: Tensor, key_weights: Tensor | None
+) -> AttentionStatistics:
+    with_votes = key_weights is not None and key_weights.ndim == 3
+    return AttentionStatistics(r2g if with_votes else r2g[:, :, 0], g2r, query_lse, key_lse)

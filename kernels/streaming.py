@@ -1,0 +1,262 @@
+"""The CPU path: tiles of the attention matrix, one exponential for both softmaxes.
+
+``E = exp(Q K^T)`` is formed tile by tile; its row and column sums normalise both directions,
+``W P = (W / row sums) E`` and ``C u = E (u / column sums)``. A tile is a block of queries of a few
+heads against all keys: row sums, ``W P`` and a part of the column sums come from one sweep, ``C u``
+from the same tile where a whole head fits into it, else from a second sweep. Where the row
+log-sum-exp is known already, blocks of keys against all queries need one sweep whatever the length.
+Transient memory is one tile: ``TILE_ELEMENTS`` numbers in fp32 (fp64 for fp64 inputs).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# 16 MiB of fp32: holds a head of 3072 queries against 1037 keys and stays in a shared L3 cache
+TILE_ELEMENTS = 1 << 22
+# Both softmaxes share exp(S) while every sum of it lies within e^-60 .. e^60: then nothing over- or
+# underflows fp32 (e^88) and no term that could matter (e^-27 of its maximum) is lost.
+SHARED_RANGE = 60.0
+# A log-sum-exp from the attention call is off by a few eps * |lse| (and more for 16-bit inputs),
+# which exp() turns into a relative error of P; beyond this size it is computed afresh instead.
+TRUSTED_LSE = 10.0
+
+
+def accumulate(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None,
+    query_weights: Tensor,
+    key_weights: Tensor,
+    r2g: Tensor | None,
+    g2r: Tensor | None,
+    query_lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Add ``C u`` to ``r2g`` and ``W P`` to ``g2r``; returns ``(query_lse, key_lse)``."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, seqlen_q, _ = query.shape
+    seqlen_k = key.shape[2]
+    row_lse = query.new_empty(batch, heads, seqlen_q, dtype=compute)
+    key_lse = key.new_empty(batch, heads, seqlen_k, dtype=compute)
+    trusted = False
+    one_tile = seqlen_q * seqlen_k <= TILE_ELEMENTS
+    if query_lse is not None and query.dtype == compute and not one_tile:
+        trusted = bool(query_lse.abs().amax() <= TRUSTED_LSE)
+    if trusted:
+        row_lse.copy_(query_lse)
+    buffer = query.new_empty(0, dtype=compute)
+    for item in range(batch):
+        sweep = _Sweep(
+            query=query[item].to(compute),
+            key=key[item].to(compute),
+            scale=scale,
+            bias=None if bias is None else bias[item],
+            query_weights=query_weights[item].to(compute),
+            key_weights=key_weights[item].to(compute),
+            r2g=None if r2g is None else r2g[item],
+            g2r=None if g2r is None else g2r[item],
+            query_lse=row_lse[item],
+            key_lse=key_lse[item],
+            buffer=buffer,
+        )
+        if trusted:
+            sweep.key_blocks()
+        else:
+            sweep.query_blocks()
+        buffer = sweep.buffer
+    return row_lse, key_lse
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's attention, ``(output, query_lse)``; a fully masked row gives zeros."""
+    if bias is None:
+        with_lse = attention_with_lse(query, key, value, scale=scale)
+        if with_lse is not None:
+            return with_lse
+    mask = None if bias is None else bias.to(query.dtype)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    query_lse, _ = accumulate(
+        query,
+        key,
+        scale=scale,
+        bias=bias,
+        query_weights=query.new_empty(1, 0, query.shape[2]).expand(len(query), -1, -1),
+        key_weights=key.new_empty(1, 0, key.shape[2]).expand(len(key), -1, -1),
+        r2g=None,
+        g2r=None,
+        query_lse=None,
+    )
+    # PyTorch leaves the output of a fully masked row undefined
+    return output.masked_fill(query_lse.isneginf()[..., None], 0.0), query_lse
+
+
+def attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """What ``scaled_dot_product_attention`` returns on the CPU, to the bit, with its log-sum-exp.
+
+    Calls the very operator that PyTorch would dispatch to; ``None`` where PyTorch would take
+    another route (then call ``scaled_dot_product_attention`` itself).
+    """
+    if query.device.type != "cpu" or (attn_mask is not None and attn_mask.dtype == torch.bool):
+        return None
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if choose is None or flash is None:
+        return None
+    backend = choose(query, key, value, attn_mask, 0.0, False, scale=scale)
+    if backend != torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
+        return None
+    output, lse = flash(query, key, value, 0.0, False, attn_mask=attn_mask, scale=scale)
+    return output, lse
+
+
+@dataclass
+class _Sweep:
+    """One batch item: inputs in the compute dtype, and where its results go."""
+
+    query: Tensor  # [H, M, D]
+    key: Tensor  # [H, N, D]
+    scale: float
+    bias: Tensor | None  # [H, M, N]
+    query_weights: Tensor  # [R, M]
+    key_weights: Tensor  # [U, N]
+    r2g: Tensor | None  # [H, U, M]
+    g2r: Tensor | None  # [H, R, N]
+    query_lse: Tensor  # [H, M]
+    key_lse: Tensor  # [H, N]
+    buffer: Tensor  # every tile of scores is written here
+
+    def query_blocks(self) -> None:
+        """Blocks of queries against all keys."""
+        for heads, blocks in _tiles(*self.query.shape[:2], against=self.key.shape[1]):
+            if not self._shared_exponential(heads, blocks):
+                self._separate_exponentials(heads, blocks)
+
+    def key_blocks(self) -> None:
+        """All queries against blocks of keys, given ``query_lse``: the sums of a tile are final."""
+        inverse_rows = (-self.query_lse).exp()
+        for heads, blocks in _tiles(*self.key.shape[:2], against=self.query.shape[1]):
+            weights = self.query_weights * inverse_rows[heads, None]
+            for keys in blocks:
+                exponentials = self._scores(heads, _ALL, keys).exp_()  # [h, M, n]
+                if self.g2r is not None:
+                    self.g2r[heads, :, keys] += weights @ exponentials
+                key_max = exponentials.new_zeros(())
+                columns = exponentials.sum(dim=1)
+                if not _within_shared_range(columns):
+                    scores = self._scores(heads, _ALL, keys)
+                    key_max = scores.amax(dim=1)
+                    exponentials = scores.sub_(_finite(key_max)[:, None]).exp_()
+                    columns = exponentials.sum(dim=1)
+                self.key_lse[heads, keys] = key_max + columns.log()
+                if self.r2g is not None:
+                    votes = _over(self.key_weights[:, keys], columns)
+                    self.r2g[heads] += (exponentials @ votes.mT).mT
+
+    def _shared_exponential(self, heads: slice, blocks: list[slice]) -> bool:
+        """One exponential serves both softmaxes; False, with nothing added, where it cannot."""
+        columns = torch.zeros_like(self.key_lse[heads])
+        g2r = 0.0 if self.g2r is None else torch.zeros_like(self.g2r[heads])
+        for queries in blocks:
+            exponentials = self._scores(heads, queries, _ALL).exp_()  # [h, m, N]
+            rows = exponentials.sum(dim=2)
+            if not _within_shared_range(rows):
+                return False
+            self.query_lse[heads, queries] = rows.log()
+            columns += exponentials.sum(dim=1)
+            if self.g2r is not None:
+                g2r += (self.query_weights[:, queries] / rows[:, None]) @ exponentials
+        if not _within_shared_range(columns):
+            return False
+        self.key_lse[heads] = columns.log()
+        if self.g2r is not None:
+            self.g2r[heads] += g2r
+        if self.r2g is not None:
+            votes = (self.key_weights / columns[:, None]).mT  # [h, N, U]
+            for queries in blocks:
+                if len(blocks) > 1:
+                    exponentials = self._scores(heads, queries, _ALL).exp_()
+                self.r2g[heads, :, queries] += (exponentials @ votes).mT
+        return True
+
+    def _separate_exponentials(self, heads: slice, blocks: list[slice]) -> None:
+        """Any range, masks included: each softmax is shifted by its own maximum."""
+        key_max = torch.full_like(self.key_lse[heads], -torch.inf)
+        columns = torch.zeros_like(key_max)
+        for queries in blocks:
+            scores = self._scores(heads, queries, _ALL)
+            new_max = torch.maximum(key_max, scores.amax(dim=1))
+            shift = _finite(new_max)
+            columns *= (key_max - shift).exp()
+            columns += (scores - shift[:, None]).exp_().sum(dim=1)
+            key_max = new_max
+            query_max = scores.amax(dim=2)
+            exponentials = scores.sub_(_finite(query_max)[..., None]).exp_()
+            rows = exponentials.sum(dim=2)
+            self.query_lse[heads, queries] = query_max + rows.log()
+            if self.g2r is not None:
+                self.g2r[heads] += _over(self.query_weights[:, queries], rows) @ exponentials
+        self.key_lse[heads] = key_max + columns.log()
+        if self.r2g is not None:
+            votes = _over(self.key_weights, columns).mT
+            for queries in blocks:
+                scores = self._scores(heads, queries, _ALL)
+                exponentials = scores.sub_(_finite(key_max)[:, None]).exp_()
+                self.r2g[heads, :, queries] += (exponentials @ votes).mT
+
+    def _scores(self, heads: slice, queries: slice, keys: slice) -> Tensor:
+        """``scale * Q K^T + bias`` of a tile, ``[h, m, n]``, in the buffer."""
+        q, k = self.query[heads, queries], self.key[heads, keys].mT
+        shape = (q.shape[0], q.shape[1], k.shape[2])
+        count = math.prod(shape)
+        if self.buffer.numel() < count:
+            self.buffer = self.buffer.new_empty(count)
+        scores = self.buffer[:count].view(shape)
+        # beta=0 ignores what the buffer held, NaN included
+        torch.baddbmm(scores, q, k, beta=0, alpha=self.scale, out=scores)
+        if self.bias is not None:
+            scores += self.bias[heads, queries, keys]
+        return scores
+
+
+_ALL = slice(None)
+
+
+def _tiles(heads: int, length: int, *, against: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Groups of heads with equal blocks of ``length``, each tile within the budget."""
+    longest = max(TILE_ELEMENTS // against, 1)
+    block = -(-length // -(-length // longest))
+    together = max(TILE_ELEMENTS // (length * against), 1) if block == length else 1
+    blocks = [slice(start, min(start + block, length)) for start in range(0, length, block)]
+    for head in range(0, heads, together):
+        yield slice(head, min(head + together, heads)), blocks
+
+
+def _within_shared_range(sums: Tensor) -> bool:
+    low, high = sums.aminmax()
+    # NaN fails both comparisons, an overflow the second
+    return bool(low >= math.exp(-SHARED_RANGE)) and bool(high <= math.exp(SHARED_RANGE))
+
+
+def _finite(maxima: Tensor) -> Tensor:
+    # a fully masked row or column has the maximum -inf, and -inf - -inf would be NaN
+    return maxima.masked_fill(maxima.isneginf(), 0.0)
+
+
+def _over(weights: Tensor, sums: Tensor) -> Tensor:
+    """``weights [R, n]`` over ``sums [h, n]``; 0 where the sum is 0: nothing attends there."""
+    return weights * sums.reciprocal().masked_fill(sums == 0, 0.0)[:, None]
