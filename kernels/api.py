@@ -40,7 +40,8 @@ def attention_statistics(
         key_weights: ``u``, ``[seqlen_k]``, ``[batch, seqlen_k]`` or, for several vote vectors in
             one sweep, ``[batch or 1, votes, seqlen_k]``; default uniform ``1 / seqlen_k``. Zeros
             drop tokens from the vote, not from the softmax.
-        impl: ``"fused"``, ``"streaming"``, ``"reference"``; fused on CUDA, else streaming, by default.
+        impl: ``"fused"``, ``"streaming"``, ``"reference"``; default fused on CUDA, else
+            streaming.
 
     Returns:
         ``(r2g, g2r, query_lse, key_lse)``: see :class:`AttentionStatistics`.
@@ -207,7 +208,9 @@ def _accumulate(
         query_lse=query_lse,
     )
     # an operator must not return one of its inputs
-    return (row_lse.clone() if row_lse is query_lse else row_lse), key_lse
+    if query_lse is not None and row_lse is query_lse:
+        row_lse = row_lse.clone()
+    return row_lse, key_lse
 
 
 @_accumulate.register_fake

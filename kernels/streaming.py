@@ -47,9 +47,8 @@ def accumulate(
     trusted = False
     one_tile = seqlen_q * seqlen_k <= TILE_ELEMENTS
     if query_lse is not None and query.dtype == compute and not one_tile:
-        trusted = bool(query_lse.abs().amax() <= TRUSTED_LSE)
-    if trusted:
         row_lse.copy_(query_lse)
+        trusted = bool(row_lse.abs().amax() <= TRUSTED_LSE)
     buffer = query.new_empty(0, dtype=compute)
     for item in range(batch):
         sweep = _Sweep(

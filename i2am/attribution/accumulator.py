@@ -1,0 +1,352 @@
+"""fp32 sums per layer, added to call by call: all that a recording keeps.
+
+Per sample, time group, layer and head: ``C u`` on the generated grid and ``W P`` over the reference
+tokens. The attention matrix is never part of it, and nothing here knows which model is recorded.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from i2am.attribution.direction import Direction
+from i2am.attribution.grid import Grid, Region, mask_weights, region_weights
+from i2am.kernels import Impl, accumulate_attention_statistics
+
+UNIFORM = "uniform"
+MASK = "mask"
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Where attention was recorded and what its tokens stand for."""
+
+    layer: str
+    """Path of the attention module in the denoiser."""
+    heads: int
+    generated_grid: Grid
+    """``(height, width)`` of the query tokens, row-major."""
+    reference_grid: Grid | None
+    """``(height, width)`` of the reference tokens, row-major; ``None`` where they have no place."""
+    reference_tokens: int
+    causal: bool = True
+    """False for a single reference token: attention to it is 1 whatever query and key are."""
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """Raw fp32 sums of one layer over the recorded evaluations of each time group."""
+
+    site: AttentionSite
+    reference_to_generated: Tensor | None
+    """``[samples, time_groups, heads, votes, h, w]``"""
+    generated_to_reference: Tensor | None
+    """``[samples, time_groups, heads, rows, h_I, w_I]``: reference tokens only, while ``P`` is
+    normalised over all keys; ``None`` without a reference grid."""
+    reference_to_generated_by_key: Tensor | None = None
+    """``[samples, time_groups, heads, keys, h, w]``: ``C`` of each key, on request only."""
+
+
+@dataclass
+class _Layer:
+    site: AttentionSite
+    reference: slice | Tensor
+    key_weights: Tensor  # [B or 1, U, N]
+    query_weights: Tensor  # [B or 1, R, M]
+    r2g: Tensor | None  # [B, T, H, U, M]
+    g2r: Tensor | None  # [B, T, H, R, N]
+
+
+class Accumulator:
+    """Sums of both directions for any number of layers.
+
+    The batch of a call either is the samples, or, with ``unresolved=True``, holds rows whose meaning
+    is not known yet (guidance halves come in an order and number that only the scheduler reveals).
+    Then every mask of a batch is recorded against every row, and :meth:`resolve` keeps the right
+    ones.
+
+    Args:
+        time_groups: Number of groups, at least 1.
+        directions: Which directions to record.
+        regions: Generated-image regions by name: weight rows for specific-reference maps.
+        mask: Inpainting mask over the generated image, ``[height, width]`` or ``[batch, height,
+            width]`` in [0, 1]: adds the row ``"mask"`` (paper eq 17, ``x[i] / (h w)``).
+        reference_mask: Mask over the reference image, likewise: adds the votes ``"mask"``.
+        keep_keys: Also keep ``C`` per key: memory O(seqlen_q * seqlen_k), for parity checks only.
+        impl: Implementation of the statistics; see :mod:`i2am.kernels`.
+        unresolved: See above.
+
+    Raises:
+        ValueError: ``time_groups`` is below 1, no direction is given, or a region has a reserved name.
+    """
+
+    def __init__(
+        self,
+        *,
+        time_groups: int = 5,
+        directions: Collection[Direction | str] = tuple(Direction),
+        regions: Mapping[str, Region] | None = None,
+        mask: Tensor | None = None,
+        reference_mask: Tensor | None = None,
+        keep_keys: bool = False,
+        impl: Impl | str | None = None,
+        unresolved: bool = False,
+    ) -> None:
+        if time_groups < 1:
+            raise ValueError(f"time_groups must be at least 1, got {time_groups}")
+        self.directions = tuple(Direction(direction) for direction in directions)
+        if not self.directions:
+            raise ValueError("directions must name at least one direction, got none")
+        self.regions = dict(regions or {})
+        for name in self.regions:
+            if name in (UNIFORM, MASK):
+                raise ValueError(
+                    f"regions must not be called {name!r}, which is a weight row's name"
+                )
+        self.time_groups = time_groups
+        self.mask = _as_batch("mask", mask)
+        self.reference_mask = _as_batch("reference_mask", reference_mask)
+        self.keep_keys = keep_keys
+        self.impl = impl
+        self.unresolved = unresolved
+        self._layers: dict[str, _Layer] = {}
+
+    @property
+    def votes(self) -> tuple[str, ...]:
+        """Names of the votes axis of R2G."""
+        return (UNIFORM,) if self.reference_mask is None else (UNIFORM, MASK)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows axis of G2R."""
+        return (UNIFORM, *([] if self.mask is None else [MASK]), *self.regions)
+
+    @property
+    def samples(self) -> int | None:
+        """Rows of the batch, ``None`` before the first call."""
+        for layer in self._layers.values():
+            sums = layer.r2g if layer.r2g is not None else layer.g2r
+            if sums is not None:
+                return sums.shape[0]
+        return None
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @torch.no_grad()
+    def add(
+        self,
+        site: AttentionSite,
+        query: Tensor,
+        key: Tensor,
+        *,
+        group: int,
+        reference: slice | Tensor = slice(None),
+        voters: slice | Tensor | None = None,
+        scale: float | None = None,
+        bias: Tensor | None = None,
+        query_lse: Tensor | None = None,
+    ) -> None:
+        """Add one attention call of one layer.
+
+        Args:
+            site: The layer; the same at every call.
+            query: ``[batch, heads, seqlen_q, head_dim]``: exactly the tokens of the generated grid.
+            key: ``[batch, heads, seqlen_k, head_dim]``: all keys of the call.
+            group: Time group in ``range(time_groups)``.
+            reference: Which keys are the reference tokens: a slice or an index tensor.
+            voters: Which keys share the uniform R2G vote; default the reference tokens.
+            scale: Softmax scale, default ``head_dim ** -0.5``.
+            bias: Additive or bool mask of the call.
+            query_lse: Row log-sum-exp where the attention call returned it.
+
+        Raises:
+            ValueError: The call does not fit the site, or the site changed since the first call.
+        """
+        layer = self._layers.get(site.layer)
+        if layer is None:
+            layer = self._allocate(site, query, key, reference, voters)
+            self._layers[site.layer] = layer
+        elif layer.site != site:
+            raise ValueError(f"{site.layer} changed during the run, from {layer.site} to {site}")
+        accumulate_attention_statistics(
+            query,
+            key,
+            r2g=None if layer.r2g is None else layer.r2g[:, group],
+            g2r=None if layer.g2r is None else layer.g2r[:, group],
+            scale=scale,
+            bias=bias,
+            query_weights=layer.query_weights,
+            key_weights=layer.key_weights,
+            query_lse=query_lse,
+            impl=self.impl,
+        )
+
+    def resolve(self, rows: slice) -> "Accumulator":
+        """The rows of an unresolved recording that are samples, each with its own masks."""
+        resolved = Accumulator(
+            time_groups=self.time_groups,
+            directions=self.directions,
+            regions=self.regions,
+            mask=self.mask,
+            reference_mask=self.reference_mask,
+            keep_keys=self.keep_keys,
+            impl=self.impl,
+        )
+        for name, layer in self._layers.items():
+            r2g = layer.r2g if layer.r2g is None else layer.r2g[rows]
+            g2r = layer.g2r if layer.g2r is None else layer.g2r[rows]
+            samples = len(r2g if r2g is not None else g2r)  # type: ignore[arg-type]
+            resolved._layers[name] = _Layer(
+                layer.site,
+                layer.reference,
+                _own_mask(layer.key_weights[:, :, None], self.reference_mask, samples, 1)[:, :, 0],
+                _own_mask(layer.query_weights[:, :, None], self.mask, samples, 1)[:, :, 0],
+                None if r2g is None else _own_mask(r2g, self.reference_mask, samples, 3).clone(),
+                None if g2r is None else _own_mask(g2r, self.mask, samples, 3).clone(),
+            )
+        return resolved
+
+    def layers(self) -> list[LayerSums]:
+        """Views of the sums on their grids, in the order in which layers were first seen."""
+        return [self._sums(layer) for layer in self._layers.values()]
+
+    def _sums(self, layer: _Layer) -> LayerSums:
+        generated = layer.site.generated_grid
+        r2g, g2r, by_key = layer.r2g, layer.g2r, None
+        if r2g is not None:
+            n_votes = len(self.votes)
+            if self.keep_keys:
+                by_key = r2g[:, :, :, n_votes:].unflatten(-1, generated)
+            r2g = r2g[:, :, :, :n_votes].unflatten(-1, generated)
+        if g2r is not None and layer.site.reference_grid is not None:
+            g2r = g2r[..., layer.reference].unflatten(-1, layer.site.reference_grid)
+        return LayerSums(layer.site, r2g, g2r, by_key)
+
+    def _allocate(
+        self,
+        site: AttentionSite,
+        query: Tensor,
+        key: Tensor,
+        reference: slice | Tensor,
+        voters: slice | Tensor | None,
+    ) -> _Layer:
+        batch, heads, seqlen_q, _ = query.shape
+        seqlen_k = key.shape[2]
+        height, width = site.generated_grid
+        tokens = len(torch.arange(seqlen_k)[reference])
+        if (heads, seqlen_q, tokens) != (site.heads, height * width, site.reference_tokens):
+            raise ValueError(
+                f"{site.layer} must have {site.heads} heads, {height}x{width} generated and "
+                f"{site.reference_tokens} reference tokens, got {heads}, {seqlen_q} and {tokens}"
+            )
+        grid = site.reference_grid
+        if grid is not None and grid[0] * grid[1] != tokens:
+            raise ValueError(
+                f"reference_grid of {site.layer} must hold {tokens} tokens, got {grid[0]}x{grid[1]}"
+            )
+        statistics = torch.promote_types(query.dtype, torch.float32)
+        # tensors born in inference mode could not be updated outside of it later
+        with torch.inference_mode(False):
+            key_weights = self._votes(site, seqlen_k, reference, voters, batch)
+            query_weights = self._rows(site, batch)
+            shape = (batch, self.time_groups, heads)
+            r2g = g2r = None
+            if Direction.REFERENCE_TO_GENERATED in self.directions:
+                r2g = torch.zeros(
+                    *shape, key_weights.shape[1], seqlen_q, dtype=statistics, device=query.device
+                )
+            if Direction.GENERATED_TO_REFERENCE in self.directions and grid is not None:
+                g2r = torch.zeros(
+                    *shape, query_weights.shape[1], seqlen_k, dtype=statistics, device=query.device
+                )
+            return _Layer(
+                site,
+                reference,
+                key_weights.to(query.device, statistics),
+                query_weights.to(query.device, statistics),
+                r2g,
+                g2r,
+            )
+
+    def _votes(
+        self,
+        site: AttentionSite,
+        seqlen_k: int,
+        reference: slice | Tensor,
+        voters: slice | Tensor | None,
+        batch: int,
+    ) -> Tensor:
+        uniform = torch.zeros(1, 1, seqlen_k)
+        uniform[..., reference if voters is None else voters] = 1
+        votes = [uniform / uniform.sum()]
+        if self.reference_mask is not None:
+            if site.reference_grid is None:
+                # a token without a place is inside no mask: its mask vote is the uniform one
+                inside = torch.ones(len(self.reference_mask), site.reference_tokens)
+            else:
+                inside = mask_weights(self.reference_mask, site.reference_grid).cpu()
+            masked = torch.zeros(len(inside), 1, seqlen_k)
+            masked[..., reference] = (inside / inside.sum(-1, keepdim=True))[:, None]
+            votes.append(self._per_sample(masked, batch))
+        if self.keep_keys:
+            votes.append(torch.eye(seqlen_k)[None])
+        return _stack(votes)
+
+    def _rows(self, site: AttentionSite, batch: int) -> Tensor:
+        height, width = site.generated_grid
+        rows = [torch.full((1, 1, height * width), 1 / (height * width))]
+        if self.mask is not None:
+            inside = mask_weights(self.mask, site.generated_grid).cpu()[:, None]
+            rows.append(self._per_sample(inside / (height * width), batch))
+        for region in self.regions.values():
+            rows.append(region_weights(region, site.generated_grid).cpu()[None, None])
+        return _stack(rows)
+
+    def _per_sample(self, weights: Tensor, batch: int) -> Tensor:
+        """``[masks, 1, n]`` to one row per sample, or to all masks as rows while unresolved."""
+        if self.unresolved:
+            return weights.transpose(0, 1)
+        return weights[_mask_of_sample(len(weights), batch)]
+
+
+def _as_batch(name: str, mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.ndim not in (2, 3):
+        raise ValueError(
+            f"{name} must be [height, width] or [batch, height, width], got {list(mask.shape)}"
+        )
+    mask = mask if mask.ndim == 3 else mask[None]
+    if bool((mask.flatten(1).amax(1) <= 0).any()):
+        raise ValueError(f"{name} must cover something, got one that is 0 everywhere")
+    return mask
+
+
+def _mask_of_sample(masks: int, samples: int) -> Tensor:
+    """Sample-major like diffusers: several images per prompt share a mask, one after the other."""
+    if samples % masks != 0:
+        raise ValueError(f"masks must be one per sample or divide them, got {masks} for {samples}")
+    return torch.arange(samples) // (samples // masks)
+
+
+def _stack(weights: list[Tensor]) -> Tensor:
+    batch = max(len(weight) for weight in weights)
+    return torch.cat([weight.expand(batch, -1, -1) for weight in weights], dim=1)
+
+
+def _own_mask(sums: Tensor, mask: Tensor | None, samples: int, axis: int) -> Tensor:
+    """Keep, of the rows for every mask of the batch (after the uniform one), each sample's own."""
+    masks = 0 if mask is None else len(mask)
+    if masks < 2:
+        return sums
+    own = 1 + _mask_of_sample(masks, samples).to(sums.device)
+    rest = sums.narrow(axis, 1 + masks, sums.shape[axis] - 1 - masks)
+    sums = sums.expand(samples, *sums.shape[1:])
+    index = own.view(-1, *[1] * (sums.ndim - 1))
+    shape = list(sums.shape)
+    shape[axis] = 1
+    chosen = sums.gather(axis, index.expand(shape))
+    rest = rest.expand(samples, *rest.shape[1:])
+    return torch.cat([sums.narrow(axis, 0, 1), chosen, rest], dim=axis)
