@@ -1,0 +1,67 @@
+"""Reference-guided pipelines on diffusers and transformers building blocks.
+
+Both are called with ``image=, mask_image=, reference_image=`` and know their token layout:
+
+    pipe = i2am.models.load_pipeline("pocket")
+    with i2am.record(pipe) as recorder:
+        result = pipe(image=person, mask_image=mask, reference_image=garment)
+
+Every name is imported when it is first used: diffusers and transformers are slow to import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from i2am.models.configuration import FULL_SIZE, CustomConfiguration
+    from i2am.models.custom import CustomPipeline
+    from i2am.models.loading import BUILT_IN, load_pipeline
+    from i2am.models.paint_by_example import PaintByExamplePipeline
+    from i2am.models.paint_by_example_encoder import PaintByExampleImageEncoder
+    from i2am.models.pocket import POCKET, pocket_pipeline, pocket_weights, save_pocket_weights
+    from i2am.models.projection import ReferenceProjection
+    from i2am.models.schedulers import CustomModelDDIMScheduler
+
+__all__ = [
+    "BUILT_IN",
+    "FULL_SIZE",
+    "POCKET",
+    "CustomConfiguration",
+    "CustomModelDDIMScheduler",
+    "CustomPipeline",
+    "PaintByExampleImageEncoder",
+    "PaintByExamplePipeline",
+    "ReferenceProjection",
+    "load_pipeline",
+    "pocket_pipeline",
+    "pocket_weights",
+    "save_pocket_weights",
+]
+
+_MODULES = {
+    "BUILT_IN": "loading",
+    "FULL_SIZE": "configuration",
+    "POCKET": "pocket",
+    "CustomConfiguration": "configuration",
+    "CustomModelDDIMScheduler": "schedulers",
+    "CustomPipeline": "custom",
+    "PaintByExampleImageEncoder": "paint_by_example_encoder",
+    "PaintByExamplePipeline": "paint_by_example",
+    "ReferenceProjection": "projection",
+    "load_pipeline": "loading",
+    "pocket_pipeline": "pocket",
+    "pocket_weights": "pocket",
+    "save_pocket_weights": "pocket",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

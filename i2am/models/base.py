@@ -1,0 +1,351 @@
+"""What the reference-guided inpainting pipelines share: settings, latents, the denoising loop."""
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from i2am.models.inputs import per_sample
+
+if TYPE_CHECKING:
+    from i2am.layouts import TokenLayout
+
+Generators = torch.Generator | list[torch.Generator] | None
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+POSTERIORS = ("sample", "mode")
+HALVES = ("conditional", "unconditional")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of one run that both pipelines take, checked once.
+
+    Raises:
+        TypeError: `callback_on_step_end` cannot be called.
+        ValueError: A number or a choice outside its range; a callback tensor that is not offered.
+    """
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    num_images_per_prompt: int = 1
+    eta: float = 0.0
+    generator: Generators = None
+    output_type: str = "pil"
+    vae_posterior: str = "sample"
+    callback_on_step_end: Callback | None = None
+    callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",)
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "num_images_per_prompt"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(
+                f"guidance_scale must be a finite number of at least 0, got {self.guidance_scale}"
+            )
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
+        for name, choices in (("output_type", OUTPUT_TYPES), ("vae_posterior", POSTERIORS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            raise TypeError(
+                "callback_on_step_end must be callable, "
+                f"got {type(self.callback_on_step_end).__name__}"
+            )
+        unknown = set(self.callback_on_step_end_tensor_inputs) - {"latents"}
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may name only 'latents', got {sorted(unknown)}"
+            )
+
+
+class ReferencePipeline(DiffusionPipeline):
+    """Base of the pipelines that paint part of an image after a reference image.
+
+    A subclass names its components and its guidance order, and writes ``__call__`` from the pieces
+    below.
+    """
+
+    model_cpu_offload_seq = "image_encoder->unet->vae"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    component_classes: ClassVar[dict[str, type]] = {}
+    ignored_components: ClassVar[tuple[str, ...]] = ()
+    guidance_order: ClassVar[tuple[str, str]] = ("unconditional", "conditional")
+
+    _guidance_scale: float = 1.0
+    _num_timesteps: int = 0
+    _interrupt: bool = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        **components: Any,
+    ) -> Self:
+        """Loads a folder in diffusers layout; never asks a hub.
+
+        Args:
+            folder: Holds model_index.json and one folder per component.
+            torch_dtype: Floating dtype of all weights; None keeps float32.
+            variant: Middle part of the weight files' names, for example "fp16".
+            components: Ready components or options of the pipeline that replace the folder's.
+
+        Raises:
+            FileNotFoundError: The folder, or a file in it, is missing.
+            TypeError: An option this pipeline does not have.
+            ValueError: A file is damaged, a component has another class, or its weights lack
+                keys, have extra ones or other shapes.
+        """
+        from i2am.models.folders import load_folder
+
+        return load_folder(
+            cls, folder, torch_dtype=torch_dtype, variant=variant, replacements=components
+        )
+
+    def attribution_layout(self) -> "TokenLayout":
+        """Where the reference tokens stand in the recorded layers, and the order of guidance."""
+        raise NotImplementedError
+
+    @property
+    def trained(self) -> bool:
+        """False when the weights are random numbers: maps and images then mean nothing."""
+        return True
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels per latent cell along one side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the current run; 1 or less means without guidance."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the next step evaluates both halves of guidance."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of UNet evaluations of the current run; more than its steps for some samplers."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set ``pipe._interrupt = True`` in a step callback to leave out the remaining steps."""
+        return self._interrupt
+
+    def check_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width), if the VAE can encode it.
+
+        Raises:
+            ValueError: A side is not a positive multiple of the VAE's scale factor.
+        """
+        factor = self.vae_scale_factor
+        for name, side in (("height", height), ("width", width)):
+            if side < factor or side % factor:
+                raise ValueError(f"{name} must be a positive multiple of {factor}, got {side}")
+        return height, width
+
+    def run(
+        self,
+        sampling: Sampling,
+        *,
+        batch: int,
+        size: tuple[int, int],
+        context: tuple[Tensor, Tensor],
+        encoded: list[Tensor],
+        plain: list[Tensor],
+        latents: Tensor | None,
+        paste_onto: tuple[Tensor, Tensor] | None,
+        return_dict: bool,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """From prepared inputs to images; every input has one entry or `batch` of them.
+
+        Args:
+            sampling: The settings of the run.
+            batch: Number of inputs; each becomes `num_images_per_prompt` samples, side by side.
+            size: (height, width) to generate.
+            context: Conditional and unconditional context ``[batch, tokens, width]``.
+            encoded: Images ``[batch, 3, height, width]`` whose latents the UNet sees.
+            plain: What it sees behind them as it is, ``[batch, channels, h, w]`` at latent size.
+            latents: Starting noise instead of a drawn one.
+            paste_onto: Image and keep mask to put into the result, or None.
+            return_dict: False returns a tuple.
+
+        Raises:
+            ValueError: A part does not fit the others; see the methods below.
+        """
+        if paste_onto is not None and sampling.output_type == "latent":
+            raise ValueError("paste_back needs an output_type other than 'latent'")
+        repeats, device, dtype = (
+            sampling.num_images_per_prompt,
+            self._execution_device,
+            self.unet.dtype,
+        )
+        start = self.prepare_latents(batch * repeats, size, sampling.generator, latents)
+        conditions = [self.encode_image(images, batch, sampling) for images in encoded]
+        conditions += [per_sample(values, batch, repeats).to(conditions[0]) for values in plain]
+        states = {
+            half: per_sample(tokens, batch, repeats).to(device=device, dtype=dtype)
+            for half, tokens in zip(HALVES, context, strict=True)
+        }
+        result = self.denoise(start, torch.cat(conditions, dim=1), states, sampling)
+        if sampling.output_type != "latent":
+            result = self.decode_latents(result)
+            if paste_onto is not None:
+                image, keep = (per_sample(part, batch, repeats).to(result) for part in paste_onto)
+                result = image * keep + result * (1 - keep)
+            result = VaeImageProcessor().postprocess(
+                result.float(), output_type=sampling.output_type
+            )
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def prepare_latents(
+        self, samples: int, size: tuple[int, int], generator: Generators, latents: Tensor | None
+    ) -> Tensor:
+        """The starting noise ``[samples, channels, height / factor, width / factor]``.
+
+        Raises:
+            ValueError: Not one generator per sample, or given latents of another shape.
+        """
+        if isinstance(generator, list) and len(generator) != samples:
+            raise ValueError(
+                f"generator must be one generator or a list of {samples}, one per image to "
+                f"generate, got {len(generator)}"
+            )
+        factor = self.vae_scale_factor
+        channels = self.vae.config.latent_channels
+        shape = (samples, channels, size[0] // factor, size[1] // factor)
+        device, dtype = self._execution_device, self.unet.dtype
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {list(shape)}, got {list(latents.shape)}")
+        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+
+    def encode_image(self, images: Tensor, batch: int, sampling: Sampling) -> Tensor:
+        """Scaled VAE latents, one per sample; sample-major when several images are asked for.
+
+        Args:
+            images: ``[1 or batch, 3, height, width]`` in [-1, 1].
+            batch: Number of inputs; each becomes `sampling.num_images_per_prompt` samples.
+            sampling: Its `vae_posterior` chooses between the posterior's mode and a draw from it,
+                made per sample with its `generator`.
+        """
+        config = self.vae.config
+        pixels = images.to(device=self._execution_device, dtype=self.vae.dtype)
+        posterior = self.vae.encode(pixels).latent_dist
+        moments = per_sample(posterior.parameters, batch, sampling.num_images_per_prompt)
+        posterior = type(posterior)(moments)
+        if sampling.vae_posterior == "mode":
+            latents = posterior.mode()
+        else:
+            latents = posterior.sample(sampling.generator)
+        latents = (latents - (config.shift_factor or 0)) * config.scaling_factor
+        return latents.to(self.unet.dtype)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images ``[samples, 3, height, width]``, about [-1, 1]."""
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0)
+        return self.vae.decode(latents, return_dict=False)[0]
+
+    def denoise(
+        self,
+        latents: Tensor,
+        conditions: Tensor,
+        context: dict[str, Tensor],
+        sampling: Sampling,
+    ) -> Tensor:
+        """Runs the scheduler from noise to clean latents.
+
+        Args:
+            latents: Starting noise ``[samples, channels, h, w]``.
+            conditions: What the UNet sees behind the latents, ``[samples, more channels, h, w]``.
+            context: Cross-attention context per half of guidance, ``[samples, tokens, width]``.
+            sampling: The settings of the run.
+
+        Raises:
+            ValueError: The UNet wants another number of channels, or the scheduler ignores `eta`.
+        """
+        wanted, given = self.unet.config.in_channels, latents.shape[1] + conditions.shape[1]
+        if wanted != given:
+            raise ValueError(
+                f"unet must take {given} input channels, its configuration has {wanted}"
+            )
+        options = self._step_options(sampling)
+        steps = sampling.num_inference_steps
+        self._guidance_scale, self._interrupt = sampling.guidance_scale, False
+        self.scheduler.set_timesteps(steps, device=self._execution_device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        # samplers that evaluate more often than they step: a warm-up, or several evaluations a step
+        order = getattr(self.scheduler, "order", 1)
+        warmup = len(timesteps) - steps * order
+
+        with self.progress_bar(total=steps) as progress:
+            for index, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                prediction = self._predict(latents, conditions, context, timestep)
+                latents = self.scheduler.step(
+                    prediction, timestep, latents, **options, return_dict=False
+                )[0]
+                if sampling.callback_on_step_end is not None:
+                    names = sampling.callback_on_step_end_tensor_inputs
+                    given_tensors = {"latents": latents} if "latents" in names else {}
+                    answer = sampling.callback_on_step_end(self, index, timestep, given_tensors)
+                    latents = (answer or {}).get("latents", latents)
+                last = index == len(timesteps) - 1
+                if last or (index + 1 > warmup and (index + 1) % order == 0):
+                    progress.update()
+        return latents
+
+    def _predict(
+        self,
+        latents: Tensor,
+        conditions: Tensor,
+        context: dict[str, Tensor],
+        timestep: Tensor,
+    ) -> Tensor:
+        sample = torch.cat([self.scheduler.scale_model_input(latents, timestep), conditions], dim=1)
+        order = self.guidance_order if self.do_classifier_free_guidance else ("conditional",)
+        states = torch.cat([context[half] for half in order])
+        output = self.unet(
+            torch.cat([sample] * len(order)),
+            timestep,
+            encoder_hidden_states=states,
+            return_dict=False,
+        )[0]
+        half = dict(zip(order, output.chunk(len(order)), strict=True))
+        if len(order) == 1:
+            return half["conditional"]
+        difference = half["conditional"] - half["unconditional"]
+        return half["unconditional"] + self.guidance_scale * difference
+
+    def _step_options(self, sampling: Sampling) -> dict[str, Any]:
+        accepted = inspect.signature(self.scheduler.step).parameters
+        if sampling.eta and "eta" not in accepted:
+            raise ValueError(
+                f"eta must be 0 for {type(self.scheduler).__name__}, which has no such option, "
+                f"got {sampling.eta}"
+            )
+        offered = {"eta": sampling.eta, "generator": sampling.generator}
+        return {name: value for name, value in offered.items() if name in accepted}

@@ -1,0 +1,63 @@
+"""One door to all pipelines: a built-in name, or a folder in diffusers layout."""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from i2am.models.base import ReferencePipeline
+
+# name -> module and function that builds it
+BUILT_IN = {"pocket": ("i2am.models.pocket", "pocket_pipeline")}
+# _class_name in model_index.json -> module of the class
+PIPELINES = {
+    "CustomPipeline": "i2am.models.custom",
+    "PaintByExamplePipeline": "i2am.models.paint_by_example",
+}
+
+
+def load_pipeline(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    torch_dtype: torch.dtype | None = None,
+    variant: str | None = None,
+) -> "ReferencePipeline":
+    """A pipeline, ready to be called with ``image=, mask_image=, reference_image=``.
+
+    Args:
+        name_or_folder: A built-in name, or a folder that holds a model_index.json. A folder whose
+            name is a built-in one is given as a path, "./pocket".
+        torch_dtype: Floating dtype of all weights; None keeps float32.
+        variant: Middle part of a folder's weight files, for example "fp16".
+
+    Raises:
+        FileNotFoundError: The folder, or a file in it, is missing.
+        ValueError: Neither a known name nor a folder, a pipeline class that is not known, a
+            variant of a built-in model, or weights that are damaged or do not fit.
+    """
+    name = os.fspath(name_or_folder)
+    if name in BUILT_IN:
+        if variant is not None:
+            raise ValueError(f"variant must be None for the built-in model {name}, got {variant!r}")
+        pipeline = _lookup(*BUILT_IN[name])()
+        return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
+    if not Path(name).exists():
+        raise ValueError(
+            f"model must be a built-in name ({', '.join(BUILT_IN)}) or a folder of a "
+            f"{' or '.join(PIPELINES)}, got {name!r}"
+        )
+
+    from i2am.models.folders import read_index
+
+    class_name = read_index(name)["_class_name"]
+    if class_name not in PIPELINES:
+        raise ValueError(f"{name} holds a {class_name}; known pipelines are {', '.join(PIPELINES)}")
+    pipeline_class = _lookup(PIPELINES[class_name], class_name)
+    return pipeline_class.from_pretrained(name, torch_dtype=torch_dtype, variant=variant)
+
+
+def _lookup(module: str, attribute: str) -> Any:
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,207 @@
+"""Paint-by-Example: inpainting after a reference that enters as a single CLIP token."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from PIL import Image
+from torch import Tensor
+
+from i2am.models.base import Callback, Generators, ReferencePipeline, Sampling
+from i2am.models.inputs import (
+    ImageInput,
+    OneInput,
+    as_list,
+    common_batch,
+    read_images,
+    read_person,
+    resize,
+    same_size,
+)
+from i2am.models.paint_by_example_encoder import PaintByExampleImageEncoder
+
+if TYPE_CHECKING:
+    from i2am.layouts import TokenLayout
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class PaintByExamplePipeline(ReferencePipeline):
+    """Paints the masked region of an image after an example.
+
+    The UNet's 9 input channels are the noisy latents, the VAE latents of the masked image (grey
+    where the mask is) and the KEEP mask (0 where the image is to be generated). Its context is one
+    token, so attention over keys is identically 1. Guidance evaluates one batch, unconditional
+    half first. Loads the public folder, whose safety checker and feature extractor are left out.
+
+    Args:
+        vae: Autoencoder with 4 latent channels.
+        image_encoder: CLIP encoder, mapper and learned unconditional token.
+        unet: 9 input channels.
+        scheduler: Any diffusers scheduler; the published ones are PNDM (its PLMS) and DDIM.
+    """
+
+    component_classes: ClassVar[dict[str, type]] = {
+        "vae": AutoencoderKL,
+        "image_encoder": PaintByExampleImageEncoder,
+        "unet": UNet2DConditionModel,
+        "scheduler": SchedulerMixin,
+    }
+    guidance_order = ("unconditional", "conditional")
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        image_encoder: PaintByExampleImageEncoder,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, image_encoder=image_encoder, unet=unet, scheduler=scheduler)
+
+    def default_size(self, image: ImageInput) -> tuple[int, int]:
+        """(height, width) generated when none is asked for.
+
+        The image's own size, each side rounded down to a multiple of the VAE's scale factor.
+        """
+        factor = self.vae_scale_factor
+        height, width = same_size(read_images(image, "image"), "image")
+        return height - height % factor, width - width % factor
+
+    def attribution_layout(self) -> "TokenLayout":
+        """One reference token without a place in the reference, unconditional half first."""
+        from i2am.layouts import TokenLayout
+
+        return TokenLayout.single_token(guidance_order=self.guidance_order)
+
+    def encode_reference(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditional and unconditional context, each ``[batch, 1, context width]``.
+
+        Args:
+            pixels: What `reference_pixels` returns.
+        """
+        pixels = pixels.to(device=self._execution_device, dtype=self.image_encoder.dtype)
+        return self.image_encoder(pixels)
+
+    def reference_pixels(self, reference_image: ImageInput) -> Tensor:
+        """The encoder's input ``[batch, 3, side, side]``: squashed to a square, normalised."""
+        side = self.image_encoder.config.image_size
+        squares: list[OneInput] = [
+            # PIL's own resampling of 8-bit images, as the published code
+            item.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+            if isinstance(item, Image.Image)
+            else item
+            for item in as_list(reference_image, "reference_image")
+        ]
+        images = [
+            resize(image[None], (side, side), "bicubic").clamp(-1, 1)
+            for image in read_images(squares, "reference_image")
+        ]
+        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        return ((torch.cat(images) + 1) / 2 - mean) / std
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageInput | None = None,
+        mask_image: ImageInput | None = None,
+        reference_image: ImageInput | None = None,
+        *,
+        example_image: ImageInput | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        vae_posterior: str = "sample",
+        paste_back: bool = False,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generates images.
+
+        Images are PIL images, NumPy arrays ``[height, width, 3]`` (uint8, or floating in [0, 1]),
+        torch tensors ``[3, height, width]`` in [-1, 1], batches or lists of these. Arguments that
+        hold one image serve the whole batch.
+
+        Args:
+            image: The image to paint on.
+            mask_image: White (above 0.5) where it is to be generated; of the size of `image`.
+            reference_image: The example.
+            example_image: Another name for `reference_image`.
+            height: Height to generate, default `default_size`; a multiple of the VAE's factor.
+            width: The same for the width.
+            num_inference_steps: Denoising steps.
+            guidance_scale: Weight of the difference to the unconditional prediction; at 1 or
+                below only the conditional half is evaluated.
+            num_images_per_prompt: Images per input; the output is input-major.
+            eta: Noise of DDIM, 0 to 1.
+            generator: Source of all noise (start, VAE posterior, `eta`, in this order), or a list
+                with one per generated image; with a list an image does not depend on the batch
+                it is made in.
+            latents: Starting noise instead of a drawn one.
+            vae_posterior: "sample" draws from the VAE's posterior as the published code does,
+                "mode" takes its mode.
+            paste_back: Puts the pixels of `image` outside the mask back into the result.
+            output_type: "pil", "np", "pt" (both in [0, 1]) or "latent".
+            return_dict: False returns a tuple.
+            callback_on_step_end: Called as ``f(pipe, index, timestep, {"latents": ...})`` after
+                every step; may return ``{"latents": ...}``.
+            callback_on_step_end_tensor_inputs: Tensors handed to it; only "latents" is offered.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or ``(images,)``.
+
+        Raises:
+            TypeError: An input that is no image.
+            ValueError: A missing input, or one of a wrong size, shape, range or batch size.
+        """
+        sampling = Sampling(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            generator=generator,
+            output_type=output_type,
+            vae_posterior=vae_posterior,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        if reference_image is not None and example_image is not None:
+            raise ValueError("give reference_image or example_image, they are the same input")
+        reference = example_image if reference_image is None else reference_image
+        if image is None or mask_image is None or reference is None:
+            given = {"image": image, "mask_image": mask_image, "reference_image": reference}
+            missing = [name for name, value in given.items() if value is None]
+            raise ValueError(f"{', '.join(missing)} must be given, got None")
+        if height is None or width is None:
+            default = self.default_size(image)
+            height = default[0] if height is None else height
+            width = default[1] if width is None else width
+        size = self.check_size(height, width)
+
+        person, keep = read_person(image, mask_image, size)
+        pixels = self.reference_pixels(reference)
+        batch = common_batch(image=len(person), reference_image=len(pixels))
+        cells = (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
+        # bilinear without antialiasing, as the published code: values between 0 and 1 at the rim
+        keep_latents = F.interpolate(keep, size=cells, mode="bilinear", align_corners=False)
+        return self.run(
+            sampling,
+            batch=batch,
+            size=size,
+            context=self.encode_reference(pixels),
+            encoded=[person * keep],
+            plain=[keep_latents],
+            latents=latents,
+            paste_onto=(person, keep) if paste_back else None,
+            return_dict=return_dict,
+        )

@@ -1,0 +1,153 @@
+"""Weight files read strictly: damaged files are named, and so is every tensor that does not fit."""
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+# in the order in which diffusers and transformers prefer them
+WEIGHT_NAMES = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+
+
+def weight_files(folder: str | os.PathLike[str], variant: str | None = None) -> list[Path]:
+    """The weight files of a component: one, or the shards that its index names, all undamaged.
+
+    Args:
+        folder: Folder of one component.
+        variant: Middle part of the names, as in model.fp16.safetensors.
+
+    Raises:
+        FileNotFoundError: There is no weight file, or a shard is missing.
+        ValueError: A file is truncated or otherwise no weight file.
+    """
+    folder = Path(folder)
+    names = [_with_variant(name, variant) for name in WEIGHT_NAMES]
+    for name in names:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            files = [folder / name]
+        elif index.is_file():
+            try:
+                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"{index} is not an index of weight files: {error}") from error
+            files = [folder / shard for shard in sorted(set(shards))]
+        else:
+            continue
+        for file in files:
+            _check_file(file)
+        return files
+    raise FileNotFoundError(f"no weights in {folder}: expected one of {', '.join(names)}")
+
+
+def read_state_dict(
+    folder: str | os.PathLike[str], variant: str | None = None
+) -> dict[str, Tensor]:
+    """All tensors of a component's folder, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no weight file, or a shard is missing.
+        ValueError: A file is damaged or holds something other than tensors.
+    """
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder, variant):
+        state |= read_weight_file(file)[0]
+    return state
+
+
+def read_weight_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one file on the CPU, and a safetensors file's metadata.
+
+    Pickles are read with ``weights_only``, so nothing in them is executed.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged or holds something other than tensors.
+    """
+    _check_file(file)
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            return tensors, opened.metadata() or {}
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{file} is not a file of plain tensors: {reason}") from error
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise ValueError(f"{file} must hold named tensors and nothing else")
+    return content, {}
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:
+    """Copies `state` into `module`.
+
+    Args:
+        module: Its parameters and persistent buffers must be exactly those of `state`.
+        state: Tensors by name.
+        what: How to call it in an error.
+
+    Raises:
+        ValueError: Tensors are missing, left over or misshapen; all are counted, some named.
+    """
+    expected = module.state_dict()
+    misshapen = [
+        f"{key} ({list(state[key].shape)} for {list(expected[key].shape)})"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    check_keys(
+        what,
+        missing=[key for key in expected if key not in state],
+        unexpected=[key for key in state if key not in expected],
+        misshapen=misshapen,
+    )
+    module.load_state_dict(dict(state))
+
+
+def check_keys(
+    what: str, *, missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str]
+) -> None:
+    """Raises a ValueError that lists what is wrong with a set of weights, if anything is."""
+    found = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    groups = {name: sorted(keys) for name, keys in found.items()}
+    problems = [f"{name}: {_some(keys)}" for name, keys in groups.items() if keys]
+    if problems:
+        raise ValueError(f"the weights of the {what} do not fit; {'; '.join(problems)}")
+
+
+def _some(keys: list[str], limit: int = 8) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return f"{len(keys)} tensors, {', '.join(keys[:limit])}{more}"
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}" if variant else name
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or no safetensors file: {error}") from error
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    # torch writes zip archives, whose directory is at the end; older files are bare pickles
+    if not start or (start.startswith(b"PK") and not zipfile.is_zipfile(file)):
+        raise ValueError(f"{file} is truncated")
