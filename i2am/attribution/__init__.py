@@ -1,14 +1,32 @@
-"""Attribution maps: what is accumulated, on which grids, and how it is read."""
+"""Attribution maps: what is accumulated, on which grids, and how it is read, drawn and stored."""
 
+from i2am.attribution.accumulator import Accumulator, AttentionSite, LayerSums
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Grid, Patch, Region, mask_weights, region_weights, resize
+from i2am.attribution.maps import AttributionMaps
+from i2am.attribution.postprocess import normalise, picture, threshold
+from i2am.attribution.presets import OFFICIAL, PAPER, Preset, get_preset
+from i2am.attribution.storage import load_maps, save_maps
 
 __all__ = [
+    "OFFICIAL",
+    "PAPER",
+    "Accumulator",
+    "AttentionSite",
+    "AttributionMaps",
     "Direction",
     "Grid",
+    "LayerSums",
     "Patch",
+    "Preset",
     "Region",
+    "get_preset",
+    "load_maps",
     "mask_weights",
+    "normalise",
+    "picture",
     "region_weights",
     "resize",
+    "save_maps",
+    "threshold",
 ]

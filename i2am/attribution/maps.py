@@ -1,0 +1,393 @@
+"""``AttributionMaps``: what a run recorded, and every way of reading it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from i2am.attribution.accumulator import LayerSums
+from i2am.attribution.direction import Direction
+from i2am.attribution.grid import Grid, Patch
+from i2am.attribution.layers import (
+    apply,
+    check_layers,
+    recorded,
+    tensors,
+)
+from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
+from i2am.attribution.presets import Preset, get_preset
+from i2am.attribution.reading import LayerWeighting, kept_axes, layers_of, reduce_layers
+
+PerAxes = str | Iterable[str]
+
+
+class AttributionMaps:
+    """fp32 sums per sample, time group, layer and head on native grids, read in any combination.
+
+    Reading means choosing the axes to keep with `per`, any subset of ``"time"``, ``"layer"`` and
+    ``"head"`` (one name or several). The others are reduced as in eqs 5-6 and 13-14 of the paper:
+    summed over time groups, averaged over heads and layers. A result is fp32
+    ``[samples, (time), (layer), (head), height, width]``, kept axes always in this order.
+
+    Args:
+        layers: Sums of at least one layer, as :meth:`Accumulator.layers` gives them.
+        votes: Names along the votes axis of R2G: ``("uniform",)`` or ``("uniform", "mask")``.
+        rows: Names along the rows axis of G2R: ``"uniform"``, then ``"mask"`` if an inpainting
+            mask was given, then one name per region.
+        provenance: JSON values that say where the maps come from.
+
+    Attributes:
+        layer_sums: The raw sums, one :class:`LayerSums` per layer.
+        votes, rows, provenance: As given.
+
+    Raises:
+        ValueError: If `layers` is empty or repeats a layer, or the shape of a tensor contradicts
+            its site, the other layers, `votes` or `rows`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSums],
+        *,
+        votes: tuple[str, ...],
+        rows: tuple[str, ...],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        self.layer_sums = tuple(layers)
+        self.votes = tuple(votes)
+        self.rows = tuple(rows)
+        self.provenance = dict(provenance)
+        check_layers(self.layer_sums, self.votes, self.rows)
+        any_sums = next(iter(tensors(self.layer_sums[0]).values()))
+        self._n_samples, self._time_groups = any_sums.shape[:2]
+
+    # What there is
+
+    @property
+    def n_samples(self) -> int:
+        """Number of generated images."""
+        return self._n_samples
+
+    @property
+    def time_groups(self) -> int:
+        """Number of groups the denoising steps fall into, noisiest first."""
+        return self._time_groups
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer paths, in the order of ``per="layer"``."""
+        return tuple(layer.site.layer for layer in self.layer_sums)
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Names that :meth:`specific_reference` knows."""
+        return tuple(row for row in self.rows if row not in ("uniform", "mask"))
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Directions that at least one layer recorded."""
+        return tuple(
+            direction
+            for direction in Direction
+            if any(direction.value in tensors(layer) for layer in self.layer_sums)
+        )
+
+    @property
+    def causal(self) -> bool:
+        """Whether every layer's output depends on the attention its map shows.
+
+        False where a layer has a single reference token: its softmax over keys is 1 whatever the
+        queries are, so its R2G map shows logits that the model never used.
+        """
+        return all(layer.site.causal for layer in self.layer_sums)
+
+    # Reading
+
+    def reference_to_generated(
+        self,
+        per: PerAxes = (),
+        *,
+        size: Grid | None = None,
+        votes: Literal["uniform", "mask"] = "uniform",
+        preset: str | Preset = "paper",
+        layer_weighting: LayerWeighting = "paper",
+    ) -> Tensor:
+        """R2G: where on the generated image the reference tokens go (eqs 4-7, 10, 11).
+
+        Under ``preset="official"`` maps are resized bicubic and clamped per head and key before
+        they are averaged. That is exact for one reference token, and for more where the recording
+        kept the keys apart; otherwise, and for mask votes, the mean over keys comes first.
+
+        Args:
+            per: Axes to keep.
+            size: Grid of the result; by default the finest generated grid.
+            votes: Which reference tokens vote: all alike, or by the recorded reference mask.
+            preset: ``"paper"``, ``"official"`` or a :class:`Preset`. Official leaves out the mid
+                block, also from the layer axis.
+            layer_weighting: ``"paper"`` averages layers as they are, so coarse ones weigh more;
+                ``"area"`` multiplies each by its number of cells first.
+
+        Returns:
+            fp32 ``[samples, (time), (layer), (head), *size]``, not normalised.
+
+        Raises:
+            ValueError: If the direction or the mask votes were not recorded, ``per`` keeps heads of
+                layers with different head counts, or an argument is unknown.
+        """
+        if votes not in self.votes:
+            raise ValueError(
+                f"votes must be recorded ones, got {votes!r}; recorded: {', '.join(self.votes)} "
+                "('mask' needs record(reference_mask=...))"
+            )
+        vote = self.votes.index(votes)
+        preset = get_preset(preset)
+
+        def sums(layer: LayerSums) -> Tensor:
+            by_key = layer.reference_to_generated_by_key
+            if preset.clamp_after_grid_resize and votes == "uniform" and by_key is not None:
+                return by_key
+            return recorded(layer, Direction.REFERENCE_TO_GENERATED)[:, :, :, vote, None]
+
+        return self._read(sums, per, size, preset, layer_weighting)
+
+    def generated_to_reference(
+        self,
+        per: PerAxes = (),
+        *,
+        size: Grid | None = None,
+        weights: Literal["uniform", "mask"] = "uniform",
+        preset: str | Preset = "paper",
+        layer_weighting: LayerWeighting = "paper",
+    ) -> Tensor:
+        """G2R: where on the reference image the generated patches look (eqs 12-15, 17).
+
+        Args:
+            per: Axes to keep.
+            size: Grid of the result; by default the finest reference grid.
+            weights: Which generated patches count: all alike, or by the inpainting mask (eq 17).
+            preset: As in :meth:`reference_to_generated`; exact for official where no layer is
+                resized.
+            layer_weighting: As in :meth:`reference_to_generated`.
+
+        Returns:
+            fp32 ``[samples, (time), (layer), (head), *size]``, not normalised.
+
+        Raises:
+            ValueError: If a layer has no reference grid, so that the map does not exist, the
+                direction or the mask weights were not recorded, ``per`` keeps heads of layers with
+                different head counts, or an argument is unknown.
+        """
+        if weights not in ("uniform", "mask"):
+            raise ValueError(f"weights must be 'uniform' or 'mask', got {weights!r}")
+        if weights not in self.rows:
+            raise ValueError(
+                f"weights={weights!r} was not recorded; it needs record(mask=...), "
+                "the inpainting mask"
+            )
+        return self._read_row(weights, per, size, preset, layer_weighting)
+
+    def specific_reference(
+        self,
+        region: str | Patch,
+        per: PerAxes = (),
+        *,
+        size: Grid | None = None,
+        preset: str | Preset = "paper",
+        layer_weighting: LayerWeighting = "paper",
+    ) -> Tensor:
+        """G2R of one region of the generated image: where on the reference it looks (eq 16).
+
+        Args:
+            region: Name of a region, or :class:`Patch`, that was declared before the run.
+            per: Axes to keep.
+            size: Grid of the result; by default the finest reference grid.
+            preset: As in :meth:`generated_to_reference`.
+            layer_weighting: As in :meth:`generated_to_reference`.
+
+        Returns:
+            fp32 ``[samples, (time), (layer), (head), *size]``, not normalised.
+
+        Raises:
+            ValueError: If the region was not declared, or as :meth:`generated_to_reference` does.
+        """
+        if str(region) not in self.regions:
+            known = ", ".join(self.regions) or "none"
+            raise ValueError(
+                f"region must be declared before the run with record(regions=...); "
+                f"declared: {known}; got {region}"
+            )
+        return self._read_row(str(region), per, size, preset, layer_weighting)
+
+    # Subsets, batches, devices
+
+    def select(
+        self,
+        layers: str | Iterable[str] | None = None,
+        samples: int | slice | Sequence[int] | None = None,
+    ) -> "AttributionMaps":
+        """The same maps for some layers and samples only.
+
+        Args:
+            layers: Layer paths or patterns such as ``"up_blocks.*"``; None keeps all. The order of
+                the layers does not change.
+            samples: Index, slice or indices along the sample axis, in the order wanted; None keeps
+                all. The axis stays for a single index too.
+
+        Returns:
+            Maps with copies of the chosen samples; with all samples, memory is shared.
+
+        Raises:
+            ValueError: If a path or pattern matches no layer, or nothing is left.
+            IndexError: If a sample index is out of range.
+        """
+        chosen: Sequence[LayerSums] = self.layer_sums
+        if layers is not None:
+            patterns = [layers] if isinstance(layers, str) else list(layers)
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in self.layers):
+                    raise ValueError(
+                        f"layers must match recorded ones, got {pattern!r}; "
+                        f"recorded: {', '.join(self.layers)}"
+                    )
+            chosen = [
+                layer
+                for layer in chosen
+                if any(fnmatchcase(layer.site.layer, pattern) for pattern in patterns)
+            ]
+            if not chosen:
+                raise ValueError("layers must name at least one layer, got none")
+        if samples is not None:
+            every = range(self.n_samples)
+            if isinstance(samples, slice):
+                wanted = list(every[samples])
+            else:
+                wanted = [every[i] for i in ([samples] if isinstance(samples, int) else samples)]
+            if not wanted:
+                raise ValueError(f"samples must leave at least one of {len(every)}, got {samples}")
+            chosen = apply(lambda sums: sums[wanted], chosen)
+        return self._with(chosen)
+
+    def to(self, device: torch.device | str) -> "AttributionMaps":
+        """The same maps on another device."""
+        return self._with(apply(lambda sums: sums.to(device), self.layer_sums))
+
+    @classmethod
+    def merge(cls, results: Iterable["AttributionMaps"]) -> "AttributionMaps":
+        """The samples of several results, batches of one job say, in one.
+
+        Provenance that all agree on is kept; what differs is listed under ``"merged"``, one entry
+        per result.
+
+        Args:
+            results: At least one result.
+
+        Returns:
+            Maps whose sample axis is the concatenation.
+
+        Raises:
+            ValueError: If `results` is empty, or they differ in layers, grids, heads, time groups,
+                votes, rows, recorded sums or guidance.
+        """
+        results = list(results)
+        if not results:
+            raise ValueError("results must hold at least one AttributionMaps, got none")
+        check_mergeable(results)
+        layers = concatenate([result.layer_sums for result in results])
+        provenance = merge_provenance([result.provenance for result in results])
+        return cls(layers, votes=results[0].votes, rows=results[0].rows, provenance=provenance)
+
+    # Files
+
+    def save(self, path: str | Path) -> None:
+        """Writes one ``.safetensors`` file; see :func:`i2am.attribution.save_maps`."""
+        from i2am.attribution.storage import save_maps
+
+        save_maps(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AttributionMaps":
+        """Reads what :meth:`save` wrote; see :func:`i2am.attribution.load_maps`."""
+        from i2am.attribution.storage import load_maps
+
+        return load_maps(path)
+
+    # Inside
+
+    def __repr__(self) -> str:
+        sums = [held for layer in self.layer_sums for held in tensors(layer).values()]
+        mebibytes = sum(held.nbytes for held in sums) / 2**20
+        lines = [
+            f"AttributionMaps: {_count(self.n_samples, 'sample')}, "
+            f"{_count(self.time_groups, 'time group')}, {_count(len(self.layers), 'layer')}, "
+            f"{mebibytes:.1f} MiB, guidance {self.provenance.get('guidance', 'unknown')}",
+            f"  directions: {', '.join(self.directions)}",
+            f"  votes: {', '.join(self.votes)}; rows: {', '.join(self.rows)}",
+        ]
+        for layer in self.layer_sums:
+            site = layer.site
+            if site.reference_grid is None:
+                reference = _count(site.reference_tokens, "token")
+            else:
+                reference = _by(site.reference_grid)
+            lines.append(
+                f"  {site.layer}: {_by(site.generated_grid)} from {reference}, "
+                f"{_count(site.heads, 'head')}{'' if site.causal else ', causal=False'}"
+            )
+        return "\n".join(lines)
+
+    def _read_row(
+        self,
+        row: str,
+        per: PerAxes,
+        size: Grid | None,
+        preset: str | Preset,
+        layer_weighting: LayerWeighting,
+    ) -> Tensor:
+        index = self.rows.index(row)
+        preset = get_preset(preset)
+        gridless = [
+            layer.site.layer
+            for layer in layers_of(self.layer_sums, preset)
+            if layer.site.reference_grid is None
+        ]
+        if gridless:
+            raise ValueError(
+                "generated_to_reference does not exist for layers without a reference grid (a "
+                f"single reference token, say): {', '.join(gridless)}; choose others with "
+                "select(layers=...)"
+            )
+
+        def sums(layer: LayerSums) -> Tensor:
+            return recorded(layer, Direction.GENERATED_TO_REFERENCE)[:, :, :, index, None]
+
+        return self._read(sums, per, size, preset, layer_weighting)
+
+    def _read(
+        self,
+        sums: Callable[[LayerSums], Tensor],
+        per: PerAxes,
+        size: Grid | None,
+        preset: Preset,
+        layer_weighting: LayerWeighting,
+    ) -> Tensor:
+        return reduce_layers(
+            [sums(layer) for layer in layers_of(self.layer_sums, preset)],
+            per=kept_axes(per),
+            size=size,
+            preset=preset,
+            layer_weighting=layer_weighting,
+        )
+
+    def _with(self, layers: Sequence[LayerSums]) -> "AttributionMaps":
+        return type(self)(layers, votes=self.votes, rows=self.rows, provenance=self.provenance)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _by(grid: Grid) -> str:
+    return f"{grid[0]}x{grid[1]}"

@@ -1,0 +1,77 @@
+"""Where the paper and its published code disagree: one named switch each."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from i2am.attribution.grid import ResizeMode
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One choice per switch; build your own with ``dataclasses.replace(PAPER, mid_block=False)``.
+
+    Some switches belong to the recording and cannot be changed when maps are read: the published
+    code lets prefix tokens (CLS) vote in R2G, which needs a recording whose votes include them. It
+    also reads StableVITON's G2R from one warp block only: ``maps.select(layers=...)``.
+
+    Attributes:
+        name: What the preset is called.
+        grid_resize: How maps are resized from a layer's grid to the common one.
+        clamp_after_grid_resize: Clamp at 0 after that, per head and key and before any mean over
+            them; not linear, so the exact result needs sums kept per head and key.
+        mid_block: Whether layers of the middle block count.
+        invert_single_token: Draw and score ``1 - map`` for R2G of layers with one reference token.
+        query_mask: Weight the generated patches of IMACS_r by the inpainting mask (eq 17).
+        reference_mask_product: Multiply G2R maps by the reference mask before normalising.
+        normalisations: Min-max once, on the grid, or twice, on the grid and again on pixels. Once,
+            what bicubic resizing pushes outside [0, 1] is clamped.
+        reference_epsilon: Added to the denominators of IMACS_r.
+    """
+
+    name: str
+    grid_resize: ResizeMode
+    clamp_after_grid_resize: bool
+    mid_block: bool
+    invert_single_token: bool
+    query_mask: bool
+    reference_mask_product: bool
+    normalisations: Literal[1, 2]
+    reference_epsilon: float
+
+
+PAPER = Preset(
+    name="paper",
+    grid_resize="bilinear",
+    clamp_after_grid_resize=False,
+    mid_block=True,
+    invert_single_token=False,
+    query_mask=True,
+    reference_mask_product=False,
+    normalisations=1,
+    reference_epsilon=0.0,
+)
+OFFICIAL = Preset(
+    name="official",
+    grid_resize="bicubic",
+    clamp_after_grid_resize=True,
+    mid_block=False,
+    invert_single_token=True,
+    query_mask=False,
+    reference_mask_product=True,
+    normalisations=2,
+    reference_epsilon=1e-8,
+)
+
+
+def get_preset(preset: str | Preset) -> Preset:
+    """The preset of that name; a :class:`Preset` is returned as it is.
+
+    Raises:
+        ValueError: If no preset has that name.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    for known in (PAPER, OFFICIAL):
+        if preset == known.name:
+            return known
+    raise ValueError(f"preset must be 'paper', 'official' or a Preset, got {preset!r}")

@@ -1,0 +1,115 @@
+"""Reduces per-layer sums to one map tensor: which axes stay, which are averaged, on which grid."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from i2am.attribution.accumulator import LayerSums
+from i2am.attribution.grid import Grid, resize
+from i2am.attribution.presets import Preset
+
+Axis = Literal["time", "layer", "head"]
+LayerWeighting = Literal["paper", "area"]
+
+AXES: tuple[Axis, ...] = ("time", "layer", "head")
+
+
+def kept_axes(per: str | Iterable[str]) -> frozenset[str]:
+    """The axes named by `per`.
+
+    Raises:
+        ValueError: If a name is not "time", "layer" or "head".
+    """
+    names = frozenset([per] if isinstance(per, str) else per)
+    unknown = sorted(names.difference(AXES))
+    if unknown:
+        raise ValueError(f"per must name some of time, layer, head, got {', '.join(unknown)}")
+    return names
+
+
+def layers_of(layers: Sequence[LayerSums], preset: Preset) -> list[LayerSums]:
+    """The layers that count under a preset, in order.
+
+    Raises:
+        ValueError: If none does.
+    """
+    counted = [
+        layer
+        for layer in layers
+        if preset.mid_block or not {"mid_block", "middle_block"} & {*layer.site.layer.split(".")}
+    ]
+    if not counted:
+        raise ValueError(
+            f"preset {preset.name!r} leaves out the mid block, and every layer here is in it"
+        )
+    return counted
+
+
+def reduce_layers(
+    sums: Sequence[Tensor],
+    *,
+    per: frozenset[str],
+    size: Grid | None,
+    preset: Preset,
+    layer_weighting: LayerWeighting = "paper",
+) -> Tensor:
+    """Sums over time, resizes, and averages over keys, heads and layers, keeping the axes in `per`.
+
+    Args:
+        sums: One fp32 ``[samples, time groups, heads, keys, height, width]`` per layer; the keys
+            axis has length 1 where the mean over keys was taken while recording.
+        per: Axes to keep.
+        size: Grid of the result, by default the largest of the layers'.
+        preset: Says how to resize.
+        layer_weighting: ``"area"`` multiplies each layer by its number of cells.
+
+    Returns:
+        fp32 ``[samples, (time), (layer), (head), *size]``.
+
+    Raises:
+        ValueError: If heads are kept and the layers differ in how many they have, or
+            `layer_weighting` is unknown.
+    """
+    if layer_weighting not in ("paper", "area"):
+        raise ValueError(f"layer_weighting must be 'paper' or 'area', got {layer_weighting!r}")
+    head_counts = sorted({layer.shape[2] for layer in sums})
+    if "head" in per and len(head_counts) > 1:
+        raise ValueError(
+            f"per='head' needs layers with one head count, got {_words(head_counts)}; "
+            "read per='layer', or choose layers with select(layers=...)"
+        )
+    if size is None:
+        size = max(
+            ((layer.shape[-2], layer.shape[-1]) for layer in sums), key=lambda g: g[0] * g[1]
+        )
+
+    # nonlinear resizing needs the heads apart, and keeping them apart until the end as well repeats
+    # the published order of fp32 additions
+    apart = "head" in per or (preset.clamp_after_grid_resize and len(head_counts) == 1)
+    maps = []
+    for layer in sums:
+        height, width = layer.shape[-2:]
+        if "time" not in per:
+            layer = layer.sum(1, keepdim=True)
+        if not preset.clamp_after_grid_resize and "head" not in per:
+            layer = layer.mean(2, keepdim=True)
+        if layer_weighting == "area":
+            layer = layer * (height * width)
+        layer = resize(layer, size, mode=preset.grid_resize)
+        if preset.clamp_after_grid_resize:
+            layer = layer.clamp(min=0)
+        # keys last in memory, as published: the order of fp32 additions is part of parity
+        layer = layer.movedim(3, -1).contiguous().mean(-1)
+        maps.append(layer if apart else layer.mean(2, keepdim=True))
+
+    # [samples, time, layer, head, height, width]
+    result = torch.stack(maps, dim=2)
+    if averaged := [axis for axis in ("layer", "head") if axis not in per]:
+        result = result.mean([AXES.index(axis) + 1 for axis in averaged], keepdim=True)
+    return result.squeeze([i for i, axis in enumerate(AXES, start=1) if axis not in per])
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
