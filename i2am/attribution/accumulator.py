@@ -45,7 +45,7 @@ class LayerSums:
     """``[samples, time_groups, heads, rows, h_I, w_I]``: reference tokens only, while ``P`` is
     normalised over all keys; ``None`` without a reference grid."""
     reference_to_generated_by_key: Tensor | None = None
-    """``[samples, time_groups, heads, keys, h, w]``: ``C`` of each key, on request only."""
+    """``[samples, time_groups, heads, voters, h, w]``: ``C`` of each voter, on request only."""
 
 
 @dataclass
@@ -56,15 +56,16 @@ class _Layer:
     query_weights: Tensor  # [B or 1, R, M]
     r2g: Tensor | None  # [B, T, H, U, M]
     g2r: Tensor | None  # [B, T, H, R, N]
+    voters: slice | Tensor
+    by_key: Tensor | None  # [B, T, H, M, voters]
 
 
 class Accumulator:
     """Sums of both directions for any number of layers.
 
-    The batch of a call either is the samples, or, with ``unresolved=True``, holds rows whose meaning
-    is not known yet (guidance halves come in an order and number that only the scheduler reveals).
-    Then every mask of a batch is recorded against every row, and :meth:`resolve` keeps the right
-    ones.
+    The batch of a call is the samples or, with ``unresolved=True``, rows whose meaning is not known
+    yet (the number of guidance halves shows only at the scheduler's step). Then every mask of a
+    batch is recorded against every row, and :meth:`resolve` keeps the right ones.
 
     Args:
         time_groups: Number of groups, at least 1.
@@ -73,12 +74,14 @@ class Accumulator:
         mask: Inpainting mask over the generated image, ``[height, width]`` or ``[batch, height,
             width]`` in [0, 1]: adds the row ``"mask"`` (paper eq 17, ``x[i] / (h w)``).
         reference_mask: Mask over the reference image, likewise: adds the votes ``"mask"``.
-        keep_keys: Also keep ``C`` per key: memory O(seqlen_q * seqlen_k), for parity checks only.
+        keep_keys: Also keep ``C`` of each voting key, computed as published code does it: memory
+            O(seqlen_q * seqlen_k), for parity checks only.
         impl: Implementation of the statistics; see :mod:`i2am.kernels`.
         unresolved: See above.
 
     Raises:
-        ValueError: ``time_groups`` is below 1, no direction is given, or a region has a reserved name.
+        ValueError: ``time_groups`` is below 1, no direction is given, a region has a reserved name,
+            or a mask is not ``[(batch,) height, width]`` or is 0 everywhere.
     """
 
     def __init__(
@@ -182,6 +185,9 @@ class Accumulator:
             query_lse=query_lse,
             impl=self.impl,
         )
+        if layer.by_key is not None:
+            over_queries = _softmax_over_queries(query, key, scale, bias)
+            layer.by_key[:, group] += over_queries[..., layer.voters]
 
     def resolve(self, rows: slice) -> "Accumulator":
         """The rows of an unresolved recording that are samples, each with its own masks."""
@@ -205,6 +211,8 @@ class Accumulator:
                 _own_mask(layer.query_weights[:, :, None], self.mask, samples, 1)[:, :, 0],
                 None if r2g is None else _own_mask(r2g, self.reference_mask, samples, 3).clone(),
                 None if g2r is None else _own_mask(g2r, self.mask, samples, 3).clone(),
+                layer.voters,
+                None if layer.by_key is None else layer.by_key[rows].clone(),
             )
         return resolved
 
@@ -214,12 +222,11 @@ class Accumulator:
 
     def _sums(self, layer: _Layer) -> LayerSums:
         generated = layer.site.generated_grid
-        r2g, g2r, by_key = layer.r2g, layer.g2r, None
+        r2g, g2r, by_key = layer.r2g, layer.g2r, layer.by_key
         if r2g is not None:
-            n_votes = len(self.votes)
-            if self.keep_keys:
-                by_key = r2g[:, :, :, n_votes:].unflatten(-1, generated)
-            r2g = r2g[:, :, :, :n_votes].unflatten(-1, generated)
+            r2g = r2g.unflatten(-1, generated)
+        if by_key is not None:
+            by_key = by_key.mT.unflatten(-1, generated)
         if g2r is not None and layer.site.reference_grid is not None:
             g2r = g2r[..., layer.reference].unflatten(-1, layer.site.reference_grid)
         return LayerSums(layer.site, r2g, g2r, by_key)
@@ -252,11 +259,17 @@ class Accumulator:
             key_weights = self._votes(site, seqlen_k, reference, voters, batch)
             query_weights = self._rows(site, batch)
             shape = (batch, self.time_groups, heads)
-            r2g = g2r = None
+            r2g = g2r = by_key = None
+            voters = reference if voters is None else voters
             if Direction.REFERENCE_TO_GENERATED in self.directions:
                 r2g = torch.zeros(
                     *shape, key_weights.shape[1], seqlen_q, dtype=statistics, device=query.device
                 )
+                if self.keep_keys:
+                    n_voters = len(torch.arange(seqlen_k)[voters])
+                    by_key = torch.zeros(
+                        *shape, seqlen_q, n_voters, dtype=statistics, device=query.device
+                    )
             if Direction.GENERATED_TO_REFERENCE in self.directions and grid is not None:
                 g2r = torch.zeros(
                     *shape, query_weights.shape[1], seqlen_k, dtype=statistics, device=query.device
@@ -268,6 +281,8 @@ class Accumulator:
                 query_weights.to(query.device, statistics),
                 r2g,
                 g2r,
+                voters,
+                by_key,
             )
 
     def _votes(
@@ -290,8 +305,6 @@ class Accumulator:
             masked = torch.zeros(len(inside), 1, seqlen_k)
             masked[..., reference] = (inside / inside.sum(-1, keepdim=True))[:, None]
             votes.append(self._per_sample(masked, batch))
-        if self.keep_keys:
-            votes.append(torch.eye(seqlen_k)[None])
         return _stack(votes)
 
     def _rows(self, site: AttentionSite, batch: int) -> Tensor:
@@ -322,6 +335,22 @@ def _as_batch(name: str, mask: Tensor | None) -> Tensor | None:
     if bool((mask.flatten(1).amax(1) <= 0).any()):
         raise ValueError(f"{name} must cover something, got one that is 0 everywhere")
     return mask
+
+
+def _softmax_over_queries(
+    query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None
+) -> Tensor:
+    """``C`` ``[batch, heads, seqlen_q, seqlen_k]`` in the published order of fp32 operations."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(compute) @ key.to(compute).mT
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None and bias.dtype == torch.bool:
+        scores = scores.masked_fill(~bias, -torch.inf)
+    elif bias is not None:
+        scores = scores + bias
+    # a key that no query may attend to spreads nothing: its softmax would be NaN
+    unseen = scores.isneginf().all(-2, keepdim=True)
+    return scores.softmax(-2).masked_fill(unseen, 0)
 
 
 def _mask_of_sample(masks: int, samples: int) -> Tensor:

@@ -1,0 +1,5 @@
+"""Recording diffusers: the only room that knows its processors, schedulers and pipelines."""
+
+from i2am.adapters.recorder import Recorder, record
+
+__all__ = ["Recorder", "record"]

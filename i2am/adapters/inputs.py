@@ -1,0 +1,100 @@
+"""What a caller may hand to ``record()``: pipelines, denoisers, masks; what is known of them."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from i2am.layouts.token_layout import TokenLayout
+
+
+def find_denoiser(pipe_or_denoiser: Any) -> tuple[nn.Module, Any | None]:
+    """The UNet or transformer, and the pipeline's scheduler if there is one.
+
+    Raises:
+        TypeError: There is neither.
+        NotImplementedError: The denoiser is sharded over devices.
+    """
+    scheduler = None
+    if isinstance(pipe_or_denoiser, nn.Module):
+        denoiser = pipe_or_denoiser
+    else:
+        components = getattr(pipe_or_denoiser, "components", None) or {}
+        found = [components.get(name) for name in ("unet", "transformer")]
+        found = [component for component in found if component is not None]
+        if not found:
+            raise TypeError(
+                "pipe_or_denoiser must be a diffusers pipeline with a unet or transformer, or that "
+                f"module itself, got {type(pipe_or_denoiser).__name__}"
+            )
+        denoiser, scheduler = found[0], components.get("scheduler")
+    if getattr(denoiser, "_parallel_config", None) is not None:
+        raise NotImplementedError(
+            "recording a denoiser with context or tensor parallelism is not supported"
+        )
+    return denoiser, scheduler
+
+
+def find_layout(pipe_or_denoiser: Any, denoiser: nn.Module) -> TokenLayout:
+    """The layout a pipeline declares, or that its components imply.
+
+    Raises:
+        ValueError: None is known.
+    """
+    declared = getattr(pipe_or_denoiser, "attribution_layout", None)
+    if declared is not None:
+        layout: TokenLayout = declared()
+        return layout
+    projections = getattr(
+        getattr(denoiser, "encoder_hid_proj", None), "image_projection_layers", ()
+    )
+    for projection in projections:
+        # only this variant keeps the patches of its encoder apart
+        encoder = getattr(pipe_or_denoiser, "image_encoder", None)
+        if type(projection).__name__ == "IPAdapterFullImageProjection" and encoder is not None:
+            side = encoder.config.image_size // encoder.config.patch_size
+            return TokenLayout.ip_adapter((side, side), prefix=1)
+        return TokenLayout.ip_adapter()
+    if type(pipe_or_denoiser).__name__ == "PaintByExamplePipeline":
+        return TokenLayout.single_token()
+    raise ValueError(
+        f"layout must be given for {type(pipe_or_denoiser).__name__}, whose reference tokens are "
+        "not known; for instance layout=TokenLayout.cross_attention(grid=(16, 16), prefix=1)"
+    )
+
+
+def as_mask(name: str, mask: Any) -> Tensor | None:
+    """A mask from a tensor, an array or a PIL image, fp32 in [0, 1].
+
+    Raises:
+        ValueError: Its values lie outside [0, 1] (uint8: [0, 255]), or it has colour channels.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        if hasattr(mask, "convert"):  # a PIL image
+            mask = mask.convert("L")
+        mask = torch.from_numpy(np.array(mask))
+    if mask.ndim == 4 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    values = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
+    # written so that NaN fails too
+    if values.ndim not in (2, 3) or not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(
+            f"{name} must be [height, width] or [batch, height, width] in [0, 1], got "
+            f"{list(values.shape)} from {values.min():.3g} to {values.max():.3g}"
+        )
+    return values
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    found = {}
+    for package in ("i2am", "torch", "diffusers", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,58 @@
+"""UNet cross-attention: queries on the level's grid, keys made of the reference alone."""
+
+from typing import Any
+
+from i2am.attribution.grid import Grid
+from i2am.layouts.token_layout import AttentionCall, Frame, Resolved, TokenLayout, Tokens
+
+
+def generated_tokens(call: AttentionCall, frame: Frame) -> Tokens | None:
+    """All queries, on the grid of the UNet level that has that many tokens."""
+    grid = frame.level_grid(call.seqlen_q)
+    return None if grid is None else Tokens(0, call.seqlen_q, grid)
+
+
+def patch_tokens(grid: Grid, prefix: int, **options: Any) -> TokenLayout:
+    """See :meth:`TokenLayout.cross_attention`."""
+    expected = prefix + grid[0] * grid[1]
+
+    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
+        if call.seqlen_k != expected:
+            raise ValueError(
+                f"layout expects {prefix} + {grid[0]}x{grid[1]} = {expected} reference tokens, "
+                f"got {call.seqlen_k} keys in {call.layer}"
+            )
+        generated = generated_tokens(call, frame)
+        reference = Tokens(prefix, expected - prefix, grid)
+        return None if generated is None else (generated, reference)
+
+    return TokenLayout(f"cross_attention {grid[0]}x{grid[1]}", resolve, **options)
+
+
+def single_token(**options: Any) -> TokenLayout:
+    """See :meth:`TokenLayout.single_token`."""
+
+    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
+        if call.seqlen_k != 1:
+            raise ValueError(
+                f"layout expects a single reference token, got {call.seqlen_k} keys in {call.layer}"
+            )
+        generated = generated_tokens(call, frame)
+        return None if generated is None else (generated, Tokens(0, 1))
+
+    return TokenLayout("single_token", resolve, **options)
+
+
+def same_grid(layers: str, **options: Any) -> TokenLayout:
+    """See :meth:`TokenLayout.same_grid`."""
+
+    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
+        if call.seqlen_k != call.seqlen_q:
+            raise ValueError(
+                f"layout expects as many keys as queries, got {call.seqlen_k} and "
+                f"{call.seqlen_q} in {call.layer}"
+            )
+        generated = generated_tokens(call, frame)
+        return None if generated is None else (generated, generated)
+
+    return TokenLayout("same_grid", resolve, layers=layers, **options)

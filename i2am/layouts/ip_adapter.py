@@ -1,0 +1,38 @@
+"""IP-Adapter: a second attention over image tokens beside the one over the text."""
+
+from typing import Any
+
+from i2am.attribution.grid import Grid
+from i2am.layouts.cross_attention import generated_tokens
+from i2am.layouts.token_layout import AttentionCall, Frame, Resolved, TokenLayout, Tokens
+
+
+def image_branch(
+    grid: Grid | None, prefix: int, *, adapter: int = 0, image: int = 0, **options: Any
+) -> TokenLayout:
+    """See :meth:`TokenLayout.ip_adapter`.
+
+    The text is attention call 0 of a layer; the branches of the adapters follow in order. Several
+    images of one adapter lie one after the other in its keys (with masks they are calls of their
+    own: choose them by ``adapter``, counting calls).
+    """
+    patches = None if grid is None else grid[0] * grid[1]
+
+    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
+        if call.call_index != 1 + adapter:
+            return None
+        generated = generated_tokens(call, frame)
+        if generated is None:
+            return None
+        if patches is None:
+            return generated, Tokens(0, call.seqlen_k)
+        start = image * (prefix + patches) + prefix
+        if start + patches > call.seqlen_k or call.seqlen_k % (prefix + patches):
+            raise ValueError(
+                f"layout expects images of {prefix} + {patches} tokens and image {image} among "
+                f"them, got {call.seqlen_k} keys in {call.layer}"
+            )
+        return generated, Tokens(start, patches, grid)
+
+    where = "tokens" if grid is None else f"{grid[0]}x{grid[1]}"
+    return TokenLayout(f"ip_adapter {where}", resolve, **options)

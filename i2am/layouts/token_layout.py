@@ -1,0 +1,191 @@
+"""Which tokens of an attention call are the generated and the reference image's.
+
+A layout is all that distinguishes one model family from another. It answers, for a call of a layer,
+with two token ranges: rectangles of row-major grids inside the query and the key sequence. Families
+are small functions in this package; a new one needs no other change.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from i2am.attribution.grid import Grid
+
+CONDITIONAL = "conditional"
+UNCONDITIONAL = "unconditional"
+
+CROSS_ATTENTION_LAYERS = r"transformer_blocks\.\d+\.attn2$"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Consecutive tokens of a sequence and what they show.
+
+    Args:
+        start: Index of the first token.
+        length: Number of tokens.
+        grid: ``(height, width)`` of the row-major grid they form, ``None`` if they have no place.
+        box: ``(top, left, height, width)``: the rectangle of ``grid`` that is meant, default all.
+
+    Raises:
+        ValueError: The grid does not hold ``length`` tokens, or the box leaves it.
+    """
+
+    start: int
+    length: int
+    grid: Grid | None = None
+    box: tuple[int, int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.grid is not None and self.grid[0] * self.grid[1] != self.length:
+            raise ValueError(
+                f"grid must hold {self.length} tokens, got {self.grid[0]}x{self.grid[1]}"
+            )
+        if self.box is not None:
+            top, left, height, width = self.box
+            inside = self.grid is not None and top >= 0 and left >= 0 and min(height, width) >= 1
+            if not inside or top + height > self.grid[0] or left + width > self.grid[1]:  # type: ignore[index]
+                raise ValueError(f"box must lie inside grid {self.grid}, got {self.box}")
+
+    @property
+    def size(self) -> Grid | None:
+        """Grid of the tokens that are meant."""
+        return self.grid if self.box is None else self.box[2:]
+
+    @property
+    def count(self) -> int:
+        """Number of tokens that are meant."""
+        return self.length if self.box is None else self.box[2] * self.box[3]
+
+    @cached_property
+    def index(self) -> slice | Tensor:
+        """Where they are in the sequence: a slice wherever they are consecutive."""
+        if self.box is None or self.grid is None:
+            return slice(self.start, self.start + self.length)
+        top, left, height, width = self.box
+        if width == self.grid[1]:
+            first = self.start + top * width
+            return slice(first, first + height * width)
+        rows = torch.arange(top, top + height)[:, None] * self.grid[1]
+        return (self.start + rows + torch.arange(left, left + width)).flatten()
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention function, as the layout sees it."""
+
+    layer: str
+    """Path of the attention module in the denoiser."""
+    call_index: int
+    """0-based index among the attention calls of one invocation of the layer."""
+    seqlen_q: int
+    seqlen_k: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What one call of the denoiser was given."""
+
+    size: Grid
+    """Height and width of its input."""
+    arguments: dict[str, object] = field(default_factory=dict, compare=False)
+
+    def level_grid(self, tokens: int) -> Grid | None:
+        """The grid of a UNet level with that many tokens, ``None`` if no level has.
+
+        Strided convolutions halve with rounding up; some configurations round down, which is tried
+        where the first finds nothing. Never a square root: grids may have any shape.
+        """
+        for halve in (lambda n: (n + 1) // 2, lambda n: max(n // 2, 1)):
+            height, width = self.size
+            while height * width >= tokens:
+                if height * width == tokens:
+                    return height, width
+                if height == width == 1:
+                    break
+                height, width = halve(height), halve(width)
+        return None
+
+
+Resolved = tuple[Tokens, Tokens]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Generated and reference tokens of every recorded attention call of a model family.
+
+    Args:
+        name: Family name, kept with the result.
+        resolve: ``(call, frame) -> (generated, reference)`` token ranges of the query and the key
+            sequence; ``None`` for a call that is not to be recorded.
+        layers: Regular expression searched in the paths of the attention modules.
+        guidance_order: Order of the classifier-free guidance parts in one batch.
+        prefix_votes: Let all keys of the call, prefix tokens included, share the uniform R2G vote
+            (preset ``official``) instead of the reference tokens alone.
+
+    Raises:
+        ValueError: ``guidance_order`` does not contain ``"conditional"``.
+    """
+
+    name: str
+    resolve: Callable[[AttentionCall, Frame], Resolved | None]
+    layers: str = CROSS_ATTENTION_LAYERS
+    guidance_order: tuple[str, ...] = (UNCONDITIONAL, CONDITIONAL)
+    prefix_votes: bool = False
+
+    def __post_init__(self) -> None:
+        if CONDITIONAL not in self.guidance_order:
+            raise ValueError(
+                f"guidance_order must contain {CONDITIONAL!r}, got {self.guidance_order}"
+            )
+
+    def matches(self, layer: str) -> bool:
+        """Whether the layer of that path is recorded."""
+        return re.search(self.layers, layer) is not None
+
+    @staticmethod
+    def cross_attention(grid: Grid, prefix: int = 1, **options: Any) -> "TokenLayout":
+        """Keys are ``prefix`` tokens (CLS, registers) and then the reference patches of ``grid``.
+
+        Args:
+            grid: ``(height, width)`` of the reference patches.
+            prefix: Tokens before them.
+            **options: ``layers``, ``guidance_order``, ``prefix_votes`` of :class:`TokenLayout`.
+        """
+        from i2am.layouts.cross_attention import patch_tokens
+
+        return patch_tokens(grid, prefix, **options)
+
+    @staticmethod
+    def single_token(**options: Any) -> "TokenLayout":
+        """One reference token per layer (Paint-by-Example, DCI-VTON): R2G only, not causal."""
+        from i2am.layouts.cross_attention import single_token
+
+        return single_token(**options)
+
+    @staticmethod
+    def same_grid(layers: str = CROSS_ATTENTION_LAYERS, **options: Any) -> "TokenLayout":
+        """Keys are a feature map on the query's own grid (StableVITON's warp blocks)."""
+        from i2am.layouts.cross_attention import same_grid
+
+        return same_grid(layers, **options)
+
+    @staticmethod
+    def ip_adapter(grid: Grid | None = None, prefix: int = 0, **options: Any) -> "TokenLayout":
+        """The image branch of IP-Adapter cross-attention.
+
+        Args:
+            grid: Patch grid of the Full variants (then usually ``(16, 16)`` with ``prefix=1``);
+                ``None`` for the base, Plus and FaceID variants, whose tokens have no place.
+            prefix: Tokens before the patches.
+            **options: ``adapter`` and ``image`` (0-based) choose among several; and those of
+                :class:`TokenLayout`.
+        """
+        from i2am.layouts.ip_adapter import image_branch
+
+        return image_branch(grid, prefix, **options)
