@@ -1,0 +1,127 @@
+"""The ``i2am`` command: its subcommands, signals, messages and exit codes.
+
+Results go to stdout, everything else to stderr. Nothing heavy is imported before a subcommand runs.
+"""
+
+import logging
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import click
+
+import i2am
+from i2am.cli.demo import demo
+from i2am.cli.errors import CommandError, ExitCode, Terminated
+from i2am.cli.record import record
+
+log = logging.getLogger("i2am")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(i2am.__version__, prog_name="i2am")
+def app() -> None:
+    """Record which parts of a reference image a diffusion model used, and where."""
+
+
+app.add_command(record)
+app.add_command(demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code, one of `ExitCode`. Errors were written to stderr, one sentence each.
+    """
+    with _messages(), _stop_signals():
+        try:
+            code = app.main(argv, prog_name="i2am", standalone_mode=False)
+            return code if isinstance(code, int) else ExitCode.DONE
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "i2am"
+            return _fail(ExitCode.USAGE, f"{error.format_message()} See '{command} --help'.")
+        except (KeyboardInterrupt, click.Abort):
+            return _fail(ExitCode.INTERRUPTED, "interrupted; nothing was written")
+        except Terminated:
+            return _fail(ExitCode.TERMINATED, "terminated; nothing was written")
+        except CommandError as error:
+            return _fail(error.code, str(error))
+        except OSError as error:
+            return _fail(ExitCode.IO, str(error))
+        except Exception as error:
+            if _out_of_memory(error):
+                return _fail(
+                    ExitCode.REJECTED,
+                    "out of memory; ask for fewer regions or time groups, or a smaller --size",
+                )
+            return _fail(ExitCode.UNEXPECTED, f"unexpected {type(error).__name__}: {error}")
+
+
+def _fail(code: ExitCode, message: str) -> int:
+    if log.isEnabledFor(logging.DEBUG) and code != ExitCode.USAGE:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch says it as RuntimeError, with a class of its own on GPUs only
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Our log and Python's warnings as plain lines on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain())
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: log.warning("%s", message)
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"{record.levelname.lower()}: " if record.levelno != logging.INFO else ""
+        return prefix + super().format(record)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM unwind the stack once, so that partial results are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # the second one kills at once
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,127 @@
+"""How much memory a recording will take, and how much there is."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from i2am.attribution import AttributionMaps
+from i2am.cli.errors import InputRejected
+from i2am.kernels.streaming import TILE_ELEMENTS
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one recording, beside the model's own memory.
+
+    Attributes:
+        layers: Number of layers recorded.
+        stays: Sums that stay after the run, all recorded halves of guidance together.
+        transient: What the run needs on top: sums of both halves of guidance before it is known
+            which is which, and one tile of attention.
+        images: Pixels of the generated and the given images, decoded.
+        available: Free memory of the device, None where it cannot be told.
+    """
+
+    layers: int
+    stays: int
+    transient: int
+    images: int
+    available: int | None
+
+    def check(self) -> None:
+        """Refuse a recording that does not fit.
+
+        Raises:
+            InputRejected: Less is available than is needed.
+        """
+        needed = self.stays + self.transient + self.images
+        if self.available is not None and needed > self.available:
+            raise InputRejected(
+                f"not enough memory: the maps need about {_size(needed)} "
+                f"({_size(self.stays)} that stay, {_size(self.transient)} during the run), "
+                f"{_size(self.available)} are available; ask for fewer regions or time groups"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, in bytes."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        available = "unknown" if self.available is None else _size(self.available)
+        return "\n".join(
+            [
+                f"maps that stay      {_size(self.stays)} in {self.layers} layers",
+                f"during the run      {_size(self.transient)} more",
+                f"images              {_size(self.images)}",
+                f"memory available    {available}",
+                "nothing was written",
+            ]
+        )
+
+
+def estimate(
+    probe: AttributionMaps,
+    *,
+    time_groups: int,
+    votes: int,
+    rows: int,
+    branches: int,
+    guided: bool,
+    pixels: int,
+    device: torch.device,
+) -> Estimate:
+    """Scale the sums of a probe to a whole recording.
+
+    Args:
+        probe: Maps of the same model at the same size, one sample, whatever their rows.
+        time_groups: Time groups of the recording.
+        votes: Vote vectors of R2G.
+        rows: Weight rows of G2R.
+        branches: Halves of guidance that are kept.
+        guided: Whether the model evaluates both halves.
+        pixels: Pixels of all images together.
+        device: Where the sums live.
+    """
+    stays = 0
+    for layer in probe.layer_sums:
+        height, width = layer.site.generated_grid
+        values = votes * height * width
+        if layer.generated_to_reference is not None:
+            values += rows * layer.site.reference_tokens
+        stays += 4 * time_groups * layer.site.heads * values
+    halves = 2 if guided else 1
+    tile = 0 if device.type == "cuda" else 4 * TILE_ELEMENTS
+    return Estimate(
+        layers=len(probe.layer_sums),
+        stays=branches * stays,
+        transient=halves * stays + tile,
+        images=3 * pixels,
+        available=available_memory(device),
+    )
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device, None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if _MEMINFO.is_file():
+        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
+            name, _, amount = line.partition(":")
+            if name == "MemAvailable":
+                return int(amount.split()[0]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _size(count: int) -> str:
+    for unit, shift in (("GiB", 30), ("MiB", 20)):
+        if count >= 1 << shift:
+            return f"{count / (1 << shift):.1f} {unit}"
+    return f"{count / 1024:.1f} KiB"

@@ -1,0 +1,224 @@
+"""The picture files of one recording: which maps, over which image, under which title."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from i2am.attribution import AttributionMaps, get_preset, picture
+from i2am.attribution.postprocess import is_constant
+from i2am.attribution.reading import layers_of
+from i2am.cli.settings import Box, Inputs
+from i2am.plots import contact_sheet, overlay
+
+SIDE = 288
+"""Longer side of a picture in a sheet, in pixels."""
+
+_VOTES = {
+    "uniform": "R2G: every reference token votes",
+    "mask": "R2G: only tokens in the reference mask vote",
+}
+_ROWS = {"uniform": "G2R: all generated patches", "mask": "G2R: only patches in the mask"}
+_SCALE = "Every map has its own scale from 0 to 1; values up to 0.4 are left out."
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the maps are drawn over, and what to say about them.
+
+    Attributes:
+        inputs: The images the run was given.
+        generated: The image it made.
+        boxes: The regions asked for, in pixels of the person.
+        steps: Denoising steps of the run.
+        preset: How maps are read and drawn, "paper" or "official".
+        caption: What made the image; begins the heading of every sheet.
+    """
+
+    inputs: Inputs
+    generated: Image.Image
+    boxes: tuple[Box, ...]
+    steps: int
+    preset: str
+    caption: str
+
+
+class Tile(NamedTuple):
+    """A picture in a sheet."""
+
+    title: str
+    pixels: NDArray[np.uint8]
+
+
+class Sheet(NamedTuple):
+    """A picture file."""
+
+    name: str
+    heading: str
+    tiles: list[Tile]
+    columns: int
+
+
+def draw(folder: Path, maps: AttributionMaps, scene: Scene, *, suffix: str = "") -> list[str]:
+    """Write every sheet that the maps allow.
+
+    Args:
+        folder: Where to write.
+        maps: One sample or more; the first is drawn.
+        scene: Images and texts.
+        suffix: Put behind the name of every file.
+
+    Returns:
+        Names of the files, in the order to look at them.
+    """
+    written = []
+    for sheet in _sheets(_Reader(maps.select(samples=[0]), scene), scene):
+        pixels = contact_sheet(
+            [tile.pixels for tile in sheet.tiles],
+            [tile.title for tile in sheet.tiles],
+            columns=sheet.columns,
+            heading=f"{scene.caption}. {sheet.heading}",
+        )
+        written.append(f"{sheet.name}{suffix}.png")
+        Image.fromarray(pixels).save(folder / written[-1])
+    return written
+
+
+def _sheets(read: "_Reader", scene: Scene) -> Iterator[Sheet]:
+    inputs = scene.inputs
+    person, mask, reference, generated = (
+        Tile("person", _shown(inputs.person)),
+        Tile("mask: white is painted anew", _shown(inputs.mask)),
+        Tile("reference", _shown(inputs.reference)),
+        Tile("generated", _shown(scene.generated)),
+    )
+    r2g, g2r = list(read.r2g()), list(read.g2r())
+    yield Sheet("overview", _SCALE, [person, mask, reference, generated, *r2g, *g2r], 4)
+    heading = "Where on the generated image the reference goes."
+    yield Sheet("r2g", f"{heading} {_SCALE}", [generated, *r2g], 3)
+    if g2r:
+        heading = "Where on the reference the generated image looks."
+        yield Sheet("g2r", f"{heading} {_SCALE}", [reference, *g2r], 3)
+    heading = "Maps per group of denoising steps, the noisiest first."
+    groups = list(read.time_groups())
+    yield Sheet("time_groups", f"{heading} {_SCALE}", groups, min(10, read.maps.time_groups))
+    heads = list(read.heads())
+    heading = f"Maps per head, {read.heads_of}."
+    yield Sheet("heads", f"{heading} {_SCALE}", heads, min(8, read.head_count))
+    for box in scene.boxes:
+        heading = f"Where on the reference the region {box.name} looks."
+        yield Sheet(f"region_{box.name}", f"{heading} {_SCALE}", list(read.region(box)), 3)
+
+
+class _Reader:
+    """Maps as titled tiles."""
+
+    def __init__(self, maps: AttributionMaps, scene: Scene) -> None:
+        self.maps, self.scene = maps, scene
+        self.preset = get_preset(scene.preset)
+        self.spatial = _with_reference_grid(maps)
+        # heads of different layers are only comparable where there are equally many
+        counted = [layer.site for layer in layers_of(maps.layer_sums, self.preset)]
+        finest = max(counted, key=lambda site: math.prod(site.generated_grid))
+        alike = [site.layer for site in counted if site.heads == finest.heads]
+        self.head_count = finest.heads
+        self.heads_of = f"averaged over {len(alike)} of {len(counted)} layers"
+        self._alike = maps.select(layers=alike)
+
+    def r2g(self) -> Iterator[Tile]:
+        """One tile per vote vector."""
+        for votes in ("uniform", "mask"):
+            if votes in self.maps.votes:
+                maps = self.maps.reference_to_generated(votes=votes, preset=self.preset)
+                yield self._on_generated(_VOTES[votes], maps[0])
+
+    def g2r(self) -> Iterator[Tile]:
+        """One tile per weighting of the generated patches."""
+        if self.spatial:
+            for row in ("uniform", "mask"):
+                maps = self.spatial.generated_to_reference(weights=row, preset=self.preset)
+                yield self._on_reference(_ROWS[row], maps[0])
+
+    def time_groups(self) -> Iterator[Tile]:
+        """One tile per direction and time group."""
+        groups, steps = self.maps.time_groups, self.scene.steps
+        edges = [-(-group * steps // groups) for group in range(groups + 1)]
+        titles = [
+            f"step {first + 1}" if first + 1 == last else f"steps {first + 1} to {last}"
+            for first, last in pairwise(edges)
+        ]
+        yield from self._split(self.maps, self.spatial, "time", titles)
+
+    def heads(self) -> Iterator[Tile]:
+        """One tile per direction and head."""
+        titles = [f"head {head}" for head in range(self.head_count)]
+        yield from self._split(self._alike, _with_reference_grid(self._alike), "head", titles)
+
+    def region(self, box: Box) -> Iterator[Tile]:
+        """The region on the person and the generated image, and its map on the reference."""
+        yield Tile("person, region in red", self._framed(self.scene.inputs.person, box))
+        yield Tile("generated, region in red", self._framed(self.scene.generated, box))
+        if self.spatial:
+            maps = self.spatial.specific_reference(box.name, preset=self.preset)
+            yield self._on_reference("G2R: only patches in the region", maps[0])
+
+    def _split(
+        self,
+        maps: AttributionMaps,
+        spatial: AttributionMaps | None,
+        axis: str,
+        titles: list[str],
+    ) -> Iterator[Tile]:
+        r2g = maps.reference_to_generated(per=axis, preset=self.preset)[0]
+        for title, one in zip(titles, r2g, strict=True):
+            yield self._on_generated(f"R2G, {title}", one)
+        if spatial:
+            g2r = spatial.generated_to_reference(per=axis, preset=self.preset)[0]
+            for title, one in zip(titles, g2r, strict=True):
+                yield self._on_reference(f"G2R, {title}", one)
+
+    def _framed(self, image: Image.Image, box: Box) -> NDArray[np.uint8]:
+        shown = Image.fromarray(_shown(image))
+        across = shown.width / self.scene.inputs.person.width
+        down = shown.height / self.scene.inputs.person.height
+        left, top = box.left * across, box.top * down
+        right, bottom = left + box.width * across, top + box.height * down
+        corners = (left - 1, top - 1, right, bottom)
+        ImageDraw.Draw(shown).rectangle(corners, outline="white", width=4)
+        ImageDraw.Draw(shown).rectangle(corners, outline="red", width=2)
+        return np.asarray(shown)
+
+    def _on_generated(self, title: str, maps: Tensor) -> Tile:
+        invert = self.preset.invert_single_token and not self.maps.causal
+        return self._tile(title, maps, self.scene.generated, invert=invert)
+
+    def _on_reference(self, title: str, maps: Tensor) -> Tile:
+        return self._tile(title, maps, self.scene.inputs.reference)
+
+    def _tile(self, title: str, maps: Tensor, image: Image.Image, *, invert: bool = False) -> Tile:
+        if bool(is_constant(maps)):
+            title += " (the same everywhere)"
+        pixels = _shown(image)
+        height, width = pixels.shape[:2]
+        values = picture(maps, (height, width), preset=self.preset, invert=invert)
+        return Tile(title, overlay(pixels, values.cpu().numpy()))
+
+
+def _with_reference_grid(maps: AttributionMaps) -> AttributionMaps | None:
+    names = [layer.site.layer for layer in maps.layer_sums if layer.site.reference_grid]
+    return maps.select(layers=names) if names else None
+
+
+def _shown(image: Image.Image) -> NDArray[np.uint8]:
+    """RGB pixels whose longer side is `SIDE`."""
+    factor = SIDE / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    way = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
+    return np.asarray(image.convert("RGB").resize(size, way))

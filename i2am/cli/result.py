@@ -1,0 +1,174 @@
+"""The files of one recording: image, maps, pictures, scores and where they come from."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+import i2am
+from i2am.attribution import AttributionMaps
+from i2am.attribution.layers import nonfinite
+from i2am.cli.errors import ExitCode
+from i2am.cli.folder import MANIFEST
+from i2am.cli.pictures import Scene, draw
+from i2am.cli.scores import Entry, score
+from i2am.cli.settings import Inputs, Settings, mask_weights
+
+_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "safetensors")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the model and the recorder gave."""
+
+    image: Image
+    maps: dict[str, AttributionMaps]
+    trained: bool
+    pipeline: str
+    device: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished recording."""
+
+    out: Path
+    files: list[str]
+    scores: dict[str, Entry]
+    notes: list[str]
+    trained: bool
+    code: ExitCode
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "out": str(self.out),
+            "files": self.files,
+            "scores": self.scores,
+            "notes": self.notes,
+            "trained": self.trained,
+        }
+
+    def __str__(self) -> str:
+        pictures = [name for name in self.files if name.endswith(".png")]
+        data = [name for name in self.files if name not in pictures]
+        lines = [
+            f"written to {self.out}{os.sep}",
+            f"pictures: {', '.join(pictures)}",
+            f"data: {', '.join(data)}",
+        ]
+        for name, entry in self.scores.items():
+            value = entry["reason"] if entry["value"] is None else f"{entry['value']:+.4f}"
+            lines.append(f"{name}: {value}")
+        return "\n".join(lines)
+
+
+def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
+    """Write every file of a result; a half of guidance with NaN in its maps is not drawn or scored.
+
+    Args:
+        folder: An empty folder.
+        settings: What was asked for.
+        inputs: The images that were given.
+        run: What came out.
+
+    Returns:
+        The names of the files, and the scores.
+    """
+    run.image.save(folder / "image.png")
+    files = ["image.png"]
+    scores: dict[str, Entry] = {}
+    notes = [] if run.trained else ["the weights are random, not trained"]
+    code = ExitCode.DONE
+    for number, (branch, maps) in enumerate(run.maps.items()):
+        # of two halves the second is told apart by its name
+        suffix = f"_{branch}" if number else ""
+        maps.save(folder / f"maps{suffix}.safetensors")
+        files.append(f"maps{suffix}.safetensors")
+        broken = nonfinite(maps.layer_sums)
+        if broken:
+            code = ExitCode.INCOMPLETE
+            notes.append(f"no pictures and scores of the {branch} half: NaN or Inf in {broken[0]}")
+            continue
+        scene = Scene(
+            inputs=inputs,
+            generated=run.image,
+            boxes=settings.regions,
+            steps=settings.steps,
+            preset=settings.preset,
+            caption=_caption(settings, run, branch, causal=maps.causal),
+        )
+        files += draw(folder, maps, scene, suffix=suffix)
+        reference_mask = inputs.reference_mask
+        found = score(
+            maps,
+            mask=mask_weights(inputs.mask),
+            reference_mask=None if reference_mask is None else mask_weights(reference_mask),
+            preset=settings.preset,
+        )
+        scores |= {f"{name}{suffix}": entry for name, entry in found.items()}
+    files += ["scores.json", MANIFEST]
+    _write_json(folder / "scores.json", scores)
+    _write_json(folder / MANIFEST, _manifest(settings, inputs, run, files, notes))
+    return Result(settings.out, files, scores, notes, run.trained, code)
+
+
+def _caption(settings: Settings, run: Run, branch: str, *, causal: bool) -> str:
+    parts = [Path(settings.model).resolve().name]
+    if not run.trained:
+        parts.append("random weights")
+    parts.append(f"{branch} half of guidance" if settings.guidance > 1 else "no guidance")
+    if not causal:
+        parts.append("layers with a single reference token, whose maps show no cause")
+    if settings.preset != "paper":
+        parts.append(f"preset {settings.preset}")
+    return ", ".join(parts)
+
+
+def _manifest(
+    settings: Settings, inputs: Inputs, run: Run, files: list[str], notes: list[str]
+) -> dict[str, Any]:
+    given = ("person", "mask", "reference", "pose", "reference_mask")
+    paths = {name: getattr(settings, name) for name in given}
+    options = {
+        name: value
+        for name, value in asdict(settings).items()
+        if name not in (*given, "out", "overwrite")
+    }
+    return {
+        "i2am": i2am.__version__,
+        "command": "record",
+        "settings": options,
+        "inputs": {
+            name: {
+                "file": str(path),
+                "sha256": sha256(path.read_bytes()).hexdigest(),
+                "width": getattr(inputs, name).width,
+                "height": getattr(inputs, name).height,
+            }
+            for name, path in paths.items()
+            if path is not None
+        },
+        "model": {"pipeline": run.pipeline, "trained": run.trained},
+        "image": {"width": run.image.width, "height": run.image.height},
+        "seconds": round(run.seconds, 3),
+        "device": run.device,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+        "notes": notes,
+        "files": files,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
