@@ -112,7 +112,8 @@ def _load_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     found = getattr(schedulers, class_name, None) or getattr(diffusers, class_name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ValueError(f"{folder.parent / INDEX} declares an unknown scheduler, {class_name}")
-    return found.from_pretrained(folder, local_files_only=True)
+    scheduler_class: Any = found
+    return scheduler_class.from_pretrained(folder, local_files_only=True)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -33,8 +33,12 @@ def weight_files(folder: str | os.PathLike[str], variant: str | None = None) -> 
     """
     folder = Path(folder)
     names = [_with_variant(name, variant) for name in WEIGHT_NAMES]
+    indices = {
+        name: _with_variant(f"{plain}.index.json", variant)
+        for name, plain in zip(names, WEIGHT_NAMES, strict=True)
+    }
     for name in names:
-        index = folder / f"{name}.index.json"
+        index = folder / indices[name]
         if (folder / name).is_file():
             files = [folder / name]
         elif index.is_file():
