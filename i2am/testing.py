@@ -1,7 +1,12 @@
 """Helpers shared by tests and benchmarks: inputs like a model's, and the ruler."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from i2am.attribution import Accumulator, AttentionSite, AttributionMaps, Grid
 
 
 def make_qkv(
@@ -59,3 +64,42 @@ def assert_matches_reference(
     error = (actual.double() - exact)[finite].abs().max() / size
     # written so that a NaN fails
     assert error <= budget, f"{name}: error {error:.3e} exceeds the budget {budget:.3e}"
+
+
+def make_site(
+    layer: str, generated_grid: Grid, reference_grid: Grid | None, *, heads: int = 2
+) -> AttentionSite:
+    """A cross-attention layer; without a reference grid it has a single reference token."""
+    tokens = 1 if reference_grid is None else reference_grid[0] * reference_grid[1]
+    return AttentionSite(layer, heads, generated_grid, reference_grid, tokens, causal=tokens > 1)
+
+
+def make_maps(
+    sites: Sequence[AttentionSite],
+    *,
+    samples: int = 2,
+    steps: int = 3,
+    time_groups: int = 2,
+    seed: int = 0,
+    provenance: dict[str, Any] | None = None,
+    **recording: Any,
+) -> AttributionMaps:
+    """Maps of a run of random queries and keys; `recording` goes to :class:`Accumulator`."""
+    accumulator = Accumulator(time_groups=time_groups, **recording)
+    for number, site in enumerate(sites):
+        for step in range(steps):
+            query, key, _ = make_qkv(
+                samples,
+                site.heads,
+                site.generated_grid[0] * site.generated_grid[1],
+                site.reference_tokens,
+                8,
+                seed=(seed * len(sites) + number) * steps + step,
+            )
+            accumulator.add(site, query, key, group=step * time_groups // steps)
+    return AttributionMaps(
+        accumulator.layers(),
+        votes=accumulator.votes,
+        rows=accumulator.rows,
+        provenance=provenance or {},
+    )

@@ -1,6 +1,5 @@
 """Maps on disk: one safetensors file, complete or absent, the same bytes for the same content."""
 
-import ctypes
 import json
 import os
 import secrets
@@ -26,8 +25,9 @@ def save_maps(maps: AttributionMaps, path: str | Path) -> None:
     """Writes maps to one ``.safetensors`` file that any safetensors reader opens.
 
     Tensors are named ``<layer number>.<field>``. A single metadata entry, ``i2am``, holds canonical
-    JSON: schema, sites, votes, rows, provenance and a CRC-32 per tensor. Time and machine are not
-    among them, so equal maps give equal bytes, and the file is complete or not there at all.
+    JSON: schema, sites, votes, rows, provenance, and dtype, shape and CRC-32 of each tensor. Time
+    and machine are not among them, so equal maps give equal bytes, and the file is complete or not
+    there at all.
 
     Args:
         maps: What to write; moved to the CPU.
@@ -53,7 +53,7 @@ def save_maps(maps: AttributionMaps, path: str | Path) -> None:
         "votes": maps.votes,
         "rows": maps.rows,
         "provenance": maps.provenance,
-        "crc32": {name: _crc32(sums) for name, sums in content.items()},
+        "tensors": {name: _summary(sums) for name, sums in content.items()},
     }
     try:
         # through JSON once, because integer keys sort differently after they have become strings
@@ -96,7 +96,7 @@ def load_maps(path: str | Path) -> AttributionMaps:
         )
     if document.pop("checksum", None) != zlib.crc32(_canonical(document)):
         raise ValueError(f"{path} is damaged: its description does not match its checksum")
-    if document["crc32"] != {name: _crc32(sums) for name, sums in content.items()}:
+    if document["tensors"] != {name: _summary(sums) for name, sums in content.items()}:
         raise ValueError(f"{path} is damaged: a tensor does not match its checksum")
     layers = [
         LayerSums(_site(site), **{name: content.get(f"{number:03d}.{name}") for name in SUMS})
@@ -148,9 +148,12 @@ def _canonical(document: dict[str, Any]) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _crc32(sums: Tensor) -> int:
-    # by address, because Tensor.numpy() would make numpy a requirement
-    return zlib.crc32(ctypes.string_at(sums.data_ptr(), sums.nbytes))
+def _summary(sums: Tensor) -> dict[str, Any]:
+    return {
+        "crc32": zlib.crc32(sums.numpy()),
+        "dtype": str(sums.dtype),
+        "shape": list(sums.shape),
+    }
 
 
 def _site(fields: dict[str, Any]) -> AttentionSite:

@@ -1,0 +1,235 @@
+"""Files of maps: complete or absent, the same bytes for the same content, damage found."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
+
+from i2am.attribution import AttributionMaps, load_maps, save_maps
+from i2am.attribution.storage import write_atomically
+from i2am.testing import make_maps, make_site
+
+SITES = (make_site("down.0", (4, 3), (3, 2)), make_site("up.0", (2, 2), None))
+PROVENANCE = {"model": "pocket é", "steps": [3, {"seed": 7}], "guidance": None, "cfg": 0.1}
+
+
+def record(**recording):
+    return make_maps(SITES, provenance=PROVENANCE, **recording)
+
+
+def rewrite(path, change):
+    """Stores the file's tensors again with a changed description."""
+    with safe_open(path, "pt") as file:
+        document = json.loads(file.metadata()["i2am"])
+    change(document)
+    metadata = {"i2am": json.dumps(document)}
+    path.write_bytes(save(load(path.read_bytes()), metadata=metadata))
+
+
+@pytest.mark.parametrize(
+    "recording",
+    [
+        {},
+        {"keep_keys": True},
+        {"directions": ["reference_to_generated"]},
+        {"mask": torch.eye(4), "regions": {"hem": torch.eye(4)}, "samples": 3},
+    ],
+    ids=["both", "by key", "r2g only", "rows"],
+)
+def test_round_trip(tmp_path, recording):
+    maps, path = record(**recording), tmp_path / "maps.safetensors"
+    maps.save(path)
+    loaded = AttributionMaps.load(str(path))
+    assert repr(loaded) == repr(maps)
+    assert (loaded.votes, loaded.rows, loaded.provenance) == (maps.votes, maps.rows, PROVENANCE)
+    for ours, theirs in zip(maps.layer_sums, loaded.layer_sums, strict=True):
+        assert ours.site == theirs.site
+        for name in vars(ours).keys() - {"site"}:
+            mine, other = getattr(ours, name), getattr(theirs, name)
+            assert mine is other is None or torch.equal(mine, other)
+
+
+def test_any_safetensors_reader_opens_it_and_metadata_is_one_key(tmp_path):
+    path = tmp_path / "maps.safetensors"
+    maps = record()
+    save_maps(maps, path)
+    with safe_open(path, "pt") as file:
+        assert [*file.metadata()] == ["i2am"]
+        assert set(file.keys()) == {
+            "000.reference_to_generated",
+            "000.generated_to_reference",
+            "001.reference_to_generated",
+        }
+        stored = file.get_tensor("000.reference_to_generated")
+    assert stored.dtype == torch.float32
+    assert torch.equal(stored, maps.layer_sums[0].reference_to_generated)
+
+
+SAVE = """
+import sys
+from i2am.attribution import load_maps
+maps = load_maps(sys.argv[1])
+maps.provenance = dict(reversed(maps.provenance.items()))
+maps.save(sys.argv[2])
+"""
+
+
+def test_equal_content_gives_equal_bytes_in_other_processes(tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    record().save(first)
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", SAVE, first, second], check=True, env=environment)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_integer_keys_survive_as_strings(tmp_path):
+    maps = make_maps(SITES, provenance={"groups": {2: "a", 10: "b"}})
+    maps.save(tmp_path / "maps")
+    assert load_maps(tmp_path / "maps").provenance == {"groups": {"2": "a", "10": "b"}}
+
+
+def test_tensors_that_share_memory_are_stored(tmp_path):
+    maps = record()
+    first = maps.layer_sums[0]
+    twin = replace(first, site=replace(first.site, layer="up.1"))
+    both = AttributionMaps([first, twin], votes=maps.votes, rows=maps.rows, provenance={})
+    both.save(tmp_path / "maps")
+    loaded = load_maps(tmp_path / "maps").reference_to_generated("layer")
+    assert torch.equal(loaded[:, 0], loaded[:, 1])
+    assert torch.equal(loaded, both.reference_to_generated("layer"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="umask is a POSIX notion")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_mode_follows_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        record().save(tmp_path / "maps")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "maps").stat().st_mode & 0o777 == mode
+
+
+def test_every_truncation_is_found(tmp_path):
+    path = tmp_path / "maps.safetensors"
+    record().save(path)
+    data = path.read_bytes()
+    for length in {*range(0, len(data), 97), len(data) - 1}:
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"maps\.safetensors is truncated or not"):
+            load_maps(path)
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    path = tmp_path / "maps.safetensors"
+    make_maps(SITES[1:], samples=1, time_groups=1).save(path)
+    data = path.read_bytes()
+    for place in range(len(data)):
+        for flip in (0x01, 0x80):
+            path.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
+            with pytest.raises(ValueError, match=r"maps\.safetensors (is|has)"):
+                load_maps(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema=2), "has schema 2, and this i2am reads schema 1"),
+        (lambda d: d.pop("schema"), "not one of i2am maps"),
+        (lambda d: d["sites"][0].update(layer="down.1"), "its description does not match"),
+        (lambda d: d.pop("checksum"), "its description does not match"),
+    ],
+    ids=["newer schema", "no schema", "other layer", "no checksum"],
+)
+def test_a_changed_description_is_found(tmp_path, change, message):
+    path = tmp_path / "maps.safetensors"
+    record().save(path)
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=rf"maps\.safetensors .*{message}"):
+        load_maps(path)
+
+
+def test_a_tensor_reinterpreted_as_another_dtype_is_found(tmp_path):
+    path = tmp_path / "maps.safetensors"
+    record().save(path)
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+    with pytest.raises(ValueError, match="a tensor does not match its checksum"):
+        load_maps(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is truncated or not a safetensors file"),
+        (b"not tensors at all", "is truncated or not a safetensors file"),
+        (save({"weight": torch.ones(2)}), "is a safetensors file, but not one of i2am maps"),
+        (save({"w": torch.ones(2)}, {"i2am": "[1]"}), "is a safetensors file, but not one of"),
+    ],
+    ids=["empty", "text", "other tensors", "other metadata"],
+)
+def test_foreign_files_are_refused(tmp_path, data, message):
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"other\.safetensors {message}"):
+        load_maps(path)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_maps(tmp_path / "none")
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}, object()], ids=["nan", "set", "object"])
+def test_provenance_must_be_json(tmp_path, value):
+    maps = make_maps(SITES, provenance={"value": value})
+    with pytest.raises(ValueError, match="provenance must hold JSON values only"):
+        maps.save(tmp_path / "maps")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["io", "ctrl-c"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call, error):
+    path = tmp_path / "maps"
+    path.write_bytes(b"old")
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(type(error)):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_the_order_is_write_sync_rename_sync_folder(tmp_path, monkeypatch):
+    path, calls = tmp_path / "maps", []
+    fsync, rename = os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        is_folder = os.path.samestat(os.fstat(descriptor), tmp_path.stat())
+        calls.append("sync folder" if is_folder else "sync")
+        fsync(descriptor)
+
+    def record_replace(source, target):
+        calls.append(f"rename {os.path.getsize(source)}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write_atomically(path, b"12345")
+    assert calls == ["sync", "rename 5", "sync folder"]
+    assert path.read_bytes() == b"12345"
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "none" / "maps", b"")
