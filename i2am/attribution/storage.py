@@ -150,7 +150,7 @@ def _canonical(document: dict[str, Any]) -> bytes:
 
 def _summary(sums: Tensor) -> dict[str, Any]:
     return {
-        "crc32": zlib.crc32(sums.numpy()),
+        "crc32": zlib.crc32(sums.numpy().data),
         "dtype": str(sums.dtype),
         "shape": list(sums.shape),
     }
