@@ -124,8 +124,10 @@ class _Reader:
         self.maps, self.scene = maps, scene
         self.preset = get_preset(scene.preset)
         self.spatial = _with_reference_grid(maps)
-        # heads of different layers are only comparable where there are equally many
         counted = [layer.site for layer in layers_of(maps.layer_sums, self.preset)]
+        single = all(site.reference_tokens == 1 for site in counted)
+        self.invert = self.preset.invert_single_token and single
+        # heads of different layers are only comparable where there are equally many
         finest = max(counted, key=lambda site: math.prod(site.generated_grid))
         alike = [site.layer for site in counted if site.heads == finest.heads]
         self.head_count = finest.heads
@@ -196,8 +198,7 @@ class _Reader:
         return np.asarray(shown)
 
     def _on_generated(self, title: str, maps: Tensor) -> Tile:
-        invert = self.preset.invert_single_token and not self.maps.causal
-        return self._tile(title, maps, self.scene.generated, invert=invert)
+        return self._tile(title, maps, self.scene.generated, invert=self.invert)
 
     def _on_reference(self, title: str, maps: Tensor) -> Tile:
         return self._tile(title, maps, self.scene.inputs.reference)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("i2am")
 
 # tqdm writes to stderr; None: no bar where that is not a terminal
-_BAR: dict[str, Any] = {"desc": "recording", "disable": None}
+_BAR: dict[str, Any] = {"desc": "steps", "disable": None}
 
 
 def dry_record(settings: Settings) -> Estimate:
@@ -186,6 +186,7 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> Run:
         )
     layout = replace(pipe.attribution_layout(), prefix_votes=settings.preset == "official")
     reference_mask = inputs.reference_mask
+    log.info("recording %d steps of %d x %d pixels", settings.steps, width, height)
     started = time.monotonic()
     with i2am.record(
         pipe,

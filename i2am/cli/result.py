@@ -1,6 +1,7 @@
 """The files of one recording: image, maps, pictures, scores and where they come from."""
 
 import json
+import logging
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from i2am.cli.folder import MANIFEST
 from i2am.cli.pictures import Scene, draw
 from i2am.cli.scores import Entry, score
 from i2am.cli.settings import Inputs, Settings, mask_weights
+
+log = logging.getLogger("i2am")
 
 _PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "safetensors")
 
@@ -96,16 +99,17 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
         if broken:
             code = ExitCode.INCOMPLETE
             notes.append(f"no pictures and scores of the {branch} half: NaN or Inf in {broken[0]}")
-            continue
-        scene = Scene(
-            inputs=inputs,
-            generated=run.image,
-            boxes=settings.regions,
-            steps=settings.steps,
-            preset=settings.preset,
-            caption=_caption(settings, run, branch, causal=maps.causal),
-        )
-        files += draw(folder, maps, scene, suffix=suffix)
+            log.warning("%s", notes[-1])
+        else:
+            scene = Scene(
+                inputs=inputs,
+                generated=run.image,
+                boxes=settings.regions,
+                steps=settings.steps,
+                preset=settings.preset,
+                caption=_caption(settings, run, branch, causal=maps.causal),
+            )
+            files += draw(folder, maps, scene, suffix=suffix)
         reference_mask = inputs.reference_mask
         found = score(
             maps,

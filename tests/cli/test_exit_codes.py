@@ -1,0 +1,306 @@
+"""How commands end: refusals in this process, and every exit code from a process of its own."""
+
+import json
+import re
+import resource
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from i2am.cli.errors import ExitCode
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def one_sentence(err):
+    """The error line; there is no traceback, and nothing after it."""
+    lines = err.strip().splitlines()
+    assert lines[-1].startswith("error: "), err
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+# Refusals that need no model: what, how, and which sentence
+
+
+def broken(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def black(path, size=(96, 128), value=0):
+    Image.new("L", size, value).save(path)
+    return path
+
+
+REJECTED = {
+    "person-missing": (lambda f: {"person": f / "no.png"}, r"person \S+no.png does not exist"),
+    "person-folder": (lambda f: {"person": f}, r"person \S+ is a folder, not an image file"),
+    "person-text": (
+        lambda f: {"person": broken(f / "x.png", b"text")},
+        r"person \S+x.png is not an image that can be read",
+    ),
+    "person-truncated": (
+        lambda f: {"person": broken(f / "x.png", (f / "person.png").read_bytes()[:999])},
+        r"person \S+x.png is damaged",
+    ),
+    "reference-missing": (lambda f: {"reference": f / "no.png"}, "reference .* does not exist"),
+    "mask-size": (
+        lambda f: {"mask": f / "reference_mask.png"},
+        r"mask \S+ must be 96 x 128 pixels like its image, got 80 x 80 pixels",
+    ),
+    "mask-black": (lambda f: {"mask": black(f / "x.png")}, "all of it is black"),
+    "mask-white": (lambda f: {"mask": black(f / "x.png", value=255)}, "all of it is white"),
+    "reference-mask-size": (
+        lambda f: {"reference_mask": f / "mask.png"},
+        r"reference-mask \S+ must be 80 x 80 pixels like its image",
+    ),
+    "pose-size": (
+        lambda f: {"pose": f / "reference.png"},
+        r"pose \S+ must be 96 x 128 pixels like the person, got 80 x 80",
+    ),
+    "model-unknown": (
+        lambda f: {"model": "stabel-viton"},
+        r"model must be a built-in name \(pocket\) or a folder .* got 'stabel-viton'",
+    ),
+    "model-empty-folder": (
+        lambda f: {"model": f},
+        r"model \S+ cannot be loaded: \S+model_index.json is missing",
+    ),
+    "model-other-class": (
+        lambda f: {
+            "model": broken(f / "model_index.json", b'{"_class_name": "FluxPipeline"}').parent
+        },
+        "holds a FluxPipeline; known pipelines are CustomPipeline, PaintByExamplePipeline",
+    ),
+    "region-outside": (
+        lambda f: {"region": "sky=100,0,29,10"},
+        r"region sky=100,0,29,10 must lie inside the person image, 96 pixels wide and 128 high",
+    ),
+    "region-empty": (lambda f: {"region": "sky=0,0,0,10"}, "and not be empty"),
+    "region-twice": (
+        lambda f: {"region": ["a=0,0,9,9", "a=9,9,9,9"]},
+        "region names must differ, got a twice",
+    ),
+    "too-few-steps": (
+        lambda f: {"steps": 4, "time_groups": 5},
+        "steps must be at least the 5 time groups, got 4",
+    ),
+    "branch-without-guidance": (
+        lambda f: {"guidance": 1, "guidance_branch": "both"},
+        "guidance-branch both needs a guidance above 1, got 1",
+    ),
+    "guidance-nan": (lambda f: {"guidance": "nan"}, "guidance must be a finite number"),
+    "size": (lambda f: {"size": "127x96"}, "size 127x96 does not suit pocket"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry-run"])
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    case, dry, run_here, record_line, files, tmp_path
+):
+    options, sentence = REJECTED[case]
+    arguments = record_line(*["--dry-run"] * dry, **options(files))
+    before = names(tmp_path)
+    done = run_here(arguments)
+    assert done.code == ExitCode.REJECTED
+    assert re.search(sentence, one_sentence(done.err)), done.err
+    assert done.out == ""
+    assert names(tmp_path) == before
+
+
+def test_cuda_is_refused_where_there_is_none(run_here, record_line, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = run_here(record_line(device="cuda"))
+    assert done.code == ExitCode.REJECTED
+    assert "device cuda needs a CUDA GPU" in one_sentence(done.err)
+
+
+def test_pose_is_refused_by_a_model_without_one(
+    run_here, record_line, files, paint_by_example_folder
+):
+    done = run_here(record_line(model=paint_by_example_folder, pose=files / "pose.png"))
+    assert done.code == ExitCode.REJECTED
+    assert "painter takes no pose" in one_sentence(done.err)
+
+
+def test_regions_are_refused_by_a_model_without_reference_patches(
+    run_here, record_line, paint_by_example_folder, tmp_path
+):
+    done = run_here(record_line(model=paint_by_example_folder, region="a=0,0,9,9"))
+    assert done.code == ExitCode.REJECTED
+    assert "has a single reference token" in one_sentence(done.err)
+    assert "out" not in names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        pytest.param({"mask": None}, "Missing option '--mask'", id="missing-option"),
+        pytest.param({"steps": "many"}, "Invalid value for '--steps'", id="not-a-number"),
+        pytest.param({"steps": 0}, "Invalid value for '--steps'", id="zero-steps"),
+        pytest.param({"seed": -1}, "Invalid value for '--seed'", id="negative-seed"),
+        pytest.param({"preset": "mine"}, "Invalid value for '--preset'", id="preset"),
+        pytest.param({"size": "512"}, "must be HEIGHTxWIDTH", id="size"),
+        pytest.param({"region": "0,0,9,9"}, "must be NAME=top,left,height,width", id="no-name"),
+        pytest.param({"region": "../x=0,0,9,9"}, "must be NAME=", id="path-as-name"),
+        pytest.param({"region": "mask=0,0,9,9"}, "'mask' is taken", id="reserved-name"),
+        pytest.param({"colour": "jet"}, "No such option '--colour'", id="unknown-option"),
+    ],
+)
+def test_usage_errors_point_to_the_help(change, sentence, run_here, record_line):
+    done = run_here(record_line(**change))
+    assert done.code == ExitCode.USAGE
+    assert sentence in one_sentence(done.err)
+    assert done.err.rstrip().endswith("See 'i2am record --help'.")
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["record", "--help"], ["demo", "-h"], ["--version"]], ids=" ".join
+)
+def test_help_and_version_go_to_stdout(arguments, run_here):
+    done = run_here(arguments)
+    assert done.code == ExitCode.DONE
+    assert done.out
+    assert done.err == ""
+
+
+def test_a_command_is_needed(run_here):
+    done = run_here([])
+    assert done.code == ExitCode.USAGE
+    assert "See 'i2am --help'" in one_sentence(done.err)
+
+
+def test_verbose_shows_the_traceback_before_the_sentence(run_here, record_line):
+    done = run_here(record_line("-v", model="nonesuch"))
+    assert "Traceback" in done.err
+    assert done.err.splitlines()[-1].startswith("error: model must be")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    ids=["python", "torch"],
+)
+def test_running_out_of_memory_is_no_bug(error, run_here, record_line, monkeypatch, tmp_path):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("i2am.cli.recording._run", fail)
+    done = run_here(record_line())
+    assert done.code == ExitCode.REJECTED
+    assert "out of memory; ask for fewer regions" in one_sentence(done.err)
+    assert "out" not in names(tmp_path)
+
+
+# One real process per exit code
+
+
+@pytest.mark.slow
+def test_0_done(run_apart, record_line, tmp_path):
+    done = run_apart(record_line("--json"))
+    assert done.code == 0, done.err
+    assert sorted(json.loads(done.out)["files"]) == names(tmp_path / "out")
+    assert "it/s" not in done.err  # no progress bar where stderr is not a terminal
+
+
+def test_1_unexpected(run_apart, record_line, tmp_path):
+    # the only way to a bug on purpose: put one in
+    (tmp_path / "sitecustomize.py").write_text(
+        "import i2am.cli.settings as s\ns.read_inputs = lambda _: 1 / 0\n"
+    )
+    done = run_apart(record_line(), path=tmp_path)
+    assert done.code == 1
+    assert one_sentence(done.err) == "error: unexpected ZeroDivisionError: division by zero"
+
+
+def test_2_usage(run_apart):
+    done = run_apart(["recrod"])
+    assert done.code == 2
+    assert "No such command 'recrod'" in one_sentence(done.err)
+
+
+@pytest.mark.slow
+def test_3_incomplete(run_apart, record_line, tmp_path):
+    from i2am.models import pocket_pipeline
+
+    pipe = pocket_pipeline()
+    pipe.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_q.weight.data[0] = np.nan
+    pipe.save_pretrained(tmp_path / "ill")
+    done = run_apart(record_line(model=tmp_path / "ill"))
+    assert done.code == 3, done.err
+    # what could be made is there; what could not is null and says why
+    assert {"image.png", "maps.safetensors", "run.json"} <= set(names(tmp_path / "out"))
+    assert "overview.png" not in names(tmp_path / "out")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["imacs_g"]["value"] is None
+    assert "NaN or Inf in" in scores["imacs_g"]["reason"]
+    assert "NaN or Inf in" in done.err
+
+
+def test_4_rejected(run_apart, record_line, tmp_path):
+    done = run_apart(record_line(mask=tmp_path / "no.png"))
+    assert done.code == 4
+    assert "mask" in one_sentence(done.err)
+
+
+def test_5_conflict(run_apart, record_line, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    done = run_apart(record_line("--overwrite"))
+    assert done.code == 5
+    assert "was not written by i2am" in one_sentence(done.err)
+    assert names(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_74_output_cannot_be_made(run_apart, record_line, files, tmp_path):
+    before = names(tmp_path)
+    done = run_apart(record_line(out=files / "person.png" / "out"))
+    assert done.code == 74
+    assert "Not a directory" in one_sentence(done.err)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_74_disk_full_while_writing(run_apart, record_line, tmp_path):
+    def limit():
+        # the kernel refuses to grow any file beyond this: a full disk, for one process
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    before = names(tmp_path)
+    done = run_apart(record_line(), preexec_fn=limit)
+    assert done.code == 74, done.err
+    assert "File too large" in one_sentence(done.err)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_stopping_leaves_nothing(number, code, word, start, record_line, tmp_path):
+    before = names(tmp_path)
+    process = start(record_line(steps=20_000))
+    try:
+        line = ""
+        while not line.startswith("recording"):
+            line = process.stderr.readline()
+            assert line, "it ended before it began to record"
+        assert len(names(tmp_path)) == len(before) + 1  # the hidden beginning of the output
+        assert "out" not in names(tmp_path)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    assert one_sentence(err) == f"error: {word}; nothing was written"
+    assert names(tmp_path) == before

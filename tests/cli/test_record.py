@@ -1,0 +1,270 @@
+"""`i2am record` end to end on the real pipelines, with few steps."""
+
+import json
+import math
+from hashlib import sha256
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import i2am
+from i2am.attribution import picture
+from i2am.cli.errors import ExitCode
+from i2am.models import load_pipeline
+
+
+def strict_json(path):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def test_every_file_is_written_and_listed(run_here, record_line, files, out):
+    done = run_here(
+        record_line(
+            reference_mask=files / "reference_mask.png",
+            pose=files / "pose.png",
+            region=["left=10,5,40,30", "right=10,60,40,30"],
+        )
+    )
+    assert done.code == ExitCode.DONE, done.err
+    run = strict_json(out / "run.json")
+    assert names(out) == sorted(run["files"])
+    assert names(out) == [
+        "g2r.png",
+        "heads.png",
+        "image.png",
+        "maps.safetensors",
+        "overview.png",
+        "r2g.png",
+        "region_left.png",
+        "region_right.png",
+        "run.json",
+        "scores.json",
+        "time_groups.png",
+    ]
+    for name in run["files"]:
+        assert name in done.out
+        if name.endswith(".png"):
+            assert Image.open(out / name).convert("RGB").getextrema() != ((255, 255),) * 3
+    assert Image.open(out / "image.png").size == (96, 128)
+    for name, given in run["inputs"].items():
+        assert given["sha256"] == sha256((files / f"{name}.png").read_bytes()).hexdigest()
+    assert run["settings"]["seed"] == 0
+    assert run["versions"]["torch"] == torch.__version__
+
+    maps = i2am.load_maps(out / "maps.safetensors")
+    assert (maps.n_samples, maps.time_groups) == (1, 2)
+    assert maps.votes == ("uniform", "mask")
+    assert maps.rows == ("uniform", "mask", "left", "right")
+    scores = strict_json(out / "scores.json")
+    assert set(scores) == {"imacs_g", "imacs_g_mask_votes", "imacs_r"}
+    for entry in scores.values():
+        assert entry["reason"] is None
+        assert -3 <= entry["value"] <= 1
+
+
+def test_image_is_the_one_of_an_unrecorded_run_and_a_second_run_writes_equal_bytes(
+    run_here, record_line, files, out
+):
+    assert run_here(record_line(seed=7)).code == ExitCode.DONE
+    pipe = load_pipeline("pocket")
+    pipe.set_progress_bar_config(disable=True)
+    (expected,) = pipe(
+        image=Image.open(files / "person.png"),
+        mask_image=Image.open(files / "mask.png"),
+        reference_image=Image.open(files / "reference.png"),
+        num_inference_steps=4,
+        guidance_scale=5,
+        generator=torch.Generator().manual_seed(7),
+    ).images
+    assert np.array_equal(np.asarray(Image.open(out / "image.png")), np.asarray(expected))
+
+    first = {name: (out / name).read_bytes() for name in names(out) if name != "run.json"}
+    assert run_here(record_line("--overwrite", seed=7)).code == ExitCode.DONE
+    assert {name: (out / name).read_bytes() for name in first} == first
+
+
+def test_scores_are_those_of_the_saved_maps(run_here, record_line, files, out):
+    run_here(record_line(reference_mask=files / "reference_mask.png"))
+    maps = i2am.load_maps(out / "maps.safetensors")
+    mask = torch.from_numpy(np.asarray(Image.open(files / "mask.png")) / 255)
+    reference_mask = torch.from_numpy(np.asarray(Image.open(files / "reference_mask.png")) / 255)
+    scores = strict_json(out / "scores.json")
+    # eq 18 spelled out, on pictures made from the file
+    for name, map_, x in (
+        ("imacs_g", maps.reference_to_generated(), mask),
+        ("imacs_r", maps.generated_to_reference(weights="mask"), reference_mask),
+    ):
+        m = picture(map_.double(), x.shape)[0]
+        expected = m[x == 1].mean() - 3 * m[x == 0].mean()
+        assert scores[name]["value"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_region_is_a_rectangle_of_the_person(run_here, record_line, out):
+    # cells of the 16 x 12 layers are 8 pixels wide: this is exactly the cell in row 3, column 5
+    run_here(record_line(region="cell=24,40,8,8"))
+    maps = i2am.load_maps(out / "maps.safetensors").select(layers="up_blocks.1.*")
+    assert {layer.site.generated_grid for layer in maps.layer_sums} == {(16, 12)}
+    asked = maps.specific_reference("cell")
+    per_step = asked.sum().item() / 4
+    assert 0.9 < per_step <= 1  # what is missing looks at the class token
+    assert not torch.allclose(asked, maps.generated_to_reference())
+
+
+def test_both_halves_of_guidance_are_kept_apart(run_here, record_line, out):
+    done = run_here(record_line(guidance_branch="both"))
+    assert done.code == ExitCode.DONE, done.err
+    first = i2am.load_maps(out / "maps.safetensors")
+    second = i2am.load_maps(out / "maps_unconditional.safetensors")
+    assert first.provenance["guidance"] == "conditional"
+    assert second.provenance["guidance"] == "unconditional"
+    difference = first.generated_to_reference() - second.generated_to_reference()
+    assert difference.abs().max() > 0
+    assert (out / "g2r_unconditional.png").is_file()
+    assert "imacs_g_unconditional" in strict_json(out / "scores.json")
+
+
+def test_unconditional_half_alone(run_here, record_line, out):
+    assert run_here(record_line(guidance_branch="unconditional")).code == ExitCode.DONE
+    maps = i2am.load_maps(out / "maps.safetensors")
+    assert maps.provenance["guidance"] == "unconditional"
+
+
+def test_json_goes_to_stdout_and_everything_else_to_stderr(run_here, record_line, out):
+    done = run_here(record_line("--json"))
+    result = json.loads(done.out)
+    assert result["out"] == str(out)
+    assert sorted(result["files"]) == names(out)
+    assert result["scores"] == strict_json(out / "scores.json")
+    assert result["scores"]["imacs_r"] == {"value": None, "reason": "no reference mask was given"}
+
+
+def test_random_weights_are_said_everywhere(run_here, record_line, out):
+    done = run_here(record_line("--json"))
+    trained = load_pipeline("pocket").trained
+    assert ("the weights of pocket are random" in done.err) is not trained
+    assert json.loads(done.out)["trained"] is trained
+    run = strict_json(out / "run.json")
+    assert run["model"]["trained"] is trained
+    assert ("the weights are random, not trained" in run["notes"]) is not trained
+
+
+def test_stretching_is_said(run_here, record_line, files):
+    done = run_here(record_line(size="64x96"))
+    assert "the person, 96 x 128 pixels, is stretched to the generated 96 x 64" in done.err
+
+
+def test_size_is_honoured(run_here, record_line, out):
+    assert run_here(record_line(size="160x120")).code == ExitCode.DONE
+    assert Image.open(out / "image.png").size == (120, 160)
+    maps = i2am.load_maps(out / "maps.safetensors")
+    assert {layer.site.generated_grid for layer in maps.layer_sums} == {(20, 15), (10, 8)}
+
+
+def test_official_preset_lets_the_class_token_vote(run_here, record_line, out):
+    run_here(record_line())
+    paper = i2am.load_maps(out / "maps.safetensors")
+    run_here(record_line("--overwrite", preset="official"))
+    official = i2am.load_maps(out / "maps.safetensors")
+    assert torch.equal(paper.generated_to_reference(), official.generated_to_reference())
+    assert not torch.equal(paper.reference_to_generated(), official.reference_to_generated())
+
+
+def test_single_token_model_has_one_direction_and_says_why(
+    run_here, record_line, files, out, paint_by_example_folder
+):
+    done = run_here(
+        record_line(
+            model=paint_by_example_folder,
+            reference_mask=files / "reference_mask.png",
+        )
+    )
+    assert done.code == ExitCode.DONE, done.err
+    assert "single reference token" in done.err
+    assert Image.open(out / "image.png").size == (96, 128)
+    assert "g2r.png" not in names(out)
+    scores = strict_json(out / "scores.json")
+    assert scores["imacs_g"]["value"] is not None
+    assert scores["imacs_r"]["value"] is None
+    assert "no reference grid" in scores["imacs_r"]["reason"]
+
+
+# --dry-run
+
+
+def test_dry_run_writes_nothing_and_estimates_what_stays_exactly(
+    run_here, record_line, files, out, tmp_path
+):
+    options = {
+        "reference_mask": files / "reference_mask.png",
+        "region": ["a=0,0,20,20", "b=0,30,50,50"],
+        "guidance_branch": "both",
+    }
+    before = names(tmp_path)
+    done = run_here(record_line("--dry-run", "--json", **options))
+    assert done.code == ExitCode.DONE, done.err
+    assert names(tmp_path) == before
+    estimate = json.loads(done.out)
+
+    assert run_here(record_line(**options)).code == ExitCode.DONE
+    stays = sum(
+        sums.nbytes
+        for name in ("maps", "maps_unconditional")
+        for layer in i2am.load_maps(out / f"{name}.safetensors").layer_sums
+        for sums in (layer.reference_to_generated, layer.generated_to_reference)
+    )
+    assert estimate["stays"] == stays
+    assert estimate["layers"] == 7
+    assert estimate["transient"] >= estimate["stays"]
+    assert estimate["available"] > 0
+
+
+def test_dry_run_speaks_in_sentences(run_here, record_line):
+    done = run_here(record_line("--dry-run"))
+    assert "maps that stay" in done.out
+    assert "KiB in 7 layers" in done.out
+    assert done.out.rstrip().endswith("nothing was written")
+
+
+def test_more_regions_need_more_memory(run_here, record_line):
+    def stays(count):
+        regions = [f"r{number}=0,0,20,20" for number in range(count)]
+        return json.loads(run_here(record_line("--dry-run", "--json", region=regions)).out)["stays"]
+
+    none, ten, twenty = stays(0), stays(10), stays(20)
+    assert none < ten
+    assert twenty - ten == ten - none
+
+
+def test_too_little_memory_is_refused_with_the_estimate(
+    run_here, record_line, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("i2am.cli.estimate.available_memory", lambda device: 100_000)
+    before = names(tmp_path)
+    done = run_here(record_line(region="a=0,0,20,20"))
+    assert done.code == ExitCode.REJECTED
+    assert "not enough memory: the maps need about" in done.err
+    assert "97.7 KiB are available; ask for fewer regions" in done.err
+    assert names(tmp_path) == before
+
+
+def test_available_memory_is_plausible():
+    from i2am.cli.estimate import available_memory
+
+    available = available_memory(torch.device("cpu"))
+    assert available is not None
+    assert 1 << 24 < available < 1 << 46
+    assert not math.isnan(available)
