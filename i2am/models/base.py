@@ -1,9 +1,7 @@
-"""What the reference-guided inpainting pipelines share: settings, latents, the denoising loop."""
+"""What the reference-guided inpainting pipelines share: latents, the denoising loop, the result."""
 
 import inspect
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -14,60 +12,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from i2am.models.inputs import per_sample
+from i2am.models.sampling import HALVES, Generators, Sampling
 
 if TYPE_CHECKING:
     from i2am.layouts import TokenLayout
-
-Generators = torch.Generator | list[torch.Generator] | None
-Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-POSTERIORS = ("sample", "mode")
-HALVES = ("conditional", "unconditional")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The settings of one run that both pipelines take, checked once.
-
-    Raises:
-        TypeError: `callback_on_step_end` cannot be called.
-        ValueError: A number or a choice outside its range; a callback tensor that is not offered.
-    """
-
-    num_inference_steps: int = 50
-    guidance_scale: float = 5.0
-    num_images_per_prompt: int = 1
-    eta: float = 0.0
-    generator: Generators = None
-    output_type: str = "pil"
-    vae_posterior: str = "sample"
-    callback_on_step_end: Callback | None = None
-    callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",)
-
-    def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "num_images_per_prompt"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise ValueError(
-                f"guidance_scale must be a finite number of at least 0, got {self.guidance_scale}"
-            )
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
-        for name, choices in (("output_type", OUTPUT_TYPES), ("vae_posterior", POSTERIORS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
-            raise TypeError(
-                "callback_on_step_end must be callable, "
-                f"got {type(self.callback_on_step_end).__name__}"
-            )
-        unknown = set(self.callback_on_step_end_tensor_inputs) - {"latents"}
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs may name only 'latents', got {sorted(unknown)}"
-            )
 
 
 class ReferencePipeline(DiffusionPipeline):
@@ -193,16 +141,14 @@ class ReferencePipeline(DiffusionPipeline):
         """
         if paste_onto is not None and sampling.output_type == "latent":
             raise ValueError("paste_back needs an output_type other than 'latent'")
-        repeats, device, dtype = (
-            sampling.num_images_per_prompt,
-            self._execution_device,
-            self.unet.dtype,
-        )
+        repeats, device = sampling.num_images_per_prompt, self._execution_device
+        # before the noise is drawn: its scale may depend on the timesteps
+        self.scheduler.set_timesteps(sampling.num_inference_steps, device=device)
         start = self.prepare_latents(batch * repeats, size, sampling.generator, latents)
         conditions = [self.encode_image(images, batch, sampling) for images in encoded]
         conditions += [per_sample(values, batch, repeats).to(conditions[0]) for values in plain]
         states = {
-            half: per_sample(tokens, batch, repeats).to(device=device, dtype=dtype)
+            half: per_sample(tokens, batch, repeats).to(device=device, dtype=self.unet.dtype)
             for half, tokens in zip(HALVES, context, strict=True)
         }
         result = self.denoise(start, torch.cat(conditions, dim=1), states, sampling)
@@ -274,7 +220,7 @@ class ReferencePipeline(DiffusionPipeline):
         context: dict[str, Tensor],
         sampling: Sampling,
     ) -> Tensor:
-        """Runs the scheduler from noise to clean latents.
+        """Runs the scheduler, whose timesteps are set, from noise to clean latents.
 
         Args:
             latents: Starting noise ``[samples, channels, h, w]``.
@@ -293,7 +239,6 @@ class ReferencePipeline(DiffusionPipeline):
         options = self._step_options(sampling)
         steps = sampling.num_inference_steps
         self._guidance_scale, self._interrupt = sampling.guidance_scale, False
-        self.scheduler.set_timesteps(steps, device=self._execution_device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         # samplers that evaluate more often than they step: a warm-up, or several evaluations a step

@@ -8,9 +8,10 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import Dinov2Model
 
-from i2am.models.base import Callback, Generators, ReferencePipeline, Sampling
+from i2am.models.base import ReferencePipeline
 from i2am.models.inputs import ImageInput, common_batch, fit, read_images, read_person
 from i2am.models.projection import ReferenceProjection
+from i2am.models.sampling import Callback, Generators, Sampling
 
 if TYPE_CHECKING:
     from i2am.layouts import TokenLayout

@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from i2am.models.base import Callback, Generators, ReferencePipeline, Sampling
+from i2am.models.base import ReferencePipeline
 from i2am.models.inputs import (
     ImageInput,
     OneInput,
@@ -21,6 +21,7 @@ from i2am.models.inputs import (
     same_size,
 )
 from i2am.models.paint_by_example_encoder import PaintByExampleImageEncoder
+from i2am.models.sampling import Callback, Generators, Sampling
 
 if TYPE_CHECKING:
     from i2am.layouts import TokenLayout

@@ -12,6 +12,8 @@ from diffusers import (
 from diffusers.utils import BaseOutput
 from PIL import Image
 
+from i2am.models.sampling import Sampling
+
 SIZE = {"height": 32, "width": 24}
 
 
@@ -169,6 +171,27 @@ def test_samplers(pipeline, inputs, run, unet_calls, scheduler, calls) -> None:
     assert torch.equal(first, second)
     assert first.isfinite().all()
     assert len(seen) == 2 * calls == 2 * pipeline.num_timesteps
+
+
+def test_noise_is_scaled_as_the_scheduler_wants_it(pipeline, inputs, run, unet_calls) -> None:
+    calls = unet_calls(pipeline)
+    pipeline.scheduler = scheduler = EulerAncestralDiscreteScheduler()
+    start = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(3))
+    run(pipeline, **inputs, latents=start)
+    sigma = scheduler.init_noise_sigma
+    assert sigma > 10
+    torch.testing.assert_close(calls[0][0][:1, :4], start * sigma / (sigma**2 + 1) ** 0.5)
+
+
+def test_latents_are_shifted_and_scaled_by_the_vaes_configuration(pipeline) -> None:
+    pipeline.vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    image = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = pipeline.encode_image(image, 1, Sampling(vae_posterior="mode"))
+        plain = pipeline.vae.encode(image).latent_dist.mode()
+        torch.testing.assert_close(latents, (plain - 0.25) * 0.5)
+        decoded = pipeline.decode_latents(latents)
+        torch.testing.assert_close(decoded, pipeline.vae.decode(plain).sample, rtol=0, atol=1e-5)
 
 
 def test_callback_sees_and_replaces_latents(pipeline, inputs, run) -> None:
