@@ -186,7 +186,7 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> Run:
         )
     layout = replace(pipe.attribution_layout(), prefix_votes=settings.preset == "official")
     reference_mask = inputs.reference_mask
-    log.info("recording %d steps of %d x %d pixels", settings.steps, width, height)
+    log.info("recording %d steps, %d pixels wide and %d high", settings.steps, width, height)
     started = time.monotonic()
     with i2am.record(
         pipe,
