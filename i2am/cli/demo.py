@@ -40,7 +40,7 @@ head; region_*.png ask where one red rectangle of the generated image looks on t
 model was trained on drawn garments, so a photograph of a cup is far from what it has seen."""
 
 
-@click.command()
+@click.command(short_help="Record the built-in model on photographs that a package ships.")
 @click.option(
     "-o",
     "--out",

@@ -12,7 +12,10 @@ from i2am.cli.settings import BoxType, Settings, SizeType
 FILE = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(
+    short_help="Record one image, its attribution maps, pictures and scores.",
+    context_settings={"show_default": True},
+)
 @click.argument("model")
 @click.option("--person", type=FILE, required=True, help="Image of the person or scene.")
 @click.option("--mask", type=FILE, required=True, help="White where it is to be painted anew.")
@@ -31,6 +34,7 @@ FILE = click.Path(path_type=Path)
     "--region",
     "regions",
     type=BoxType(),
+    metavar=BoxType.name,
     multiple=True,
     help="Rectangle of the person, in pixels, to ask the reference for; may be repeated.",
 )
@@ -46,7 +50,12 @@ FILE = click.Path(path_type=Path)
     default="conditional",
     help="Half of guidance to record.",
 )
-@click.option("--size", type=SizeType(), help="Pixels to generate; by default the model's size.")
+@click.option(
+    "--size",
+    type=SizeType(),
+    metavar=SizeType.name,
+    help="Pixels to generate; by default the model's size.",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32")
 @click.option("-o", "--out", type=FILE, default=Path("i2am-out"), help="Folder to write.")

@@ -77,9 +77,10 @@ def _load(settings: Settings) -> "ReferencePipeline":
     from i2am.models import load_pipeline
 
     if not log.isEnabledFor(logging.DEBUG):
-        for library in (diffusers, transformers):
-            library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
+        # the bar of the steps is diffusers' own and stays
+        diffusers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
     log.debug("loading %s", settings.model)
     dtype = None if settings.dtype == "float32" else getattr(torch, settings.dtype)
     try:

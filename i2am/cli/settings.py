@@ -35,7 +35,7 @@ class Box:
 class BoxType(click.ParamType):
     """``NAME=top,left,height,width`` on the command line."""
 
-    name = "NAME=TOP,LEFT,HEIGHT,WIDTH"
+    name = "NAME=top,left,height,width"
 
     def convert(
         self, value: str | Box, param: click.Parameter | None, ctx: click.Context | None

@@ -89,13 +89,12 @@ def start() -> Callable[..., subprocess.Popen[str]]:
         arguments: list[str], path: Path | None = None, **options: Any
     ) -> subprocess.Popen[str]:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "i2am", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
             env=env if path is None else {**env, "PYTHONPATH": str(path)},
-            **options,
+            **{**pipes, **options},
         )
 
     return popen

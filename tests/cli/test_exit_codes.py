@@ -1,9 +1,12 @@
 """How commands end: refusals in this process, and every exit code from a process of its own."""
 
+import contextlib
 import json
+import os
 import re
 import resource
 import signal
+import termios
 
 import numpy as np
 import pytest
@@ -209,6 +212,24 @@ def test_0_done(run_apart, record_line, tmp_path):
     assert done.code == 0, done.err
     assert sorted(json.loads(done.out)["files"]) == names(tmp_path / "out")
     assert "it/s" not in done.err  # no progress bar where stderr is not a terminal
+
+
+@pytest.mark.slow
+def test_a_terminal_sees_a_progress_bar_on_stderr(start, record_line):
+    terminal, end = os.openpty()
+    termios.tcsetwinsize(end, (24, 80))
+    process = start(record_line(steps=6), stderr=end)
+    os.close(end)
+    out, _ = process.communicate(timeout=100)
+    seen = ""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(terminal, 1 << 16):
+            seen += part.decode()
+    os.close(terminal)
+    assert process.returncode == 0, seen
+    assert "steps: 100%" in seen
+    assert "6/6" in seen
+    assert "steps" not in out
 
 
 def test_1_unexpected(run_apart, record_line, tmp_path):
