@@ -1,0 +1,163 @@
+"""The one table of tile shapes: shape class -> configuration, each with its reason.
+
+The choice depends on dtype, head_dim, the owners' sequence length, the number of weight rows and
+whether there is a bias, and on nothing else: not on the device, not on the batch. Equal inputs give
+equal bits wherever they lie in a batch, and there is no tuning at run time.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+MAX_HEAD_DIM = 256
+# fp32 weight rows: three TF32 products carry fp32, and AMD's matrix cores multiply fp32 itself
+ROW_PRECISION = "ieee" if torch.version.hip else "tf32x3"
+
+
+class Tile(NamedTuple):
+    """How much one program holds: owned tokens, tokens per step, warps, pipeline stages.
+
+    ``maxnreg`` lets ptxas use that many registers per thread where, left alone, it would spill a
+    few bytes to fit one more block on a multiprocessor; AMD's compiler has no such option.
+    """
+
+    owners: int
+    others: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+
+TILES = {
+    # fp32 dots are exact (no TF32) and run on FMA units: operands sit in registers, so head_dim
+    # goes in chunks of FP32_CHUNK and nothing is staged ahead
+    "statistics, fp32": Tile(64, 32, num_warps=8, num_stages=1),
+    # 64-bit addresses of a bias tile take two registers each, and the product with many weight rows
+    # takes three TF32 dots on fp32 operands: half a tile of scores over twice the warps
+    "statistics, bias or many rows": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
+    # 16 x 12 to 32 x 24 grids and image tokens: small tiles, so that 8 heads still fill a GPU
+    "statistics, short": Tile(64, 64, num_warps=4, num_stages=3),
+    "statistics, short, few rows": Tile(64, 64, num_warps=4, num_stages=3, maxnreg=255),
+    # from 64 x 32 tokens on there are programs enough: fewer reads of the other side
+    "statistics, long": Tile(128, 64, num_warps=8, num_stages=3),
+    "statistics, long, few rows": Tile(128, 64, num_warps=8, num_stages=3, maxnreg=255),
+    # beyond 192 features three stages would not fit the 64 KiB of gfx942
+    "statistics, wide": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
+    # as for the statistics, and the output has its own accumulators
+    "forward, fp32": Tile(32, 32, num_warps=4, num_stages=1),
+    "forward, bias": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
+    "forward, short": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
+    "forward, long": Tile(128, 64, num_warps=8, num_stages=2, maxnreg=255),
+    # over 128 output features fill the registers: shorter steps
+    "forward, wide": Tile(64, 32, num_warps=4, num_stages=2, maxnreg=255),
+}
+
+FP32_CHUNK = 16
+LONG_OWNERS = 2048
+# up to here a weight row is one multiply-add per score and row; beyond, rows are a matrix product
+MAX_LOOPED_ROWS = 4
+MAX_ROW_BLOCK = 32
+MIN_DOT = 16
+
+
+class StatisticsConfig(NamedTuple):
+    """Compile-time arguments of ``statistics.owner_pass``."""
+
+    BLOCK_OWNER: int
+    BLOCK_OTHER: int
+    BLOCK_D: int
+    BLOCK_TAIL: int
+    BLOCK_ROWS: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+
+class ForwardConfig(NamedTuple):
+    """Compile-time arguments of ``forward.attention_forward``."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_TAIL: int
+    BLOCK_V: int
+    BLOCK_V_TAIL: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+
+def statistics(
+    head_dim: int, itemsize: int, owners: int, rows: int, bias: bool
+) -> StatisticsConfig:
+    """Tiles for a pass over ``owners`` tokens with ``rows`` weight rows."""
+    block_rows = _power_of_2(rows)
+    if rows > MAX_LOOPED_ROWS:
+        block_rows = min(max(block_rows, MIN_DOT), MAX_ROW_BLOCK)
+    if itemsize == 4:
+        tile = TILES["statistics, fp32"]
+    elif bias or rows > MAX_LOOPED_ROWS:
+        tile = TILES["statistics, bias or many rows"]
+    elif head_dim > 192:
+        tile = TILES["statistics, wide"]
+    else:
+        length = "long" if owners >= LONG_OWNERS else "short"
+        tile = TILES[f"statistics, {length}" + (", few rows" if rows > 1 else "")]
+    return StatisticsConfig(
+        tile.owners,
+        tile.others,
+        *_score_features(head_dim, itemsize),
+        block_rows,
+        tile.num_warps,
+        tile.num_stages,
+        tile.maxnreg,
+    )
+
+
+def forward(head_dim: int, itemsize: int, seqlen_q: int, bias: bool) -> ForwardConfig:
+    """Tiles for the attention of ``seqlen_q`` queries."""
+    if itemsize == 4:
+        tile = TILES["forward, fp32"]
+    elif bias:
+        tile = TILES["forward, bias"]
+    elif head_dim > 128:
+        tile = TILES["forward, wide"]
+    else:
+        tile = TILES["forward, long" if seqlen_q >= LONG_OWNERS else "forward, short"]
+    return ForwardConfig(
+        tile.owners,
+        tile.others,
+        *_score_features(head_dim, itemsize),
+        *features(head_dim),
+        tile.num_warps,
+        tile.num_stages,
+        tile.maxnreg,
+    )
+
+
+def arguments(config: StatisticsConfig | ForwardConfig) -> dict[str, int]:
+    """The configuration as arguments of a launch on this platform."""
+    return {
+        name: value
+        for name, value in config._asdict().items()
+        if name != "maxnreg" or not (value is None or torch.version.hip)
+    }
+
+
+def features(head_dim: int) -> tuple[int, int]:
+    """Two blocks, a power of 2 each, that hold ``head_dim`` with the least padding.
+
+    40 is 32 + 16 instead of 64, 72 and 80 are 64 + 16, 160 is 128 + 32; the second may be 0.
+    """
+    whole = max(_power_of_2(head_dim), MIN_DOT)
+    first = whole // 2
+    tail = max(_power_of_2(max(head_dim - first, 1)), MIN_DOT)
+    return (first, tail) if first >= MIN_DOT and first + tail < whole else (whole, 0)
+
+
+def _score_features(head_dim: int, itemsize: int) -> tuple[int, int]:
+    return (FP32_CHUNK, 0) if itemsize == 4 else features(head_dim)
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()

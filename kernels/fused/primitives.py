@@ -1,0 +1,162 @@
+"""Small helpers the kernels share: launches, tiles, scores, exponentials.
+
+Scores stay natural and meet log2(e) only after a log-sum-exp is taken from them: scaled before, a
+logit of 200 would be rounded at 288, and a mask of ``finfo.min`` would overflow to -inf.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Launch(NamedTuple):
+    """One kernel call with all its arguments: to be run, or compiled for another machine."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: dict[str, Any]
+
+    def run(self, device: torch.device) -> None:
+        """Run on ``device``, which need not be the current one."""
+        if device.type != "cuda":
+            self.kernel[self.grid](**self.arguments)
+            return
+        with torch.cuda.device(device):
+            self.kernel[self.grid](**self.arguments)
+
+
+def strides(name: str, tensor: Tensor | None, axes: Sequence[str]) -> dict[str, int]:
+    """The kernel arguments ``stride_{name}_{axis}`` of a tensor; 0 for one that is absent."""
+    values = (0,) * len(axes) if tensor is None else tensor.stride()
+    return {f"stride_{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
+@triton.jit
+def load_tile(
+    base,
+    offs_t,
+    mask_t,
+    stride_t,
+    stride_d,
+    start,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Features ``start .. start + BLOCK`` of the tokens ``offs_t``; 0 beyond either edge."""
+    offs_d = start + tl.arange(0, BLOCK)
+    # [tokens, BLOCK]
+    offsets = offs_t[:, None].to(tl.int64) * stride_t + offs_d[None, :].to(tl.int64) * stride_d
+    return tl.load(base + offsets, mask=mask_t[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """``accumulator + a @ b`` in fp32."""
+    if _INTERPRETED and a.dtype == tl.bfloat16:
+        # the interpreter would multiply the bit patterns
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
+    else:
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """fp32 to ``dtype``, to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        # the interpreter truncates: round the bits first
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def score_tile(
+    x,
+    x_tail,
+    x_base,
+    offs_x,
+    mask_x,
+    stride_xt,
+    stride_xd,
+    y_base,
+    offs_y,
+    mask_y,
+    stride_yt,
+    stride_yd,
+    bias_base,
+    stride_bias_x,
+    stride_bias_y,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+):
+    """Scores of the tokens ``x`` against the tokens ``y``; -inf beyond the last ``y``.
+
+    ``x`` (and ``x_tail``) hold the features when they fit the two blocks; otherwise both sides are
+    read in chunks of BLOCK_D, for fp32, whose dots would keep whole rows in registers.
+    """
+    # [x, y]
+    scores = tl.zeros([offs_x.shape[0], offs_y.shape[0]], tl.float32)
+    if BLOCK_D + BLOCK_TAIL < HEAD_DIM:
+        for d in range(0, HEAD_DIM, BLOCK_D):
+            x = load_tile(x_base, offs_x, mask_x, stride_xt, stride_xd, d, HEAD_DIM, BLOCK_D)
+            y = load_tile(y_base, offs_y, mask_y, stride_yt, stride_yd, d, HEAD_DIM, BLOCK_D)
+            scores = dot(x, tl.trans(y), scores, "ieee")
+    else:
+        y = load_tile(y_base, offs_y, mask_y, stride_yt, stride_yd, 0, HEAD_DIM, BLOCK_D)
+        scores = dot(x, tl.trans(y), scores, "ieee")
+        if BLOCK_TAIL > 0:
+            y = load_tile(
+                y_base, offs_y, mask_y, stride_yt, stride_yd, BLOCK_D, HEAD_DIM, BLOCK_TAIL
+            )
+            scores = dot(x_tail, tl.trans(y), scores, "ieee")
+    scores *= scale
+    if bias_base is not None:
+        offs_x64 = offs_x[:, None].to(tl.int64)
+        offs_y64 = offs_y[None, :].to(tl.int64)
+        bias = tl.load(
+            bias_base + offs_x64 * stride_bias_x + offs_y64 * stride_bias_y,
+            mask=mask_x[:, None] & mask_y[None, :],
+            other=0.0,
+        )
+        scores += bias.to(tl.float32)
+    return tl.where(mask_y[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def exponential(x):
+    """``e ** x`` by the hardware's base-2 exponential."""
+    return tl.exp2(x * _LOG2E)
+
+
+@triton.jit
+def online_softmax(scores, running_max):
+    """A step of an online softmax over axis 1: ``(weights, correction, new running maximum)``."""
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    # rows without a valid score keep a finite pivot: -inf - -inf would be NaN
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    return exponential(scores - pivot[:, None]), exponential(running_max - pivot), new_max
+
+
+@triton.jit
+def log_sum_exp(running_max, total):
+    """What :func:`online_softmax` saw, as a log-sum-exp; -inf where all of it was masked."""
+    return running_max + tl.log2(tl.where(total == 0.0, 1.0, total)) * _LN2
+
+
+@triton.jit
+def shares(scores, lse):
+    """``exp(scores - lse)``, 0 where a fully masked token has an lse of -inf."""
+    # exp(s - inf) is 0 where exp(-inf - -inf) would be NaN
+    return exponential(scores - tl.where(lse == float("-inf"), float("inf"), lse))

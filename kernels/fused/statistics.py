@@ -1,0 +1,232 @@
+"""Log-sum-exps and weighted sums of both softmaxes, without the attention matrix.
+
+One program owns BLOCK_OWNER tokens of one side (queries or keys) of one (batch, head) and walks all
+tokens of the other side once. It writes only what it owns: no atomics, the same bits in every run.
+Memory beside the tiles is the log-sum-exp of each side.
+
+    lse[owner]        = log sum_other exp(S[owner, other])
+    sums[r, owner]   += sum_other weights[r, other] * exp(S[owner, other] - other_lse[other])
+
+With owner = key the sums are W P, with owner = query they are C u: the softmax in them runs over
+the owner's own side, so its normaliser belongs to the other token.
+"""
+
+# B batch, H heads, D head_dim, R weight rows; owners and others are M and N, or N and M
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from i2am.kernels.fused import configs
+from i2am.kernels.fused.primitives import (
+    Launch,
+    dot,
+    load_tile,
+    log_sum_exp,
+    online_softmax,
+    score_tile,
+    shares,
+    strides,
+)
+
+
+@triton.jit
+def owner_pass(
+    owner_ptr,
+    other_ptr,
+    bias_ptr,
+    other_lse_ptr,
+    weights_ptr,
+    lse_ptr,
+    sums_ptr,
+    stride_owner_b,
+    stride_owner_h,
+    stride_owner_t,
+    stride_owner_d,
+    stride_other_b,
+    stride_other_h,
+    stride_other_t,
+    stride_other_d,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_owner,
+    stride_bias_other,
+    stride_other_lse_b,
+    stride_other_lse_h,
+    stride_other_lse_t,
+    stride_weights_b,
+    stride_weights_r,
+    stride_weights_t,
+    stride_sums_b,
+    stride_sums_h,
+    stride_sums_r,
+    stride_sums_t,
+    H,
+    owners,
+    others,
+    rows,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_OWNER: tl.constexpr,
+    BLOCK_OTHER: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    ROW_PRECISION: tl.constexpr,
+):
+    """Writes ``lse`` and adds into ``sums``, each where its pointer is given."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(owners, BLOCK_OWNER)
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    offs_owner = (pid % blocks) * BLOCK_OWNER + tl.arange(0, BLOCK_OWNER)
+    offs_rows = (pid // blocks % row_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask_owner = offs_owner < owners
+    mask_rows = offs_rows < rows
+    bh = (pid // blocks // row_blocks).to(tl.int64)
+    b, h = bh // H, bh % H
+
+    owner_ptr += b * stride_owner_b + h * stride_owner_h
+    other_ptr += b * stride_other_b + h * stride_other_h
+    if bias_ptr is not None:
+        bias_ptr += b * stride_bias_b + h * stride_bias_h
+    # [BLOCK_OWNER, BLOCK_D], [BLOCK_OWNER, BLOCK_TAIL]
+    x = load_tile(
+        owner_ptr, offs_owner, mask_owner, stride_owner_t, stride_owner_d, 0, HEAD_DIM, BLOCK_D
+    )
+    x_tail = x
+    if BLOCK_TAIL > 0:
+        x_tail = load_tile(
+            owner_ptr,
+            offs_owner,
+            mask_owner,
+            stride_owner_t,
+            stride_owner_d,
+            BLOCK_D,
+            HEAD_DIM,
+            BLOCK_TAIL,
+        )
+    running_max = tl.full([BLOCK_OWNER], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_OWNER], tl.float32)
+    sums = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
+
+    for start in range(0, others, BLOCK_OTHER):
+        offs_other = start + tl.arange(0, BLOCK_OTHER)
+        mask_other = offs_other < others
+        # [BLOCK_OWNER, BLOCK_OTHER]
+        scores = score_tile(
+            x,
+            x_tail,
+            owner_ptr,
+            offs_owner,
+            mask_owner,
+            stride_owner_t,
+            stride_owner_d,
+            other_ptr,
+            offs_other,
+            mask_other,
+            stride_other_t,
+            stride_other_d,
+            bias_ptr,
+            stride_bias_owner,
+            stride_bias_other,
+            scale,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_TAIL,
+        )
+        if lse_ptr is not None:
+            weights, correction, running_max = online_softmax(scores, running_max)
+            total = total * correction + tl.sum(weights, 1)
+        if sums_ptr is not None:
+            offs_other64 = offs_other.to(tl.int64)
+            other_lse = tl.load(
+                other_lse_ptr
+                + b * stride_other_lse_b
+                + h * stride_other_lse_h
+                + offs_other64 * stride_other_lse_t,
+                mask=mask_other,
+                other=float("-inf"),
+            )
+            probability = shares(scores, other_lse[None, :])
+            w_ptr = weights_ptr + b * stride_weights_b + offs_other64 * stride_weights_t
+            if BLOCK_ROWS >= 16:
+                # [BLOCK_OTHER, BLOCK_ROWS]
+                w = tl.load(
+                    w_ptr[:, None] + offs_rows[None, :].to(tl.int64) * stride_weights_r,
+                    mask=mask_other[:, None] & mask_rows[None, :],
+                    other=0.0,
+                )
+                sums = dot(probability, w, sums, ROW_PRECISION)
+            else:
+                for r in tl.static_range(BLOCK_ROWS):
+                    w = tl.load(w_ptr, mask=mask_other & (r < rows), other=0.0)
+                    row = tl.sum(probability * w[None, :], 1)
+                    sums += tl.where(offs_rows[None, :] == r, row[:, None], 0.0)
+                    w_ptr += stride_weights_r
+
+    if lse_ptr is not None:
+        lse = log_sum_exp(running_max, total)
+        tl.store(lse_ptr + bh * owners + offs_owner, lse, mask=mask_owner)
+    if sums_ptr is not None:
+        # [BLOCK_OWNER, BLOCK_ROWS]
+        accumulators = (
+            sums_ptr
+            + b * stride_sums_b
+            + h * stride_sums_h
+            + offs_owner[:, None].to(tl.int64) * stride_sums_t
+            + offs_rows[None, :].to(tl.int64) * stride_sums_r
+        )
+        mask = mask_owner[:, None] & mask_rows[None, :]
+        tl.store(accumulators, tl.load(accumulators, mask=mask, other=0.0) + sums, mask=mask)
+
+
+def plan(
+    owner: Tensor,
+    other: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None,
+    lse: Tensor | None = None,
+    other_lse: Tensor | None = None,
+    weights: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> Launch:
+    """One pass of the owners over the others.
+
+    Args:
+        owner: ``[B, H, owners, D]``.
+        other: ``[B, H, others, D]``.
+        scale: Softmax scale.
+        bias: ``[B, H, owners, others]`` or ``None``.
+        lse: Contiguous fp32 ``[B, H, owners]``, written; ``None`` skips it.
+        other_lse: fp32 ``[B, H, others]``, wanted with ``sums``.
+        weights: fp32 ``[B, R, others]``, wanted with ``sums``.
+        sums: fp32 ``[B, H, R, owners]``, added into; ``None`` skips it.
+    """
+    batch, heads, owners, head_dim = owner.shape
+    rows = 1 if sums is None else sums.shape[2]
+    config = configs.statistics(head_dim, owner.element_size(), owners, rows, bias is not None)
+    blocks = triton.cdiv(owners, config.BLOCK_OWNER) * triton.cdiv(rows, config.BLOCK_ROWS)
+    arguments = {
+        "owner_ptr": owner,
+        "other_ptr": other,
+        "bias_ptr": bias,
+        "other_lse_ptr": other_lse,
+        "weights_ptr": weights,
+        "lse_ptr": lse,
+        "sums_ptr": sums,
+        **strides("owner", owner, "bhtd"),
+        **strides("other", other, "bhtd"),
+        **strides("bias", bias, ("b", "h", "owner", "other")),
+        **strides("other_lse", other_lse, "bht"),
+        **strides("weights", weights, "brt"),
+        **strides("sums", sums, "bhrt"),
+        "H": heads,
+        "owners": owners,
+        "others": other.shape[2],
+        "rows": rows,
+        "scale": scale,
+        "HEAD_DIM": head_dim,
+        "ROW_PRECISION": configs.ROW_PRECISION,
+        **configs.arguments(config),
+    }
+    return Launch(owner_pass, (batch * heads * blocks,), arguments)
