@@ -56,7 +56,7 @@ def attention_statistics(
         >>> attention_statistics(query, key).g2r.shape
         torch.Size([1, 8, 1, 13])
     """
-    chosen = _prepare(query, key, impl)
+    chosen = _prepare(query, key, impl, others=(bias, query_weights, key_weights))
     bias = _expanded_bias(bias, query, key)
     rows = _query_weights(query_weights, query)
     votes = _key_weights(key_weights, key)
@@ -99,7 +99,7 @@ def attention_with_statistics(
         RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
         NotImplementedError: A gradient is asked for.
     """
-    chosen = _prepare(query, key, impl, value)
+    chosen = _prepare(query, key, impl, value, others=(bias, query_weights, key_weights))
     bias = _expanded_bias(bias, query, key)
     rows = _query_weights(query_weights, query)
     votes = _key_weights(key_weights, key)
@@ -146,7 +146,7 @@ def accumulate_attention_statistics(
         RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
         NotImplementedError: A gradient is asked for.
     """
-    chosen = _prepare(query, key, impl)
+    chosen = _prepare(query, key, impl, others=(bias, query_weights, key_weights, r2g, g2r))
     bias = _expanded_bias(bias, query, key)
     rows = _query_weights(query_weights, query)
     votes = _key_weights(key_weights, key)
@@ -241,7 +241,12 @@ def _(query, key, value, bias, scale, impl):  # type: ignore[no-untyped-def]
 
 
 def _prepare(
-    query: Tensor, key: Tensor, impl: Impl | str | None, value: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    impl: Impl | str | None,
+    value: Tensor | None = None,
+    *,
+    others: tuple[Tensor | None, ...],
 ) -> Impl:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor is None:
@@ -268,7 +273,7 @@ def _prepare(
         raise ValueError(
             f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}"
         )
-    tensors = [tensor for tensor in (query, key, value) if tensor is not None]
+    tensors = [tensor for tensor in (query, key, value, *others) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise NotImplementedError(
             "attention statistics are inference-only; call them under torch.no_grad()"
@@ -284,6 +289,8 @@ def _expanded_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | 
     if bias is None:
         return None
     shape = (*query.shape[:3], key.shape[2])
+    if bias.device != query.device:
+        raise ValueError(f"bias must be on the device of query, {query.device}, got {bias.device}")
     if bias.dtype == torch.bool:
         allowed = bias
         bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
@@ -299,8 +306,7 @@ def _expanded_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | 
 def _query_weights(weights: Tensor | None, query: Tensor) -> Tensor:
     batch, _, seqlen_q, _ = query.shape
     if weights is None:
-        uniform = torch.full((1, 1, seqlen_q), 1.0 / seqlen_q, device=query.device)
-        return uniform.expand(batch, 1, seqlen_q)
+        return _uniform(query).expand(batch, 1, seqlen_q)
     if weights.ndim != 3 or weights.shape[0] not in (1, batch) or weights.shape[2] != seqlen_q:
         raise ValueError(
             f"query_weights must be [{batch} or 1, rows, {seqlen_q}], got {tuple(weights.shape)}"
@@ -311,19 +317,21 @@ def _query_weights(weights: Tensor | None, query: Tensor) -> Tensor:
 def _key_weights(weights: Tensor | None, key: Tensor) -> Tensor:
     batch, _, seqlen_k, _ = key.shape
     if weights is None:
-        weights = torch.full((1, 1, seqlen_k), 1.0 / seqlen_k, device=key.device)
-        return weights.expand(batch, 1, seqlen_k)
-    full = weights if weights.ndim == 3 else weights.reshape(-1, 1, weights.shape[-1])
-    if (
-        weights.ndim not in (1, 2, 3)
-        or full.shape[0] not in (1, batch)
-        or full.shape[2] != seqlen_k
-    ):
+        return _uniform(key).expand(batch, 1, seqlen_k)
+    full = weights.unsqueeze(-2) if weights.ndim in (1, 2) else weights
+    full = full[None] if full.ndim == 2 else full
+    if full.ndim != 3 or full.shape[0] not in (1, batch) or full.shape[2] != seqlen_k:
         raise ValueError(
             f"key_weights must be [{seqlen_k}], [{batch}, {seqlen_k}] or [{batch} or 1, votes, "
             f"{seqlen_k}], got {tuple(weights.shape)}"
         )
     return _as_statistics(full, key).expand(batch, -1, -1)
+
+
+def _uniform(tokens: Tensor) -> Tensor:
+    seqlen = tokens.shape[2]
+    statistics = torch.promote_types(tokens.dtype, torch.float32)
+    return tokens.new_full((1, 1, seqlen), 1.0 / seqlen, dtype=statistics)
 
 
 def _as_statistics(weights: Tensor, like: Tensor) -> Tensor:

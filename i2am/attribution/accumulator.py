@@ -200,10 +200,10 @@ class Accumulator:
             keep_keys=self.keep_keys,
             impl=self.impl,
         )
+        samples = len(range(self.samples or 0)[rows])
         for name, layer in self._layers.items():
             r2g = layer.r2g if layer.r2g is None else layer.r2g[rows]
             g2r = layer.g2r if layer.g2r is None else layer.g2r[rows]
-            samples = len(r2g if r2g is not None else g2r)  # type: ignore[arg-type]
             resolved._layers[name] = _Layer(
                 layer.site,
                 layer.reference,
