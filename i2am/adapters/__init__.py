@@ -1,5 +1,6 @@
 """Recording diffusers: the only room that knows its processors, schedulers and pipelines."""
 
-from i2am.adapters.recorder import Recorder, record
+from i2am.adapters.api import record
+from i2am.adapters.recorder import Recorder
 
 __all__ = ["Recorder", "record"]

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
+
 from i2am.attribution.accumulator import Accumulator
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL
-
-OTHER = "other"
 
 Target = tuple[slice, Accumulator]
 
@@ -20,8 +20,12 @@ class Branches:
 
     Args:
         make: Makes an accumulator, given ``unresolved=``.
-        order: Order of the parts in one batch.
+        order: Order of the parts in one batch; further parts (PAG's perturbed copies) are nobody's.
         wanted: Branches to keep.
+
+    Attributes:
+        recorded: Accumulators of the wanted branches that were met.
+        met: Every branch that was met, wanted or not.
     """
 
     def __init__(
@@ -37,38 +41,45 @@ class Branches:
         self._samples: int | None = None
         self._pending: list[Accumulator] = []
         self.recorded: dict[str, Accumulator] = {}
+        self.met: set[str] = set()
 
     def targets(self, call_index: int, rows: int) -> list[Target]:
-        """Accumulators for the rows of the ``call_index``-th denoiser call of this evaluation."""
+        """Accumulators for the rows of the ``call_index``-th denoiser call of this evaluation.
+
+        Raises:
+            ValueError: The rows are no multiple of the samples.
+        """
         if self._samples is None:
             while len(self._pending) <= call_index:
                 self._pending.append(self._make(unresolved=True))
             return [(slice(0, rows), self._pending[call_index])]
         targets = []
-        for branch, part in self._split(call_index, rows):
-            if branch in self._wanted:
-                if branch not in self.recorded:
-                    self.recorded[branch] = self._make(unresolved=False)
-                targets.append((part, self.recorded[branch]))
+        for branch, part in self._split(call_index, rows, self._samples):
+            if branch not in self.recorded:
+                self.recorded[branch] = self._make(unresolved=False)
+            targets.append((part, self.recorded[branch]))
         return targets
 
     def reveal(self, samples: int | None) -> None:
-        """The scheduler stepped ``samples`` latents (``None``: every row was a sample)."""
-        if self._samples is not None or not self._pending:
-            return
-        recorded = [accumulator for accumulator in self._pending if len(accumulator)]
-        self._samples = samples or (recorded[0].samples if recorded else None)
-        for call_index, accumulator in enumerate(self._pending):
-            rows = accumulator.samples
-            if rows is None:
-                continue
-            for branch, part in self._split(call_index, rows):
-                if branch in self._wanted and branch not in self.recorded:
-                    self.recorded[branch] = accumulator.resolve(part)
-        self._pending.clear()
+        """The scheduler stepped ``samples`` latents (``None``: every row was a sample).
 
-    def _split(self, call_index: int, rows: int) -> list[tuple[str, slice]]:
-        samples = self._samples or rows
+        Raises:
+            ValueError: The rows recorded until now are no multiple of them.
+        """
+        if self._samples is not None:
+            return
+        met = [(i, pending) for i, pending in enumerate(self._pending) if pending.samples]
+        self._pending = []
+        self._samples = samples or (met[0][1].samples if met else None)
+        for call_index, accumulator in met:
+            parts = self._split(call_index, accumulator.samples or 0, self._samples or 1)
+            # sums born in inference mode could not be added to outside of it later
+            with torch.inference_mode(False):
+                for branch, part in parts:
+                    self.recorded[branch] = accumulator.resolve(part)
+
+    def _split(self, call_index: int, rows: int, samples: int) -> list[tuple[str, slice]]:
+        """The wanted parts of a call's rows."""
         parts, rest = divmod(rows, samples)
         if rest or parts == 0:
             raise ValueError(
@@ -76,8 +87,12 @@ class Branches:
                 f"scheduler steps, got {rows} rows"
             )
         if parts == 1:
-            names = [(CONDITIONAL, UNCONDITIONAL)[call_index] if call_index < 2 else OTHER]
+            names = [*(CONDITIONAL, UNCONDITIONAL)[call_index : call_index + 1]]
         else:
-            # further parts are perturbed copies (PAG): nobody asked for them
-            names = [*self._order[:parts], *[OTHER] * (parts - len(self._order))]
-        return [(name, slice(i * samples, (i + 1) * samples)) for i, name in enumerate(names)]
+            names = [*self._order[:parts]]
+        self.met.update(names)
+        return [
+            (name, slice(i * samples, (i + 1) * samples))
+            for i, name in enumerate(names)
+            if name in self._wanted
+        ]

@@ -1,24 +1,31 @@
 """Where a run is: which evaluation of the denoiser, which denoising step, which time group."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 
 class RunClock:
-    """Follows a diffusers scheduler: ``set_timesteps`` begins a run, ``step`` ends an evaluation.
+    """Follows a scheduler: ``set_timesteps`` announces a run, ``step`` ends an evaluation.
 
-    Neither timestep values (PNDM and Heun repeat them) nor calls of the denoiser (two per step with
-    guidance in separate calls) identify a step. A scheduler of higher order evaluates the denoiser
-    more often than ``num_inference_steps``; evaluation ``i`` of ``n`` belongs to denoising step
-    ``i * n_steps // n``, which is exact for PNDM (51 for 50) and second-order solvers (2 n - 1).
+    A run begins with the first denoiser call after the announcement. Neither timestep values (PNDM
+    and Heun repeat them) nor calls of the denoiser (two per evaluation with guidance in separate
+    calls) identify a step, and a step may take several evaluations: see :meth:`_step_of`.
 
     Args:
         scheduler: The scheduler to follow, ``None`` for a denoiser in a loop of the caller's.
         time_groups: Number of groups; step ``s`` of ``n`` is in group ``s * time_groups // n``.
-        steps: Number of evaluations where there is no scheduler.
+        steps: Without a scheduler: evaluations of one run, ``None`` if unknown.
+
+    Attributes:
+        evaluations: How many evaluations the run was announced to have, ``None`` if unknown.
+        evaluation: How many are over.
+        steps: Denoising steps of the run.
+        timesteps: The scheduler's values, one per evaluation that is over.
+
+    Raises:
+        ValueError: There are fewer steps than time groups.
     """
 
     def __init__(
@@ -31,66 +38,73 @@ class RunClock:
         self.scheduler = scheduler
         self.time_groups = time_groups
         self.bind(on_run=lambda: None, on_step=lambda samples: None)
-        self._saved: dict[str, Any] = {}
-        self.steps = self.evaluations = steps or 1
+        self._wrappers: dict[str, tuple[Any, Any]] = {}
+        self._announced = True
+        self.evaluations: int | None = None
         self.evaluation = 0
         self.timesteps: list[Any] = []
+        self.steps = 1
+        if scheduler is None and steps is not None:
+            self._expect(steps)
 
     def bind(self, *, on_run: Callable[[], None], on_step: Callable[[int | None], None]) -> None:
         """Whom to tell: when a run begins, and the number of samples after each evaluation."""
         self._on_run, self._on_step = on_run, on_step
 
     @property
-    def step_index(self) -> int:
-        """0-based denoising step of the current evaluation."""
-        return min(self.evaluation * self.steps // self.evaluations, self.steps - 1)
-
-    @property
     def group(self) -> int:
         """0-based time group of the current evaluation; 0 is the noisiest."""
-        return self.step_index * self.time_groups // self.steps
+        step = min(self._step_of(self.evaluation), self.steps - 1)
+        return step * self.time_groups // self.steps
 
-    def begin(self) -> None:
-        """Start counting a run from its first evaluation.
+    def arrive(self) -> None:
+        """The denoiser is about to be called.
 
         Raises:
-            ValueError: The run has fewer steps than there are time groups.
+            ValueError: The run that begins has fewer steps than there are time groups.
         """
+        over = self.scheduler is None and self.evaluation == self.evaluations
+        if not self._announced and not over:
+            return
+        self._announced = False
         self.evaluation = 0
         self.timesteps = []
-        if self.scheduler is not None:
-            self.evaluations = len(self.scheduler.timesteps)
-            announced = getattr(self.scheduler, "num_inference_steps", None)
-            self.steps = min(announced or self.evaluations, self.evaluations)
-        self._check_groups()
         self._on_run()
+        if self.scheduler is not None:
+            self._expect(len(self.scheduler.timesteps))
 
     def advance(self, timestep: Any = None, samples: int | None = None) -> None:
         """The current evaluation is over."""
-        if self.evaluation == 0 and self.scheduler is not None:
-            self._skip_to(timestep)
+        if self._announced:
+            return  # somebody else's step: the denoiser was not called since the run was announced
         self.timesteps.append(timestep)
+        # repeated timesteps may hide the place of the first one until the second
+        if self.scheduler is not None and self.evaluation < 2:
+            self._expect(len(self.scheduler.timesteps) - self._first_evaluation())
         self._on_step(samples)
         self.evaluation += 1
+        if self.evaluations is None:
+            self.steps = self.evaluation
 
     def attach(self) -> None:
         """Wrap the scheduler's methods on the instance; its class and configuration stay as is."""
+        self._announced = True
         if self.scheduler is None:
             return
-        scheduler = self.scheduler
-        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+        set_timesteps, step = self.scheduler.set_timesteps, self.scheduler.step
+        signature = inspect.signature(step)
 
         # pipelines inspect these signatures to decide what to pass: wraps keeps them
         @functools.wraps(set_timesteps)
         def recording_set_timesteps(*args: Any, **kwargs: Any) -> Any:
             result = set_timesteps(*args, **kwargs)
-            self.begin()
+            self._announced = True
             return result
 
         @functools.wraps(step)
         def recording_step(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
-            given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
+            given = signature.bind_partial(*args, **kwargs).arguments
             sample = given.get("sample")
             self.advance(given.get("timestep"), None if sample is None else len(sample))
             return result
@@ -100,39 +114,46 @@ class RunClock:
 
     def detach(self) -> None:
         """Leave the scheduler as it was found."""
-        for name, original in self._saved.items():
+        for name, (wrapper, original) in self._wrappers.items():
+            if vars(self.scheduler).get(name) is not wrapper:
+                continue  # replaced since by somebody else
             if original is None:
                 delattr(self.scheduler, name)
             else:
                 setattr(self.scheduler, name, original)
-        self._saved.clear()
+        self._wrappers.clear()
 
     def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
         # an instance attribute of somebody else's, if any, has to come back
-        self._saved[name] = vars(self.scheduler).get(name)
+        self._wrappers[name] = wrapper, vars(self.scheduler).get(name)
         setattr(self.scheduler, name, wrapper)
 
-    def _skip_to(self, timestep: Any) -> None:
-        """Image-to-image starts inside the schedule: count what is left of it."""
-        scheduler = self.scheduler
-        timesteps = scheduler.timesteps  # type: ignore[union-attr]
-        begin = getattr(scheduler, "begin_index", None)
-        if begin is None:
-            # the schedulers without a begin index find their place by the value, like this
-            found = (timesteps == _on_device_of(timesteps, timestep)).nonzero()
-            begin = int(found[0]) if len(found) else 0
-        announced = len(timesteps)
-        self.evaluations = max(announced - int(begin), 1)
-        self.steps = max(round(self.steps * self.evaluations / announced), 1)
-        self._check_groups()
-
-    def _check_groups(self) -> None:
+    def _expect(self, evaluations: int) -> None:
+        self.evaluations = max(evaluations, 1)
+        self.steps = self._step_of(self.evaluations - 1) + 1
         if self.steps < self.time_groups:
             raise ValueError(
                 f"time_groups must be at most the number of denoising steps, "
                 f"got {self.time_groups} for {self.steps}"
             )
 
+    def _step_of(self, evaluation: int) -> int:
+        """0-based denoising step of an evaluation, both counted from where the run begins."""
+        runge_kutta = getattr(self.scheduler, "prk_timesteps", None)
+        if runge_kutta is None:
+            # second-order solvers evaluate twice per step, only the last step once
+            return evaluation // getattr(self.scheduler, "order", 1)
+        # PNDM: four evaluations for each Runge-Kutta step; without these, two for the first step
+        if len(runge_kutta) == 0:
+            return max(evaluation - 1, 0)
+        return min(evaluation, len(runge_kutta)) // 4 + max(evaluation - len(runge_kutta), 0)
 
-def _on_device_of(timesteps: Tensor, timestep: Any) -> Any:
-    return timestep.to(timesteps.device) if isinstance(timestep, Tensor) else timestep
+    def _first_evaluation(self) -> int:
+        """Where in the schedule the run began: image-to-image skips the noisiest part."""
+        index = getattr(self.scheduler, "step_index", None)
+        if index is not None:  # already moved on by the step just made
+            return int(index) - len(self.timesteps)
+        schedule = [float(timestep) for timestep in self.scheduler.timesteps]  # type: ignore[union-attr]
+        seen = [float(timestep) for timestep in self.timesteps]
+        starts = range(len(schedule) - len(seen) + 1)
+        return next((i for i in starts if schedule[i : i + len(seen)] == seen), 0)

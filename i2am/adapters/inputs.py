@@ -19,7 +19,7 @@ def find_denoiser(pipe_or_denoiser: Any) -> tuple[nn.Module, Any | None]:
     """
     scheduler = None
     if isinstance(pipe_or_denoiser, nn.Module):
-        denoiser = pipe_or_denoiser
+        denoiser: Any = pipe_or_denoiser
     else:
         components = getattr(pipe_or_denoiser, "components", None) or {}
         found = [components.get(name) for name in ("unet", "transformer")]
@@ -47,13 +47,13 @@ def find_layout(pipe_or_denoiser: Any, denoiser: nn.Module) -> TokenLayout:
     if declared is not None:
         layout: TokenLayout = declared()
         return layout
-    projections = getattr(
-        getattr(denoiser, "encoder_hid_proj", None), "image_projection_layers", ()
-    )
-    for projection in projections:
+    adapters = getattr(denoiser, "encoder_hid_proj", None)
+    for projection in getattr(adapters, "image_projection_layers", ()):
         # only this variant keeps the patches of its encoder apart
-        encoder = getattr(pipe_or_denoiser, "image_encoder", None)
-        if type(projection).__name__ == "IPAdapterFullImageProjection" and encoder is not None:
+        if type(projection).__name__ == "IPAdapterFullImageProjection":
+            encoder = getattr(pipe_or_denoiser, "image_encoder", None)
+            if encoder is None:
+                break
             side = encoder.config.image_size // encoder.config.patch_size
             return TokenLayout.ip_adapter((side, side), prefix=1)
         return TokenLayout.ip_adapter()
@@ -66,25 +66,37 @@ def find_layout(pipe_or_denoiser: Any, denoiser: nn.Module) -> TokenLayout:
 
 
 def as_mask(name: str, mask: Any) -> Tensor | None:
-    """A mask from a tensor, an array or a PIL image, fp32 in [0, 1].
+    """A mask from a tensor, an array, a PIL image or a list of these, fp32 in [0, 1].
 
     Raises:
-        ValueError: Its values lie outside [0, 1] (uint8: [0, 255]), or it has colour channels.
+        ValueError: Its values lie outside [0, 1] (uint8: [0, 255]), it has colour channels or other
+            axes than ``[height, width]``, or the masks of a list differ in size.
     """
     if mask is None:
         return None
+    if isinstance(mask, list | tuple):
+        masks = [as_mask(name, item) for item in mask]
+        if len({item.shape for item in masks if item is not None}) != 1:
+            raise ValueError(f"{name} must be masks of one size, got {len(masks)} that differ")
+        return torch.stack([item for item in masks if item is not None]).flatten(0, -3)
     if not isinstance(mask, Tensor):
         if hasattr(mask, "convert"):  # a PIL image
             mask = mask.convert("L")
         mask = torch.from_numpy(np.array(mask))
     if mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
+    # a picture [height, width, 3] would pass for a batch
+    if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[2] in (3, 4)):
+        raise ValueError(
+            f"{name} must be [height, width] or [batch, height, width] without colour channels, "
+            f"got {list(mask.shape)}"
+        )
     values = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
     # written so that NaN fails too
-    if values.ndim not in (2, 3) or not bool(((values >= 0) & (values <= 1)).all()):
+    if not bool(((values >= 0) & (values <= 1)).all()):
         raise ValueError(
-            f"{name} must be [height, width] or [batch, height, width] in [0, 1], got "
-            f"{list(values.shape)} from {values.min():.3g} to {values.max():.3g}"
+            f"{name} must hold values in [0, 1] (uint8: [0, 255]), got "
+            f"{values.min():.3g} to {values.max():.3g}"
         )
     return values
 

@@ -1,122 +1,41 @@
-"""``record()``: attribution maps of whatever a diffusers pipeline does inside a ``with`` block."""
+"""The recorder: listens to the layers of a denoiser and to its scheduler, and has the maps."""
 
-import functools
 import itertools
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from i2am.adapters.branches import Branches
+from i2am.adapters.branches import Branches, Target
 from i2am.adapters.clock import RunClock
-from i2am.adapters.inputs import as_mask, find_denoiser, find_layout, versions
-from i2am.attribution.accumulator import Accumulator, AttentionSite
+from i2am.adapters.hooks import around_calls
+from i2am.adapters.inputs import versions
+from i2am.adapters.observations import Observations
+from i2am.adapters.sites import LISTENERS, Site
+from i2am.attribution.accumulator import Accumulator, AttentionSite, LayerSums
 from i2am.attribution.direction import Direction
-from i2am.attribution.grid import Region
+from i2am.attribution.grid import Grid
+from i2am.attribution.layers import apply
 from i2am.attribution.maps import AttributionMaps
-from i2am.kernels import Impl
-from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, AttentionCall, Frame, TokenLayout
-
-GUIDANCE = {
-    CONDITIONAL: (CONDITIONAL,),
-    UNCONDITIONAL: (UNCONDITIONAL,),
-    "both": (CONDITIONAL, UNCONDITIONAL),
-}
-
-
-def record(
-    pipe_or_denoiser: Any,
-    *,
-    layout: TokenLayout | None = None,
-    directions: Collection[Direction | str] | Direction | str = tuple(Direction),
-    time_groups: int = 5,
-    guidance: str = CONDITIONAL,
-    regions: Mapping[str, Region] | None = None,
-    mask: Any = None,
-    reference_mask: Any = None,
-    impl: Impl | str | None = None,
-    scheduler: Any = None,
-    num_inference_steps: int | None = None,
-    keep_keys: bool = False,
-) -> "Recorder":
-    """Record the attention of a pipeline's runs, without changing a bit of the images.
-
-    Processors are installed on the layers the layout names, the scheduler is followed to count
-    denoising steps, and everything is put back at the end of the block, also after an exception.
-    Of several runs in one block the last one is kept.
-
-    Args:
-        pipe_or_denoiser: A ``DiffusionPipeline``, or its UNet or transformer alone.
-        layout: Which tokens are the generated and the reference image's; default what is known of
-            the pipeline.
-        directions: One or both of ``"reference_to_generated"``, ``"generated_to_reference"``.
-        time_groups: Groups of denoising steps kept apart, group 0 the noisiest.
-        guidance: Classifier-free guidance branch, ``"conditional"``, ``"unconditional"`` or
-            ``"both"``.
-        regions: Generated-image regions by name for specific-reference maps: a :class:`Patch` or
-            weights ``[height, width]``.
-        mask: Inpainting mask over the generated image, 1 where it is made: ``[height, width]`` or
-            one per sample; tensor, array or PIL image.
-        reference_mask: Mask of the object in the reference image, likewise: adds R2G votes of its
-            tokens alone.
-        impl: Implementation of the statistics; default fused on CUDA, streaming elsewhere.
-        scheduler: The scheduler of a bare denoiser; default the pipeline's.
-        num_inference_steps: Evaluations of a bare denoiser without any scheduler.
-        keep_keys: Also keep R2G per key, for parity with published code; costs the memory that
-            i2am otherwise avoids.
-
-    Returns:
-        A :class:`Recorder`; after the run, ``recorder.maps()``.
-
-    Raises:
-        TypeError: The argument has no UNet or transformer.
-        ValueError: No layout is known, no layer matches it, or an option is out of range.
-        RuntimeError: The denoiser is being recorded already.
-
-    Example:
-        >>> with i2am.record(pipe) as recorder:  # doctest: +SKIP
-        ...     image = pipe(image=person, mask_image=mask, reference_image=garment).images[0]
-        >>> recorder.maps().reference_to_generated(size=(512, 384))  # doctest: +SKIP
-    """
-    if guidance not in GUIDANCE:
-        raise ValueError(f"guidance must be one of {', '.join(GUIDANCE)}, got {guidance!r}")
-    denoiser, found = find_denoiser(pipe_or_denoiser)
-    scheduler = scheduler if scheduler is not None else found
-    if scheduler is None and num_inference_steps is None and time_groups > 1:
-        raise ValueError(
-            "a denoiser alone does not tell its steps; pass scheduler= or num_inference_steps=, "
-            "or time_groups=1"
-        )
-    if isinstance(directions, str):
-        directions = (directions,)
-    layout = layout or find_layout(pipe_or_denoiser, denoiser)
-    make = functools.partial(
-        Accumulator,
-        time_groups=time_groups,
-        directions=tuple(directions),
-        regions=dict(regions or {}),
-        mask=as_mask("mask", mask),
-        reference_mask=as_mask("reference_mask", reference_mask),
-        keep_keys=keep_keys,
-        impl=impl,
-    )
-    make()  # options are judged here, not at the first attention call
-    clock = RunClock(scheduler, time_groups=time_groups, steps=num_inference_steps)
-    return Recorder(
-        denoiser,
-        layout=layout,
-        clock=clock,
-        wanted=GUIDANCE[guidance],
-        make=make,
-    )
+from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout, Tokens
 
 
 class Recorder:
-    """What :func:`record` returns: records between ``attach`` and ``detach``, or in a ``with``."""
+    """What ``record()`` returns: records between ``attach`` and ``detach``, or in a ``with``.
+
+    Args:
+        denoiser: The module whose calls are the evaluations.
+        layout: Which of its attention layers and tokens.
+        clock: Follows the scheduler.
+        wanted: Guidance branches to keep, the first one being :meth:`maps`'s default.
+        make: Makes an accumulator, given ``unresolved=``.
+
+    Raises:
+        ValueError: No attention layer matches the layout.
+    """
 
     def __init__(
         self,
@@ -131,26 +50,27 @@ class Recorder:
         self._denoiser = denoiser
         # torch.compile wraps the module; its layers are inside, its calls come from outside
         self._network = getattr(denoiser, "_orig_mod", denoiser)
-        self._layers = {
+        attention = {
             name: module
             for name, module in self._network.named_modules()
-            if hasattr(module, "get_processor") and layout.matches(name)
+            if hasattr(module, "get_processor")
         }
+        self._layers = {name: m for name, m in attention.items() if layout.matches(name)}
         if not self._layers:
-            seen = [n for n, m in self._network.named_modules() if hasattr(m, "get_processor")]
             raise ValueError(
                 f"layout {layout.name!r} must match an attention layer of "
                 f"{type(self._network).__name__}, but {layout.layers!r} matches none of "
-                f"{len(seen)}: {', '.join(seen[:4])}{', ...' if len(seen) > 4 else ''}"
+                f"{len(attention)}: {', '.join([*attention][:4])}, ..."
             )
         self._names = list(self._layers)
         self._clock = clock
         clock.bind(on_run=self._begin_run, on_step=self._end_evaluation)
         self._wanted = wanted
         self._make = make
-        self._restore: dict[str, Callable[[], bool]] = {}
-        self._hooks: list[Any] = []
-        self._lost: list[str] = []
+        self._restore: list[Callable[[], None]] = []
+        self._installed: dict[str, Any] = {}
+        self._processors: dict[str, str] = {}
+        self._lost: dict[str, str] = {}
         self._key = next(_KEYS)
         self._begin_run()
 
@@ -175,16 +95,13 @@ class Recorder:
                 "leave that record() block first"
             )
         _ATTACHED.add(self._network)
-        _RECORDERS[self._key] = self
-        self._lost = []
+        LISTENERS[self._key] = self._add
         try:
-            token = torch.zeros(1)
             for index, (name, module) in enumerate(self._layers.items()):
-                self._restore[name] = install(module, _Site(self._key, index, token))
-            self._hooks = [
-                self._denoiser.register_forward_pre_hook(self._open_frame, with_kwargs=True),
-                self._denoiser.register_forward_hook(self._close_frame, always_call=True),
-            ]
+                self._processors[name] = type(module.processor).__name__
+                self._restore.append(install(module, Site(self._key, index)))
+                self._installed[name] = module.processor
+            self._restore.append(around_calls(self._denoiser, self._open_frame, self._close_frame))
             self._clock.attach()
         except BaseException:
             self.detach()
@@ -192,14 +109,15 @@ class Recorder:
 
     def detach(self) -> None:
         """Put processors, hooks and scheduler back as they were; does nothing the second time."""
+        if LISTENERS.pop(self._key, None) is None:
+            return
+        self._lost = self._find_lost()
         self._clock.detach()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._lost += [name for name, restore in self._restore.items() if not restore()]
+        for restore in self._restore:
+            restore()
         self._restore.clear()
+        self._installed.clear()
         _ATTACHED.discard(self._network)
-        _RECORDERS.pop(self._key, None)
 
     def maps(self, guidance: str | None = None) -> AttributionMaps:
         """The maps of the last run.
@@ -211,54 +129,64 @@ class Recorder:
             A copy of the sums: recording may go on.
 
         Raises:
+            ValueError: ``guidance`` is not a branch that ``record()`` was asked for.
             RuntimeError: Nothing was recorded, or not in that branch; says what was seen instead.
         """
-        if self._clock.scheduler is None:
-            self._branches.reveal(None)
-        recorded = self._branches.recorded
         branch = guidance or self._wanted[0]
-        accumulator = recorded.get(branch)
+        if branch not in self._wanted:
+            raise ValueError(
+                f"guidance must be one that record() was asked for, {' or '.join(self._wanted)}, "
+                f"got {branch!r}"
+            )
+        lost = self._find_lost() if self._attached else self._lost
+        accumulator = self._branches.recorded.get(branch)
         if accumulator is None or not len(accumulator):
-            raise RuntimeError(self._nothing(branch))
+            raise RuntimeError(self._seen.nothing(branch, met=self._branches.met, lost=lost))
         sums = accumulator.layers()
-        self._warn(sums)
+        for remark in self._remarks(sums, lost):
+            warnings.warn(remark, stacklevel=2)
         return AttributionMaps(
-            [_copied(layer) for layer in sums],
+            apply(lambda held: held.clone(), sums),
             votes=accumulator.votes,
             rows=accumulator.rows,
             provenance=self._provenance(branch),
         )
 
+    @property
+    def _attached(self) -> bool:
+        return self._key in LISTENERS
+
     def _begin_run(self) -> None:
         self._branches = Branches(self._make, order=self.layout.guidance_order, wanted=self._wanted)
-        self._denoiser_calls = 0
+        self._seen = Observations(self.layout, self._processors)
         self._call = 0
         self._frame: Frame | None = None
-        self._counts: Counter[str] = Counter()
-        self._skipped: set[str] = set()
-        self._resolved: dict[tuple[Any, ...], Any] = {}
-        self._warned = False
+        self._targets: list[Target] = []
+        self._resolved: dict[tuple[AttentionCall, Grid], tuple[Tokens, Tokens] | None] = {}
+        self._said: set[str] = set()
 
     def _end_evaluation(self, samples: int | None) -> None:
         self._branches.reveal(samples)
         self._call = 0
 
-    def _open_frame(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    def _open_frame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._clock.arrive()
+        sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         height, width = sample.shape[-2:] if sample.ndim == 4 else (1, sample.shape[1])
         self._frame = Frame((height, width), kwargs)
         self._targets = self._branches.targets(self._call, len(sample))
-        self._denoiser_calls += 1
+        self._seen.denoiser_calls += 1
 
-    def _close_frame(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _close_frame(self) -> None:
         self._frame = None
+        self._targets = []
         self._call += 1
         if self._clock.scheduler is None:
             self._clock.advance()
 
     def _add(
         self,
-        index: int,
+        layer: int,
         call_index: int,
         query: Tensor,
         key: Tensor,
@@ -268,16 +196,17 @@ class Recorder:
     ) -> None:
         if self._frame is None:
             return  # gradient checkpointing runs layers again outside of the denoiser's forward
-        name = self._names[index]
+        name = self._names[layer]
         call = AttentionCall(name, call_index, query.shape[2], key.shape[2])
-        resolved = self._resolved.get((call, self._frame.size), self)
-        if resolved is self:
-            resolved = self.layout.resolve(call, self._frame)
-            self._resolved[call, self._frame.size] = resolved
-        if resolved is None:
-            self._skipped.add(name)
+        size = self._frame.size
+        if (call, size) not in self._resolved:
+            self._resolved[call, size] = self.layout.resolve(call, self._frame)
+        tokens = self._resolved[call, size]
+        if tokens is None:
             return
-        generated, reference = resolved
+        generated, reference = tokens
+        if generated.size is None:
+            raise ValueError(f"layout {self.layout.name!r} must give the generated tokens a grid")
         site = AttentionSite(
             name,
             heads=query.shape[1],
@@ -287,6 +216,11 @@ class Recorder:
             causal=key.shape[2] > 1,
         )
         for rows, accumulator in self._targets:
+            if reference.size is None and accumulator.directions == _G2R:
+                raise ValueError(
+                    f"directions must include reference_to_generated for {name}: its "
+                    f"{reference.count} reference tokens have no place on the reference image"
+                )
             accumulator.add(
                 site,
                 query[rows, :, generated.index],
@@ -295,10 +229,10 @@ class Recorder:
                 reference=reference.index,
                 voters=slice(None) if self.layout.prefix_votes else None,
                 scale=scale,
-                bias=_rows_of_bias(bias, rows, generated.index),
+                bias=_part_of_bias(bias, rows, generated.index),
                 query_lse=None if query_lse is None else query_lse[rows, :, generated.index],
             )
-        self._counts[name] += 1
+        self._seen.calls[name] += 1
 
     def _provenance(self, branch: str) -> dict[str, Any]:
         clock = self._clock
@@ -310,134 +244,50 @@ class Recorder:
             "steps": clock.steps,
             "evaluations": clock.evaluation,
             "timesteps": [float(t) for t in clock.timesteps if t is not None],
-            "calls": dict(self._counts),
+            "calls": dict(self._seen.calls),
             "versions": versions(),
         }
 
-    def _nothing(self, branch: str) -> str:
-        if self._branches.recorded:
-            return (
-                f"no {branch} attention was recorded, only {', '.join(self._branches.recorded)}: "
-                "classifier-free guidance was off or another branch was asked for"
+    def _find_lost(self) -> dict[str, str]:
+        return {
+            name: type(self._layers[name].processor).__name__
+            for name, installed in self._installed.items()
+            if self._layers[name].processor is not installed
+        }
+
+    def _remarks(self, sums: list[LayerSums], lost: dict[str, str]) -> list[str]:
+        """What was not said yet about this run."""
+        over = not self._attached
+        remarks = self._seen.remarks(sums, lost=lost, over=over)
+        announced, made = self._clock.evaluations, self._clock.evaluation
+        if over and announced is not None and made != announced:
+            remarks.append(
+                f"the run made {made} of {announced} announced evaluations: "
+                "its time groups are not equally long"
             )
-        if not self._denoiser_calls:
-            return (
-                "no attribution was recorded: the denoiser was not called; run the pipeline inside "
-                "`with i2am.record(pipe) as recorder:`"
-            )
-        if self._lost:
-            return f"no attribution was recorded: {self._lost_sentence()}"
-        if self._counts:
-            return (
-                f"no attribution was recorded: the denoiser was called {self._denoiser_calls} "
-                "times but the scheduler never stepped; pass the scheduler that the loop uses"
-            )
-        return (
-            f"no attribution was recorded: the denoiser was called {self._denoiser_calls} times, "
-            f"but none of its {len(self._layers)} layers that match {self.layout.layers!r} had "
-            f"attention of layout {self.layout.name!r}"
-        )
-
-    def _lost_sentence(self) -> str:
-        found = {type(self._layers[name].processor).__name__ for name in self._lost}
-        return (
-            f"the processors of {len(self._lost)} layers were replaced during the recording (now "
-            f"{', '.join(sorted(found))}); fuse projections, load adapters and switch attention "
-            "before entering record()"
-        )
-
-    def _warn(self, sums: list[Any]) -> None:
-        if self._warned:
-            return
-        self._warned = True
-        idle = [layer.site.layer for layer in sums if not layer.site.causal]
-        messages = []
-        if idle:
-            messages.append(
-                f"{len(idle)} layers have a single reference token ({idle[0]}, ...): their query "
-                "and key cannot have influenced the image, so their maps show no cause"
-            )
-        if self._lost:
-            messages.append(self._lost_sentence())
-        if self._skipped:
-            skipped = sorted(self._skipped - set(self._counts))
-            if skipped:
-                messages.append(f"layers without a matching token grid were left out: {skipped}")
-        if self._clock.evaluation != self._clock.evaluations and not self._hooks:
-            messages.append(
-                f"the run made {self._clock.evaluation} of {self._clock.evaluations} announced "
-                "evaluations: its time groups are not equally long"
-            )
-        for message in messages:
-            warnings.warn(message, stacklevel=3)
+        remarks = [remark for remark in remarks if remark not in self._said]
+        self._said.update(remarks)
+        return remarks
 
 
-class _Site:
-    """The ``record`` callable of one layer; an operator call, so compiled graphs keep it."""
-
-    def __init__(self, recorder: int, layer: int, token: Tensor) -> None:
-        self.recorder, self.layer, self.token = recorder, layer, token
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        *,
-        bias: Tensor | None = None,
-        scale: float | None = None,
-        query_lse: Tensor | None = None,
-        call_index: int = 0,
-    ) -> None:
-        torch.ops.i2am.record_attention(
-            self.token,
-            query.detach(),
-            key.detach(),
-            bias,
-            query_lse,
-            scale,
-            self.recorder,
-            self.layer,
-            call_index,
-        )
-
-
-# token: a write that nobody reads, so that no compiler drops or reorders the call
-@torch.library.custom_op("i2am::record_attention", mutates_args=("token",))
-def _record_attention(
-    token: Tensor,
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    query_lse: Tensor | None,
-    scale: float | None,
-    recorder: int,
-    layer: int,
-    call_index: int,
-) -> None:
-    recording = _RECORDERS.get(recorder)
-    if recording is not None:
-        recording._add(layer, call_index, query, key, bias, scale, query_lse)
-
-
-@_record_attention.register_fake
-def _(token, query, key, bias, query_lse, scale, recorder, layer, call_index):  # type: ignore[no-untyped-def]
-    return None
-
-
+_G2R = (Direction.GENERATED_TO_REFERENCE,)
 _KEYS = itertools.count()
-_RECORDERS: dict[int, Recorder] = {}
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _rows_of_bias(bias: Tensor | None, rows: slice, queries: Any) -> Tensor | None:
+# diffusers masks by adding -10000; nothing less than this passes a softmax over keys
+_MASKED = -1000.0
+
+
+def _part_of_bias(bias: Tensor | None, rows: slice, queries: slice | Tensor) -> Tensor | None:
     if bias is None:
         return None
     if bias.ndim == 4 and bias.shape[0] > 1:
         bias = bias[rows]
-    return bias[..., queries, :] if bias.ndim > 1 and bias.shape[-2] > 1 else bias
-
-
-def _copied(layer: Any) -> Any:
-    from i2am.attribution.layers import apply
-
-    return apply(lambda sums: sums.clone(), [layer])[0]
+    if bias.ndim > 1 and bias.shape[-2] > 1:
+        bias = bias[..., queries, :]
+    if bias.dtype == torch.bool:
+        return bias
+    # a constant cancels in the softmax over queries: only -inf keeps hidden tokens from voting
+    masked = bias <= _MASKED
+    return bias.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)

@@ -1,0 +1,115 @@
+"""``record()``: attribution maps of whatever a diffusers pipeline does inside a ``with`` block."""
+
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from i2am.adapters.clock import RunClock
+from i2am.adapters.inputs import as_mask, find_denoiser, find_layout
+from i2am.adapters.recorder import Recorder
+from i2am.attribution.accumulator import Accumulator
+from i2am.attribution.direction import Direction
+from i2am.attribution.grid import Region, region_weights
+from i2am.kernels import Impl
+from i2am.kernels.api import implementation
+from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, TokenLayout
+
+GUIDANCE = {
+    CONDITIONAL: (CONDITIONAL,),
+    UNCONDITIONAL: (UNCONDITIONAL,),
+    "both": (CONDITIONAL, UNCONDITIONAL),
+}
+
+
+def record(
+    pipe_or_denoiser: Any,
+    *,
+    layout: TokenLayout | None = None,
+    directions: Collection[Direction | str] | Direction | str = tuple(Direction),
+    time_groups: int = 5,
+    guidance: str = CONDITIONAL,
+    regions: Mapping[str, Region] | None = None,
+    mask: Any = None,
+    reference_mask: Any = None,
+    impl: Impl | str | None = None,
+    scheduler: Any = None,
+    num_inference_steps: int | None = None,
+    keep_keys: bool = False,
+) -> Recorder:
+    """Record the attention of a pipeline's runs, without changing a bit of the images.
+
+    Processors are installed on the layers the layout names, the scheduler is followed to count
+    denoising steps, and everything is put back at the end of the block, also after an exception.
+    Of several runs in one block the last one is kept.
+
+    Args:
+        pipe_or_denoiser: A ``DiffusionPipeline``, or its UNet or transformer alone.
+        layout: Which tokens are the generated and the reference image's; default what is known of
+            the pipeline.
+        directions: One or both of ``"reference_to_generated"``, ``"generated_to_reference"``.
+        time_groups: Groups of denoising steps kept apart, group 0 the noisiest.
+        guidance: Classifier-free guidance branch, ``"conditional"``, ``"unconditional"`` or
+            ``"both"``.
+        regions: Generated-image regions by name for specific-reference maps: a :class:`Patch` or
+            weights ``[height, width]``.
+        mask: Inpainting mask over the generated image, 1 where it is made: ``[height, width]`` or
+            one per sample; tensor, array, PIL image or a list of these.
+        reference_mask: Mask of the object in the reference image, likewise: adds R2G votes of its
+            tokens alone.
+        impl: Implementation of the statistics; default fused on CUDA, streaming elsewhere.
+        scheduler: The scheduler of a bare denoiser; default the pipeline's.
+        num_inference_steps: Evaluations of a bare denoiser without any scheduler; then every row of
+            its batch counts as a sample.
+        keep_keys: Also keep R2G per key, for parity with published code; costs the memory that
+            i2am otherwise avoids.
+
+    Returns:
+        A :class:`Recorder`; after the run, ``recorder.maps()``.
+
+    Raises:
+        TypeError: The argument has no UNet or transformer.
+        ValueError: No layout is known, no layer matches it, or an option is out of range.
+        RuntimeError: The denoiser is being recorded already.
+
+    Example:
+        >>> with i2am.record(pipe) as recorder:  # doctest: +SKIP
+        ...     image = pipe(image=person, mask_image=mask, reference_image=garment).images[0]
+        >>> recorder.maps().reference_to_generated(size=(512, 384))  # doctest: +SKIP
+    """
+    if guidance not in GUIDANCE:
+        raise ValueError(f"guidance must be one of {', '.join(GUIDANCE)}, got {guidance!r}")
+    denoiser, found = find_denoiser(pipe_or_denoiser)
+    scheduler = scheduler if scheduler is not None else found
+    if scheduler is None and num_inference_steps is None and time_groups > 1:
+        raise ValueError(
+            "a denoiser alone does not tell its steps; pass scheduler= or num_inference_steps=, "
+            "or time_groups=1"
+        )
+    if isinstance(directions, str):
+        directions = (directions,)
+    layout = layout or find_layout(pipe_or_denoiser, denoiser)
+    make = functools.partial(
+        Accumulator,
+        time_groups=time_groups,
+        directions=tuple(directions),
+        regions=dict(regions or {}),
+        mask=as_mask("mask", mask),
+        reference_mask=as_mask("reference_mask", reference_mask),
+        keep_keys=keep_keys,
+        impl=impl,
+    )
+    # options are judged here, not at the first attention call
+    make()
+    implementation(impl, torch.device("cpu"))
+    for region in (regions or {}).values():
+        region_weights(region, (1, 1))
+    clock = RunClock(scheduler, time_groups=time_groups, steps=num_inference_steps)
+    return Recorder(
+        denoiser,
+        layout=layout,
+        clock=clock,
+        wanted=GUIDANCE[guidance],
+        make=make,
+    )

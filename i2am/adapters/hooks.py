@@ -1,0 +1,50 @@
+"""Code around the calls of a module."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def around_calls(
+    module: nn.Module,
+    before: Callable[[tuple[Any, ...], dict[str, Any]], None],
+    after: Callable[[], None],
+) -> Callable[[], None]:
+    """Call ``before(args, kwargs)`` and, also after an exception, ``after()`` around every call.
+
+    Both run outside of compiled code: hooks of a module that was compiled in place would be traced
+    with it, so there the compiled callable is wrapped instead.
+
+    Returns:
+        A function that takes them away again.
+    """
+    compiled = module._compiled_call_impl
+    if compiled is None:
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: before(args, kwargs), with_kwargs=True
+            ),
+            module.register_forward_hook(lambda module, args, output: after(), always_call=True),
+        ]
+
+        def remove() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return remove
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before(args, kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            after()
+
+    module._compiled_call_impl = call
+
+    def put_back() -> None:
+        if module._compiled_call_impl is call:
+            module._compiled_call_impl = compiled
+
+    return put_back

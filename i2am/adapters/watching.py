@@ -1,0 +1,148 @@
+"""Processors that stay: IP-Adapter, PAG, third-party ones, with their weights and class names.
+
+While it is recorded, such an object is an instance of a subclass of its class, which watches its
+``scaled_dot_product_attention`` calls. A compiled graph breaks there.
+"""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from i2am.adapters.projections import additive_mask, key_states, split_heads
+from i2am.adapters.sites import Record
+
+_WATCHED = "_i2am_records"
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+# These compute attention by other means, and project without norms of query and key
+_WITHOUT_SDPA = (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)
+
+
+def install_watching(attn: Any, record: Record) -> Callable[[], None]:
+    """Watch the processor of one attention module; returns what puts everything back."""
+    processor = attn.processor
+    # one processor object may serve many modules: the recorders are kept by module
+    base: Any = type(processor)
+    if _WATCHED in vars(processor):
+        base = base.__mro__[1]
+    else:
+        processor.__class__ = _watching_class(base)
+        vars(processor)[_WATCHED] = {}
+    vars(processor)[_WATCHED][attn] = record
+
+    def restore() -> None:
+        records = vars(processor)[_WATCHED]
+        del records[attn]
+        if not records:
+            del vars(processor)[_WATCHED]
+            processor.__class__ = base
+        if type(attn.processor) is _watching_class(base) and _WATCHED not in vars(attn.processor):
+            attn.processor.__class__ = base
+
+    return restore
+
+
+@functools.cache  # a class is asked for once per recorded processor class
+def _watching_class(base: Any) -> Any:
+    """A subclass of a processor's class with the same signature, constructor and ``isinstance``."""
+
+    @torch.compiler.disable  # a function mode inside a compiled graph would see nothing
+    def watch(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        record = vars(self).get(_WATCHED, {}).get(attn)
+        if record is None:
+            return base.__call__(self, attn, hidden_states, *args, **kwargs)
+        given = signature.bind(self, attn, hidden_states, *args, **kwargs).arguments
+        with _WatchAttention(record, _call_indices(self, given)):
+            output = base.__call__(self, attn, hidden_states, *args, **kwargs)
+        if base in _WITHOUT_SDPA:
+            _record_projections(record, attn, given)
+        return output
+
+    def __call__(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return watch(self, attn, hidden_states, *args, **kwargs)
+
+    # modules pass on only the keywords that the signature names
+    signature = inspect.signature(base.__call__)
+    __call__.__signature__ = signature  # type: ignore[attr-defined]
+    return type(f"Recording{base.__name__}", (base,), {"__call__": __call__})
+
+
+def _call_indices(processor: Any, given: dict[str, Any]) -> Iterator[int]:
+    """Indices of a processor's attention calls, as if none were left out.
+
+    IP-Adapter processors attend to the text, then to each adapter's images, all at once or, with
+    masks, one by one; they leave out adapters whose scale is 0.
+    """
+    context = given.get("encoder_hidden_states")
+    if not (hasattr(processor, "to_k_ip") and isinstance(context, tuple)):
+        return itertools.count()
+    masks = given.get("ip_adapter_masks")
+    made = [0]
+    following = 1
+    for adapter, (images, scale) in enumerate(zip(context[1], processor.scale, strict=False)):
+        masked = masks is not None and masks[adapter] is not None
+        calls = range(following, following + (images.shape[1] if masked else 1))
+        following = calls.stop
+        if any(scale) if isinstance(scale, list) else scale:
+            made += calls
+    return iter(made)
+
+
+class _WatchAttention(TorchFunctionMode):
+    """Records every ``scaled_dot_product_attention`` call after it has been made, unchanged."""
+
+    def __init__(self, record: Record, call_indices: Iterator[int]) -> None:
+        super().__init__()
+        self.record = record
+        self.call_indices = call_indices
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | kwargs
+            if given.get("is_causal"):
+                raise NotImplementedError("recording causal attention is not supported")
+            query, key = given["query"], given["key"]
+            if key.shape[1] != query.shape[1]:
+                key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            self.record(
+                query,
+                key,
+                bias=given.get("attn_mask"),
+                scale=given.get("scale"),
+                call_index=next(self.call_indices, self.calls),
+            )
+            self.calls += 1
+        return output
+
+
+def _record_projections(record: Record, attn: Any, given: dict[str, Any]) -> None:
+    """Project once more what a processor that makes no call to watch was given."""
+    hidden_states, context = given["hidden_states"], given.get("encoder_hidden_states")
+    if attn.spatial_norm is not None:
+        hidden_states = attn.spatial_norm(hidden_states, given.get("temb"))
+    if hidden_states.ndim == 4:
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+    mask = additive_mask(
+        attn, hidden_states if context is None else context, given.get("attention_mask")
+    )
+    if attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+    key = attn.to_k(key_states(attn, hidden_states, context))
+    query, key = split_heads(attn, attn.to_q(hidden_states), key)
+    record(query, key, bias=mask, scale=attn.scale)
