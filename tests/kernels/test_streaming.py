@@ -1,0 +1,593 @@
+"""The CPU path against the ruler: the fp64 reference, with twice the eager error as the budget."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from i2am.kernels import (
+    accumulate_attention_statistics,
+    attention_statistics,
+    attention_with_statistics,
+    streaming,
+)
+from i2am.testing import assert_matches_reference, make_qkv
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+LAYOUTS = [
+    "unet",
+    "contiguous",
+    "transposed",
+    "sliced",
+    "expanded_batch",
+    "expanded_heads",
+    "expanded_tokens",
+]
+
+
+def eager_results(query, key, *, query_lse=None, **arguments):
+    """The formulae in the working dtype, in every order of operations that people use."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    wide_query, wide_key = query.to(compute), key.to(compute)
+    scale = query.shape[-1] ** -0.5
+    # the scale on the product, and on the query as in PyTorch's attention
+    results = [
+        attention_statistics(query, key, impl="reference", **arguments),
+        attention_statistics(
+            wide_query * scale, wide_key, scale=1.0, impl="reference", **arguments
+        ),
+    ]
+    if query_lse is not None:
+        # P from the log-sum-exp that was handed over
+        scores = scale * wide_query @ wide_key.mT
+        bias = arguments.get("bias")
+        if bias is not None:
+            bias = torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias
+            scores = scores + bias.to(compute)
+        p = (scores - query_lse[..., None]).exp().nan_to_num(0.0)
+        rows = arguments.get("query_weights", torch.full((1, 1, p.shape[2]), 1 / p.shape[2]))
+        results.append(results[0]._replace(g2r=rows[:, None].to(compute) @ p))
+    return results
+
+
+def worst(results, exact):
+    """Whichever of the results is farthest from the exact one."""
+    if exact.numel() == 0:
+        return results[0]
+    return max(results, key=lambda result: (result.double() - exact).nan_to_num(0).abs().max())
+
+
+def check(query, key, *, query_lse=None, **arguments):
+    """Streaming statistics, after holding them against the ruler."""
+    exact = attention_statistics(query.double(), key.double(), impl="reference", **arguments)
+    eager = eager_results(query, key, query_lse=query_lse, **arguments)
+    if query_lse is None:
+        actual = attention_statistics(query, key, impl="streaming", **arguments)
+    else:
+        # the in-place form returns no log-sum-exps
+        r2g, g2r = torch.zeros_like(eager[0].r2g), torch.zeros_like(eager[0].g2r)
+        accumulate_attention_statistics(
+            query,
+            key,
+            r2g=r2g if r2g.ndim == 4 else r2g[:, :, None],
+            g2r=g2r,
+            query_lse=query_lse,
+            impl="streaming",
+            **arguments,
+        )
+        actual = eager[0]._replace(r2g=r2g, g2r=g2r)
+    if query.dtype == torch.float64:
+        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-12)
+        return actual
+    for name in exact._fields:
+        ruler = getattr(exact, name)
+        budget = worst([getattr(result, name) for result in eager], ruler)
+        assert_matches_reference(getattr(actual, name), exact=ruler, eager=budget, name=name)
+    return actual
+
+
+def row_lse(query, key, **arguments):
+    """The log-sum-exp that the model's own attention call would have handed over."""
+    return streaming.attention_with_lse(query, key, key, **arguments)[1]
+
+
+@pytest.fixture
+def routes(monkeypatch):
+    """Names the routes that ran, in order; a refused shared exponential is "refused"."""
+    seen = []
+
+    def watch(name):
+        original = getattr(streaming._Sweep, name)
+
+        def spy(self, *args):
+            result = original(self, *args)
+            seen.append("refused" if result is False else name.strip("_"))
+            return result
+
+        monkeypatch.setattr(streaming._Sweep, name, spy)
+
+    for name in ("query_blocks", "key_blocks", "_shared_exponential", "_separate_exponentials"):
+        watch(name)
+    return seen
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Shapes `[heads, queries, keys]` of all tiles that were computed."""
+    seen = []
+    original = streaming._Sweep._scores
+
+    def spy(self, *args):
+        scores = original(self, *args)
+        seen.append(tuple(scores.shape))
+        return scores
+
+    monkeypatch.setattr(streaming._Sweep, "_scores", spy)
+    return seen
+
+
+def test_the_poison_bites(poisoned_memory):
+    like = torch.ones(3)
+    for fresh in (torch.empty(5), like.new_empty(5), torch.empty_like(like), like.new_empty(0)):
+        assert fresh.isnan().all()
+    query, key, _ = make_qkv(1, 1, 3, 4, 8)
+    options = {"scale": 1.0, "bias": None, "query_lse": None}
+    weights = {"query_weights": torch.ones(1, 1, 3), "key_weights": torch.ones(1, 1, 4)}
+    # an accumulator that nobody set to 0: what is added to it cannot come out as a number
+    r2g, g2r = torch.empty(1, 1, 1, 3), torch.empty(1, 1, 1, 4)
+    lse = streaming.accumulate(query, key, r2g=r2g, g2r=g2r, **weights, **options)
+    assert r2g.isnan().all()
+    assert g2r.isnan().all()
+    # while everything that the implementation allocates itself is written before it is read
+    assert not any(part.isnan().any() for part in lse)
+
+
+# --- the ruler ------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (63, 131), (131, 63), (1037, 131), (131, 1037), (64, 77)]
+
+
+@pytest.mark.parametrize("logits", [None, 10, 40, 80, 200])
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_error_is_at_most_twice_the_eager_error(shape, dtype, logits):
+    query, key, _ = make_qkv(1, 2, *shape, 40, dtype=dtype, logits=logits)
+    if logits is not None:
+        scores = query.double() @ key.double().mT / 40**0.5
+        assert scores.abs().max() > 0.98 * logits
+    check(query, key)
+
+
+@pytest.mark.parametrize("head_dim", [1, 40, 64, 72, 80, 96, 128, 160])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_any_head_dim(head_dim, dtype):
+    query, key, _ = make_qkv(2, 2, 63, 131, head_dim, dtype=dtype)
+    check(query, key, query_weights=torch.rand(1, 2, 63), key_weights=torch.rand(131))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_the_layer_of_the_custom_model(dtype):
+    query, key, _ = make_qkv(1, 1, 3072, 1037, 40, dtype=dtype)
+    votes = torch.ones(1037)
+    votes[0] = 0
+    check(query, key, key_weights=votes / votes.sum())
+
+
+@pytest.mark.parametrize("offset", [300.0, -300.0], ids=["takes all", "takes nothing"])
+def test_one_key_takes_all_mass_or_none(offset):
+    query, key, _ = make_qkv(1, 2, 63, 131, 40)
+    bias = torch.zeros(131)
+    bias[17] = offset
+    actual = check(query, key, bias=bias)
+    torch.testing.assert_close(
+        actual.g2r[..., 17], torch.full((1, 2, 1), 1.0 if offset > 0 else 0.0)
+    )
+
+
+@pytest.mark.parametrize("key_layout", LAYOUTS)
+@pytest.mark.parametrize("query_layout", LAYOUTS)
+def test_strides_do_not_matter(relayout, query_layout, key_layout):
+    query, key, value = make_qkv(2, 2, 13, 9, 5)
+    query, key = relayout(query, query_layout), relayout(key, key_layout)
+    value = relayout(value, key_layout)
+    check(query, key)
+    output, _ = attention_with_statistics(query, key, value, impl="streaming")
+    expected, _ = attention_with_statistics(
+        query.contiguous(), key.contiguous(), value.contiguous(), impl="streaming"
+    )
+    torch.testing.assert_close(output, expected)
+
+
+@st.composite
+def calls(draw):
+    """A call with everything drawn: sizes, dtype, range, strides, mask, weights, tile size."""
+    batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    length = st.one_of(st.integers(1, 40), st.sampled_from([1, 63, 64, 65]))
+    seqlen_q, seqlen_k = draw(length), draw(length)
+    dtype = draw(st.sampled_from(DTYPES))
+    seed = draw(st.integers(0, 2**31))
+    query, key, _ = make_qkv(
+        batch,
+        heads,
+        seqlen_q,
+        seqlen_k,
+        draw(st.sampled_from([1, 3, 8, 40, 72])),
+        dtype=dtype,
+        seed=seed,
+        logits=draw(st.sampled_from([None, 10.0, 40.0, 80.0, 200.0])),
+    )
+    # not equal tokens: there the errors of the eager formulae cancel, and with them the budget
+    layout = st.sampled_from(LAYOUTS[:-1])
+    layouts = draw(layout), draw(layout)
+    generator = torch.Generator().manual_seed(seed)
+    arguments = {}
+    bias = draw(st.sampled_from([None, "additive", "bool", "both"]))
+    if bias is not None:
+        shape = [size if draw(st.booleans()) else 1 for size in (batch, heads, seqlen_q, seqlen_k)]
+        shape = shape[draw(st.integers(0, 3)) :]
+        allowed = torch.rand(shape, generator=generator) > draw(st.sampled_from([0.1, 0.6, 0.95]))
+        numbers = 5 * torch.randn(shape, generator=generator).to(draw(st.sampled_from(DTYPES)))
+        arguments["bias"] = {
+            "additive": numbers,
+            "bool": allowed,
+            "both": numbers.masked_fill(~allowed, -torch.inf),
+        }[bias]
+    if draw(st.booleans()):
+        rows = (draw(st.sampled_from([1, batch])), draw(st.integers(0, 4)), seqlen_q)
+        arguments["query_weights"] = torch.rand(rows, generator=generator)
+    if draw(st.booleans()):
+        votes = draw(
+            st.sampled_from(
+                [
+                    (seqlen_k,),
+                    (1, seqlen_k),
+                    (batch, seqlen_k),
+                    (1, 2, seqlen_k),
+                    (batch, 3, seqlen_k),
+                ]
+            )
+        )
+        voting = torch.rand(votes, generator=generator) > 0.3
+        arguments["key_weights"] = torch.rand(votes, generator=generator) * voting
+    # all in one tile, a head in one tile, or a head in a few
+    blocks = draw(st.sampled_from([None, 1, 2, 5]))
+    tile = streaming.TILE_ELEMENTS if blocks is None else -(-seqlen_q * seqlen_k // blocks)
+    return query, key, layouts, arguments, tile
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(call=calls())
+def test_any_call_stays_within_the_budget(relayout, call):
+    query, key, layouts, arguments, tile = call
+    query, key = relayout(query, layouts[0]), relayout(key, layouts[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "TILE_ELEMENTS", tile)
+        check(query, key, **arguments)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(call=calls())
+def test_any_call_with_a_known_row_log_sum_exp_stays_within_the_budget(relayout, call):
+    query, key, layouts, arguments, tile = call
+    query, key = relayout(query, layouts[0]), relayout(key, layouts[1])
+    lse = eager_results(query, key, **arguments)[1].query_lse
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "TILE_ELEMENTS", tile)
+        check(query, key, query_lse=lse, **arguments)
+
+
+# --- the routes -----------------------------------------------------------------------------------
+
+M, N = 67, 41
+ONE_TILE = streaming.TILE_ELEMENTS
+TEN_QUERIES, TEN_KEYS = 10 * N, 10 * M
+
+
+@pytest.fixture
+def tile_elements(monkeypatch):
+    return lambda elements: monkeypatch.setattr(streaming, "TILE_ELEMENTS", elements)
+
+
+def with_votes(bias=None):
+    return {
+        "bias": bias,
+        "query_weights": torch.rand(1, 3, M),
+        "key_weights": torch.rand(1, 2, N),
+    }
+
+
+def row_bias(value, start):
+    bias = torch.zeros(M, N)
+    bias[start:] = value
+    return bias
+
+
+@pytest.mark.parametrize(
+    "tile", [ONE_TILE, M * N, TEN_QUERIES, 1], ids=["heads", "head", "10", "1"]
+)
+def test_moderate_logits_share_one_exponential(routes, tiles, tile_elements, tile):
+    tile_elements(tile)
+    query, key, _ = make_qkv(1, 3, M, N, 40)
+    check(query, key, **with_votes())
+    groups = 1 if tile == ONE_TILE else 3
+    assert routes == ["shared_exponential"] * groups + ["query_blocks"]
+    largest = {ONE_TILE: (3, M, N), M * N: (1, M, N), TEN_QUERIES: (1, 10, N), 1: (1, 1, N)}
+    assert max(tiles) == largest[tile]
+    # a head in one tile is computed once; otherwise the second softmax needs a second sweep
+    blocks = {ONE_TILE: 1, M * N: 1, TEN_QUERIES: 7, 1: M}[tile]
+    assert len(tiles) == groups * (blocks if blocks == 1 else 2 * blocks)
+
+
+@pytest.mark.parametrize("tile", [ONE_TILE, TEN_QUERIES], ids=["one tile", "blocks"])
+@pytest.mark.parametrize("logits", [80, 200])
+def test_large_logits_get_an_exponential_for_each_softmax(routes, tile_elements, tile, logits):
+    tile_elements(tile)
+    query, key, _ = make_qkv(1, 1, M, N, 40, logits=logits)
+    check(query, key, **with_votes())
+    assert routes == ["refused", "separate_exponentials", "query_blocks"]
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        pytest.param(row_bias(-100.0, 60), id="last rows far below"),
+        pytest.param(row_bias(100.0, 60), id="last rows far above"),
+        pytest.param(row_bias(-torch.inf, 60), id="last rows masked"),
+        pytest.param(row_bias(-100.0, 60).new_tensor([*[0.0] * 40, -100.0]), id="one column below"),
+        pytest.param(torch.tensor([*[0.0] * 40, -torch.inf]), id="one column masked"),
+    ],
+)
+def test_a_range_that_turns_out_too_wide_halfway_leaves_nothing_behind(routes, tile_elements, bias):
+    tile_elements(TEN_QUERIES)
+    query, key, _ = make_qkv(1, 1, M, N, 40)
+    check(query, key, **with_votes(bias))
+    assert routes == ["refused", "separate_exponentials", "query_blocks"]
+
+
+@pytest.mark.parametrize("tile", [TEN_KEYS, 1], ids=["10 keys", "1 key"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_known_row_log_sum_exp_needs_one_sweep_over_blocks_of_keys(
+    routes, tiles, tile_elements, dtype, tile
+):
+    query, key, _ = make_qkv(2, 1, M, N, 40, dtype=dtype)
+    lse = row_lse(query, key)
+    tile_elements(tile)
+    check(query, key, query_lse=lse, **with_votes())
+    assert routes == ["key_blocks"] * 2
+    assert len(tiles) == 2 * (5 if tile == TEN_KEYS else N)
+
+
+def test_blocks_of_keys_fall_back_to_a_shift_of_their_own(routes, tiles, tile_elements):
+    query, key, _ = make_qkv(1, 1, M, N, 40)
+    bias = torch.zeros(N)
+    bias[7], bias[25] = -100.0, -torch.inf  # columns far below the rows, and a masked one
+    lse = row_lse(query, key, attn_mask=bias[None, None, None])
+    tile_elements(TEN_KEYS)
+    arguments = with_votes(bias)
+    check(query, key, query_lse=lse, **arguments)
+    assert routes == ["key_blocks"]
+    assert len(tiles) == 5 + 2
+
+    _, key_lse = streaming.accumulate(
+        query,
+        key,
+        scale=40**-0.5,
+        bias=bias.expand(1, 1, M, N),
+        query_weights=torch.ones(1, 1, M),
+        key_weights=torch.ones(1, 1, N),
+        r2g=None,
+        g2r=None,
+        query_lse=lse,
+    )
+    expected = attention_statistics(query, key, bias=bias, impl="reference").key_lse
+    torch.testing.assert_close(key_lse, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "logits", "tile"),
+    [
+        pytest.param(torch.float32, 200, TEN_KEYS, id="too large to trust"),
+        pytest.param(torch.bfloat16, None, TEN_KEYS, id="of 16-bit inputs"),
+        pytest.param(torch.float32, None, ONE_TILE, id="one tile"),
+    ],
+)
+def test_a_log_sum_exp_that_does_not_help_is_computed_afresh(
+    routes, tile_elements, dtype, logits, tile
+):
+    query, key, _ = make_qkv(1, 1, M, N, 40, dtype=dtype, logits=logits)
+    lse = row_lse(query, key)
+    tile_elements(tile)
+    check(query, key, query_lse=lse)
+    assert "query_blocks" in routes
+    assert "key_blocks" not in routes
+
+
+@pytest.mark.parametrize("logits", [None, 200], ids=["shared", "separate"])
+@pytest.mark.parametrize("route", ["query_blocks", "key_blocks"])
+def test_every_route_runs_without_a_direction(routes, tile_elements, route, logits):
+    query, key, _ = make_qkv(1, 2, M, N, 40, logits=logits)
+    lse = row_lse(query, key) if route == "key_blocks" else None
+    if route == "key_blocks" and logits is not None:
+        # rows within the trusted range, columns far below it
+        lse, key = row_lse(query[:, :, :, :1], key[:, :, :, :1]), key
+        query = torch.cat([query[:, :, :, :1].clamp(-2, 2), torch.zeros_like(query[..., 1:])], -1)
+        lse = row_lse(query, key)
+    tile_elements(TEN_KEYS)
+    both = {"r2g": torch.zeros(1, 2, 1, M), "g2r": torch.zeros(1, 2, 1, N)}
+    accumulate_attention_statistics(query, key, query_lse=lse, impl="streaming", **both)
+    assert route in routes
+    for name, expected in both.items():
+        alone = torch.zeros_like(expected)
+        accumulate_attention_statistics(
+            query, key, query_lse=lse, impl="streaming", **{name: alone}
+        )
+        assert torch.equal(alone, expected)
+
+
+# --- determinism ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [ONE_TILE, 50_000], ids=["one tile", "blocks"])
+@pytest.mark.parametrize("logits", [None, 200], ids=["shared", "separate"])
+@dtypes
+def test_equal_to_the_bit_in_every_run_and_for_every_number_of_threads(
+    tile_elements, dtype, logits, tile
+):
+    tile_elements(tile)
+    query, key, value = make_qkv(2, 3, 311, 233, 40, dtype=dtype, logits=logits)
+    threads = torch.get_num_threads()
+    # PyTorch's own deterministic mode off: nothing here may need it
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    results = []
+    try:
+        for count in (1, 1, 2):
+            torch.set_num_threads(count)
+            output, statistics = attention_with_statistics(query, key, value, impl="streaming")
+            results.append((output, *statistics))
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+    for other in results[1:]:
+        for part, wanted in zip(other, results[0], strict=True):
+            assert torch.equal(part, wanted)
+
+
+def test_appended_batch_items_change_no_bit():
+    query, key, _ = make_qkv(2, 2, M, N, 40)
+    more_query, more_key, _ = make_qkv(1, 2, M, N, 40, seed=1, logits=200)
+    alone = attention_statistics(query, key, impl="streaming")
+    appended = attention_statistics(
+        torch.cat([query, more_query]), torch.cat([key, more_key]), impl="streaming"
+    )
+    for part, wanted in zip(appended, alone, strict=True):
+        assert torch.equal(part[:2], wanted)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def peak_bytes(call, tmp_path):
+    """The most that `call` held at once, of all that PyTorch's CPU allocator gave it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    trace = tmp_path / "trace.json"
+    profile.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    live = peak = 0
+    for event in events:
+        if event.get("name") == "[memory]":
+            live += event["args"]["Bytes"]
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("logits", "known_lse", "route", "tiles_held"),
+    [
+        pytest.param(None, False, "shared_exponential", 1, id="shared"),
+        pytest.param(200, False, "separate_exponentials", 2, id="separate"),
+        pytest.param(None, True, "key_blocks", 1, id="key blocks"),
+    ],
+)
+def test_memory_is_a_tile_and_not_the_matrix(
+    routes, tmp_path, logits, known_lse, route, tiles_held
+):
+    query, key, _ = make_qkv(1, 1, 3072, 3072, 40, logits=logits)
+    lse = row_lse(query, key) if known_lse else None
+    r2g, g2r = torch.zeros(1, 1, 1, 3072), torch.zeros(1, 1, 1, 3072)
+
+    def call(impl):
+        accumulate_attention_statistics(query, key, r2g=r2g, g2r=g2r, query_lse=lse, impl=impl)
+
+    tile = 4 * streaming.TILE_ELEMENTS
+    matrix = 4 * 3072 * 3072
+    vectors = 4 * 2**18  # lengths, inputs by head: nothing that grows with the product
+    assert peak_bytes(lambda: call("streaming"), tmp_path) <= tiles_held * tile + vectors
+    assert route in routes
+    # the measure sees what materialising costs
+    assert peak_bytes(lambda: call("reference"), tmp_path) >= 2 * matrix > 2 * tile
+
+
+# --- the attention call ---------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "bias",
+    [
+        pytest.param(None, id="no mask"),
+        pytest.param(torch.linspace(-3, 3, 131), id="additive"),
+        pytest.param(torch.arange(131) % 3 > 0, id="bool"),
+    ],
+)
+def test_attention_output_stays_within_the_budget(dtype, bias):
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(dtype)
+    query, key, value = make_qkv(2, 2, 63, 131, 40, dtype=dtype, logits=20)
+    exact, _ = attention_with_statistics(
+        query.double(), key.double(), value.double(), bias=bias, impl="reference"
+    )
+    eager, _ = attention_with_statistics(query, key, value, bias=bias, impl="reference")
+    actual, _ = attention_with_statistics(query, key, value, bias=bias, impl="streaming")
+    assert actual.dtype == dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-13)
+    else:
+        assert_matches_reference(actual, exact=exact, eager=eager, name="output")
+
+
+@dtypes
+@pytest.mark.parametrize("mask", [None, "own dtype", "fp32", "one row", "masked row"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_with_lse_is_pytorchs_attention_to_the_bit(relayout, dtype, mask, scale):
+    query, key, value = make_qkv(2, 3, 50, 70, 40, dtype=dtype)
+    numbers = torch.randn(2, 1, 50, 70, generator=torch.Generator().manual_seed(1))
+    attn_mask = {
+        None: None,
+        "own dtype": numbers.to(dtype),
+        "fp32": numbers,
+        "one row": numbers[:, :, :1].to(dtype),
+        "masked row": torch.zeros(50, 70, dtype=dtype).index_fill(0, torch.tensor(3), -torch.inf),
+    }[mask]
+    for layout in ("unet", "contiguous", "sliced", "expanded_batch", "expanded_heads"):
+        q, k, v = (relayout(tokens, layout) for tokens in (query, key, value))
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
+        output, lse = streaming.attention_with_lse(q, k, v, attn_mask=attn_mask, scale=scale)
+        assert torch.equal(output, expected)
+        assert output.stride() == expected.stride()
+        scores = (40**-0.5 if scale is None else scale) * q.double() @ k.double().mT
+        if attn_mask is not None:
+            scores = scores + attn_mask.double()
+        exact = scores.logsumexp(-1)
+        seen = ~exact.isneginf()  # PyTorch's own log-sum-exp of a fully masked row is 0
+        if (dtype, mask) != (torch.float64, "fp32"):  # where PyTorch 2.13 misreads the mask
+            torch.testing.assert_close(lse[seen].double(), exact[seen], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_with_lse_leaves_other_routes_to_pytorch(monkeypatch, relayout):
+    query, key, value = make_qkv(1, 2, 5, 7, 8)
+    attend = streaming.attention_with_lse
+    assert attend(query, key, value) is not None
+    assert attend(query, key, value, attn_mask=torch.ones(5, 7, dtype=torch.bool)) is None
+    assert attend(*(tokens.to("meta") for tokens in (query, key, value))) is None
+    # a last axis without stride 1 and a value of another width take PyTorch's plain route
+    assert attend(relayout(query, "transposed"), key, value) is None
+    assert attend(query, key, value[..., :4]) is None
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert attend(query, key, value) is None
+
+
+def test_attention_without_pytorchs_flash_operator(monkeypatch):
+    query, key, value = make_qkv(2, 2, 63, 131, 40)
+    expected = attention_with_statistics(query, key, value, impl="streaming")
+    monkeypatch.setattr(streaming, "attention_with_lse", lambda *args, **kwargs: None)
+    actual = attention_with_statistics(query, key, value, impl="streaming")
+    torch.testing.assert_close(actual, expected)
