@@ -79,14 +79,16 @@ def as_mask(name: str, mask: Any) -> Tensor | None:
         if len({item.shape for item in masks if item is not None}) != 1:
             raise ValueError(f"{name} must be masks of one size, got {len(masks)} that differ")
         return torch.stack([item for item in masks if item is not None]).flatten(0, -3)
+    coloured = False
     if not isinstance(mask, Tensor):
         if hasattr(mask, "convert"):  # a PIL image
             mask = mask.convert("L")
         mask = torch.from_numpy(np.array(mask))
+        # an array of a picture would pass for a batch
+        coloured = mask.ndim == 3 and mask.shape[2] in (3, 4)
     if mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
-    # a picture [height, width, 3] would pass for a batch
-    if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[2] in (3, 4)):
+    if mask.ndim not in (2, 3) or coloured:
         raise ValueError(
             f"{name} must be [height, width] or [batch, height, width] without colour channels, "
             f"got {list(mask.shape)}"

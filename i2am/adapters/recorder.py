@@ -63,6 +63,8 @@ class Recorder:
                 f"{len(attention)}: {', '.join([*attention][:4])}, ..."
             )
         self._names = list(self._layers)
+        config = getattr(self._network, "config", None)
+        self._rounds_up = getattr(config, "downsample_padding", 1) != 0
         self._clock = clock
         clock.bind(on_run=self._begin_run, on_step=self._end_evaluation)
         self._wanted = wanted
@@ -173,7 +175,7 @@ class Recorder:
         self._clock.arrive()
         sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         height, width = sample.shape[-2:] if sample.ndim == 4 else (1, sample.shape[1])
-        self._frame = Frame((height, width), kwargs)
+        self._frame = Frame((height, width), kwargs, rounds_up=self._rounds_up)
         self._targets = self._branches.targets(self._call, len(sample))
         self._seen.denoiser_calls += 1
 

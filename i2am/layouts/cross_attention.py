@@ -12,8 +12,22 @@ def generated_tokens(call: AttentionCall, frame: Frame) -> Tokens | None:
     return None if grid is None else Tokens(0, call.seqlen_q, grid)
 
 
+def check_numbers(grid: Grid | None, **counts: int) -> None:
+    """Refuse what no sequence of tokens can have.
+
+    Raises:
+        ValueError: The grid is empty, or a count is negative.
+    """
+    if grid is not None and min(grid) < 1:
+        raise ValueError(f"grid must be at least 1x1, got {grid[0]}x{grid[1]}")
+    for name, count in counts.items():
+        if count < 0:
+            raise ValueError(f"{name} must be at least 0, got {count}")
+
+
 def patch_tokens(grid: Grid, prefix: int, **options: Any) -> TokenLayout:
     """See :meth:`TokenLayout.cross_attention`."""
+    check_numbers(grid, prefix=prefix)
     expected = prefix + grid[0] * grid[1]
 
     def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:

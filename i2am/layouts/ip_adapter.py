@@ -3,7 +3,7 @@
 from typing import Any
 
 from i2am.attribution.grid import Grid
-from i2am.layouts.cross_attention import generated_tokens
+from i2am.layouts.cross_attention import check_numbers, generated_tokens
 from i2am.layouts.token_layout import AttentionCall, Frame, Resolved, TokenLayout, Tokens
 
 
@@ -16,6 +16,9 @@ def image_branch(
     images of one adapter lie one after the other in its keys (with masks they are calls of their
     own: choose them by ``adapter``, counting calls).
     """
+    check_numbers(grid, prefix=prefix, adapter=adapter, image=image)
+    if grid is None and (prefix or image):
+        raise ValueError(f"prefix and image need a grid, got prefix={prefix}, image={image}")
     patches = None if grid is None else grid[0] * grid[1]
 
     def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:

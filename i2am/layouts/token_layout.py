@@ -33,7 +33,8 @@ class Tokens:
         box: ``(top, left, height, width)``: the rectangle of ``grid`` that is meant, default all.
 
     Raises:
-        ValueError: The grid does not hold ``length`` tokens, or the box leaves it.
+        ValueError: There is no token, the grid does not hold ``length`` of them, or the box leaves
+            the grid.
     """
 
     start: int
@@ -42,6 +43,10 @@ class Tokens:
     box: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.start < 0 or self.length < 1:
+            raise ValueError(
+                f"start must be at least 0 and length at least 1, got {self.start}, {self.length}"
+            )
         if self.grid is not None and self.grid[0] * self.grid[1] != self.length:
             raise ValueError(
                 f"grid must hold {self.length} tokens, got {self.grid[0]}x{self.grid[1]}"
@@ -94,22 +99,19 @@ class Frame:
     size: Grid
     """Height and width of its input."""
     arguments: dict[str, object] = field(default_factory=dict, compare=False)
+    """Its keyword arguments."""
+    rounds_up: bool = True
+    """Whether its strided convolutions halve 5 to 3, as with padding; without, to 2."""
 
     def level_grid(self, tokens: int) -> Grid | None:
         """The grid of a UNet level with that many tokens, ``None`` if no level has.
 
-        Strided convolutions halve with rounding up; some configurations round down, which is tried
-        where the first finds nothing. Never a square root: grids may have any shape.
+        Never a square root: grids may have any shape.
         """
-        for halve in (lambda n: (n + 1) // 2, lambda n: max(n // 2, 1)):
-            height, width = self.size
-            while height * width >= tokens:
-                if height * width == tokens:
-                    return height, width
-                if height == width == 1:
-                    break
-                height, width = halve(height), halve(width)
-        return None
+        height, width = self.size
+        while height * width > tokens and (height, width) != (1, 1):
+            height, width = (max((n + self.rounds_up) // 2, 1) for n in (height, width))
+        return (height, width) if height * width == tokens else None
 
 
 Resolved = tuple[Tokens, Tokens]
@@ -156,6 +158,9 @@ class TokenLayout:
             grid: ``(height, width)`` of the reference patches.
             prefix: Tokens before them.
             **options: ``layers``, ``guidance_order``, ``prefix_votes`` of :class:`TokenLayout`.
+
+        Raises:
+            ValueError: The grid is empty or ``prefix`` negative.
         """
         from i2am.layouts.cross_attention import patch_tokens
 
@@ -182,9 +187,13 @@ class TokenLayout:
         Args:
             grid: Patch grid of the Full variants (then usually ``(16, 16)`` with ``prefix=1``);
                 ``None`` for the base, Plus and FaceID variants, whose tokens have no place.
-            prefix: Tokens before the patches.
+            prefix: Tokens before the patches of each image.
             **options: ``adapter`` and ``image`` (0-based) choose among several; and those of
                 :class:`TokenLayout`.
+
+        Raises:
+            ValueError: The grid is empty, a number negative, or ``prefix`` or ``image`` is given
+                without a grid, so that nobody knows where images end.
         """
         from i2am.layouts.ip_adapter import image_branch
 

@@ -224,6 +224,26 @@ def add_ip_adapters(pipeline: Any, *kinds: str) -> Any:
     return pipeline
 
 
+def load_ip_adapter(pipeline: Any) -> None:
+    """diffusers' own way, from weights in the layout in which the base variant was published."""
+    weights = {}
+    for number, name in enumerate(
+        name for name in pipeline.unet.attn_processors if name.endswith("attn2.processor")
+    ):
+        width = pipeline.unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+        for projection in ("to_k_ip", "to_v_ip"):
+            weights[f"{2 * number + 1}.{projection}.weight"] = torch.ones(width, CONTEXT)
+    embedding = pipeline.image_encoder.config.projection_dim
+    projection = {
+        "proj.weight": torch.ones(4 * CONTEXT, embedding),
+        "proj.bias": torch.zeros(4 * CONTEXT),
+        "norm.weight": torch.ones(CONTEXT),
+        "norm.bias": torch.zeros(CONTEXT),
+    }
+    state_dict = {"image_proj": projection, "ip_adapter": weights}
+    pipeline.load_ip_adapter(state_dict, subfolder="", weight_name="")
+
+
 def run(pipeline: Any, seed: int = 0, **arguments: Any) -> Any:
     """Latents (or what `output_type` says) of a pipeline, from a fixed seed."""
     settings = {"output_type": "latent", "generator": torch.Generator().manual_seed(seed)}
@@ -444,6 +464,7 @@ def tiny() -> SimpleNamespace:
         stable_diffusion=make_stable_diffusion,
         sdxl=lambda **options: make_stable_diffusion(StableDiffusionXLPipeline, xl=True, **options),
         ip_adapters=add_ip_adapters,
+        load_ip_adapter=load_ip_adapter,
         run=run,
         state=state,
         betas=BETAS,

@@ -1,0 +1,197 @@
+"""What `record()` is given: pipelines, layouts, options and masks."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
+from torch import nn
+
+import i2am
+from i2am.adapters.inputs import as_mask, find_denoiser, find_layout
+from i2am.layouts import TokenLayout
+
+PATCHES = TokenLayout.cross_attention((4, 3))
+TOKENS = TokenLayout.ip_adapter()
+
+
+@pytest.fixture
+def loop(tiny):
+    return tiny.loop()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"guidance": "positive"}, ValueError, "guidance must be one of .* got 'positive'"),
+        ({"time_groups": 0}, ValueError, "time_groups must be at least 1, got 0"),
+        ({"directions": ()}, ValueError, "directions must name at least one"),
+        ({"directions": "sideways"}, ValueError, "'sideways' is not a valid Direction"),
+        ({"impl": "magic"}, ValueError, "impl must be one of .* got 'magic'"),
+        ({"regions": {"mask": i2am.Patch(0, 0, (1, 1))}}, ValueError, "must not be called 'mask'"),
+        ({"regions": {"a": torch.zeros(4, 4)}}, ValueError, "region must hold at least one weight"),
+        ({"mask": torch.zeros(4, 4)}, ValueError, "mask must cover something"),
+        (
+            {"reference_mask": torch.full((4, 4), 2.0)},
+            ValueError,
+            "reference_mask must hold values",
+        ),
+        (
+            {"layout": TokenLayout.cross_attention((4, 3), layers="nowhere")},
+            ValueError,
+            "layout 'cross_attention 4x3' must match .* UNet2DConditionModel, but 'nowhere' "
+            "matches none of 8: down_blocks",
+        ),
+        ({"layout": None}, ValueError, "layout must be given for ReferenceLoop"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_before_anything_runs(tiny, loop, options, error, message):
+    before = tiny.state(loop)
+    with pytest.raises(error, match=message):
+        i2am.record(loop, **{"layout": PATCHES, **options})
+    assert tiny.state(loop) == before
+
+
+@pytest.mark.parametrize(
+    ("candidate", "error", "message"),
+    [
+        (object(), TypeError, "with a unet or transformer, or that module itself, got object"),
+        (SimpleNamespace(components={"vae": nn.Linear(1, 1)}), TypeError, "got SimpleNamespace"),
+        (None, TypeError, "got NoneType"),
+    ],
+    ids=["object", "no denoiser", "none"],
+)
+def test_what_is_no_pipeline(candidate, error, message):
+    with pytest.raises(error, match=message):
+        i2am.record(candidate, layout=PATCHES)
+
+
+def test_sharded_denoiser_is_refused(loop):
+    loop.unet._parallel_config = object()
+    with pytest.raises(NotImplementedError, match="context or tensor parallelism"):
+        i2am.record(loop, layout=PATCHES)
+
+
+def test_denoiser_that_does_not_tell_its_steps(loop):
+    with pytest.raises(
+        ValueError, match="pass scheduler= or num_inference_steps=, or time_groups=1"
+    ):
+        i2am.record(loop.unet, layout=PATCHES)
+    with pytest.raises(ValueError, match=r"time_groups must be at most .* got 5 for 3"):
+        i2am.record(loop.unet, layout=PATCHES, num_inference_steps=3)
+
+
+def test_transformer_and_scheduler_of_a_pipeline_are_found():
+    transformer, scheduler = nn.Linear(1, 1), object()
+    pipe = SimpleNamespace(components={"transformer": transformer, "scheduler": scheduler})
+    assert find_denoiser(pipe) == (transformer, scheduler)
+    assert find_denoiser(transformer) == (transformer, None)
+
+
+class TestLayoutOfAPipeline:
+    def test_declared(self, loop):
+        loop.attribution_layout = lambda: TOKENS
+        assert find_layout(loop, loop.unet) is TOKENS
+
+    @pytest.mark.parametrize(
+        ("kind", "name"),
+        [("base", "ip_adapter tokens"), ("plus", "ip_adapter tokens"), ("full", "ip_adapter 4x4")],
+    )
+    def test_ip_adapter(self, tiny, kind, name):
+        pipeline = tiny.ip_adapters(tiny.stable_diffusion(), kind)
+        assert find_layout(pipeline, pipeline.unet).name == name
+
+    def test_patches_of_an_encoder_that_is_not_there(self, tiny):
+        unet = tiny.ip_adapters(tiny.stable_diffusion(), "full").unet
+        with pytest.raises(ValueError, match="layout must be given for UNet2DConditionModel"):
+            find_layout(unet, unet)
+
+    def test_unknown(self, tiny):
+        pipeline = tiny.stable_diffusion()
+        with pytest.raises(ValueError, match="layout must be given for StableDiffusionPipeline"):
+            i2am.record(pipeline)
+
+
+class TestMasks:
+    BOX = np.zeros((6, 4), np.uint8)
+    BOX[2:4, 1:] = 255
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            Image.fromarray(BOX),
+            Image.fromarray(BOX).convert("RGB"),
+            Image.fromarray(BOX).convert("1"),
+            BOX,
+            BOX > 0,
+            BOX / 255,
+            torch.from_numpy(BOX),
+            torch.from_numpy(BOX > 0),
+            torch.from_numpy(BOX / 255).half(),
+        ],
+        ids=["L", "RGB", "1", "uint8", "bool", "float64", "uint8 tensor", "bool tensor", "fp16"],
+    )
+    def test_accepted(self, mask):
+        expected = torch.from_numpy(self.BOX > 0).float()
+        read = as_mask("mask", mask)
+        assert read.dtype == torch.float32
+        assert torch.equal(read, expected)
+        # several of them: a list, or a batch axis, with or without one channel
+        assert torch.equal(as_mask("mask", [mask, mask]), torch.stack([expected] * 2))
+        assert torch.equal(as_mask("mask", expected[None]), expected[None])
+        assert torch.equal(as_mask("mask", expected[None, None]), expected[None])
+        assert torch.equal(as_mask("mask", [expected[None]] * 2), torch.stack([expected] * 2))
+
+    def test_none(self):
+        assert as_mask("mask", None) is None
+
+    def test_grey_levels_are_kept(self):
+        read = as_mask("mask", np.array([[0, 51, 255]], np.uint8))
+        torch.testing.assert_close(read, torch.tensor([[0, 0.2, 1]]))
+
+    @pytest.mark.parametrize(
+        ("mask", "message"),
+        [
+            (torch.tensor([[0.0, 255.0]]), r"mask must hold values in \[0, 1\].*got 0 to 255"),
+            (torch.tensor([[-0.5, 1.0]]), "got -0.5 to 1"),
+            (torch.tensor([[float("nan"), 1.0]]), "got nan to nan"),
+            (np.zeros((6, 4, 3), np.uint8), r"without colour channels, got \[6, 4, 3\]"),
+            (torch.zeros(1, 3, 6, 4), r"without colour channels, got \[1, 3, 6, 4\]"),
+            (torch.zeros(6), r"must be \[height, width\].*got \[6\]"),
+            ([torch.ones(2, 2), torch.ones(3, 2)], "masks of one size, got 2 that differ"),
+            ([], "masks of one size, got 0"),
+        ],
+        ids=["0..255", "negative", "nan", "colours", "channels", "one axis", "sizes", "empty"],
+    )
+    def test_refused(self, mask, message):
+        with pytest.raises(ValueError, match=message):
+            as_mask("mask", mask)
+
+    def test_pictures_reach_the_maps(self, tiny, loop):
+        """A PIL mask weighs as the tensor it shows."""
+        results = []
+        for mask in (Image.fromarray(self.BOX), torch.from_numpy(self.BOX > 0)):
+            with i2am.record(loop, layout=PATCHES, mask=mask, reference_mask=mask) as recorder:
+                loop(tiny.reference())
+            results.append(recorder.maps())
+        for read in (
+            lambda maps: maps.generated_to_reference(weights="mask"),
+            lambda maps: maps.reference_to_generated(votes="mask"),
+        ):
+            assert torch.equal(read(results[0]), read(results[1]))
+            assert not torch.equal(read(results[0]), torch.zeros_like(read(results[0])))
+
+
+def test_layers_of_a_compiled_denoiser_are_found(tiny):
+    unet = tiny.unet()
+    compiled = torch.compile(unet, backend="eager")
+    assert not isinstance(compiled, UNet2DConditionModel)
+    recorder = i2am.record(compiled, layout=PATCHES, num_inference_steps=5)
+    with recorder:
+        assert type(unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor) is not (
+            AttnProcessor2_0
+        )

@@ -1,0 +1,134 @@
+"""A family that i2am has no layout for yet: text, generated and reference tokens in one sequence.
+
+The general layout carries it as it is: FLUX Kontext, whose grids stand in the arguments of its
+transformer, whose processors are not UNet ones, and whose guidance runs in two calls.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+)
+from torch.overrides import TorchFunctionMode
+
+import i2am
+from i2am.layouts import TokenLayout, Tokens
+
+TEXT, GENERATED, REFERENCE = 5, (8, 6), (4, 4)
+
+
+def resolve(call, frame):
+    ids = frame.arguments["img_ids"]
+    tokens = []
+    for picture in (0, 1):
+        places = ids[ids[:, 0] == picture, 1:]
+        height, width = (int(n) + 1 for n in places.amax(0) - places.amin(0))
+        start = TEXT + int((ids[:, 0] < picture).sum())
+        tokens.append(Tokens(start, height * width, (height, width)))
+    return tokens[0], tokens[1]
+
+
+LAYOUT = TokenLayout("kontext", resolve, layers=r"transformer_blocks\.\d+\.attn$")
+
+
+@pytest.fixture
+def pipeline(tiny):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(2, 2, 4),
+        ).eval()
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            latent_channels=4,
+            norm_num_groups=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.1,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        ).eval()
+    made = FluxKontextPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        transformer=transformer,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def images(tiny, pipeline, true_guidance):
+    torch.manual_seed(1)
+    prompt = {"prompt_embeds": torch.randn(1, TEXT, 16), "pooled_prompt_embeds": torch.randn(1, 16)}
+    if true_guidance:
+        prompt |= {f"negative_{name}": torch.randn_like(value) for name, value in prompt.items()}
+        prompt["true_cfg_scale"] = 2.0
+    return tiny.run(
+        pipeline,
+        **prompt,
+        image=tiny.picture(0, 16, 16),
+        height=32,
+        width=24,
+        max_area=32 * 24,
+        _auto_resize=False,
+        num_inference_steps=4,
+    )
+
+
+@pytest.mark.parametrize("true_guidance", [False, True], ids=["one call", "two calls"])
+def test_kontext(tiny, pipeline, true_guidance):
+    seen = []
+
+    class Spy(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if func is F.scaled_dot_product_attention:
+                # the VAE gives them by place
+                given = dict(zip(("query", "key"), args, strict=False)) | kwargs
+                seen.append((given["query"].double(), given["key"].double()))
+            return func(*args, **kwargs)
+
+    with Spy():
+        plain = images(tiny, pipeline, true_guidance)
+    with i2am.record(pipeline, layout=LAYOUT, time_groups=2) as recorder:
+        assert torch.equal(images(tiny, pipeline, true_guidance), plain)
+    maps = recorder.maps()
+    assert maps.provenance["steps"] == maps.provenance["evaluations"] == 4
+    assert maps.provenance["denoiser"] == "FluxTransformer2DModel"
+    assert maps.layers == ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn")
+    cells, patches = GENERATED[0] * GENERATED[1], REFERENCE[0] * REFERENCE[1]
+    joint = [(q, k) for q, k in seen if q.shape[2] == TEXT + cells + patches]
+    calls = 2 if true_guidance else 1
+    assert len(joint) == 4 * calls * 2
+    for number, layer in enumerate(maps.layer_sums):
+        assert (layer.site.generated_grid, layer.site.reference_grid) == (GENERATED, REFERENCE)
+        r2g, g2r = [], []
+        for query, key in joint[number :: 2 * calls]:  # the conditional call comes first
+            logits = query[:, :, TEXT : TEXT + cells] @ key.mT * query.shape[-1] ** -0.5
+            r2g.append(logits.softmax(-2)[..., TEXT + cells :].mean(-1))
+            g2r.append(logits.softmax(-1)[..., TEXT + cells :].mean(-2))
+        for sums, recorded, grid in (
+            (r2g, layer.reference_to_generated, GENERATED),
+            (g2r, layer.generated_to_reference, REFERENCE),
+        ):
+            expected = torch.stack(sums, 1).unflatten(1, (2, 2)).sum(2)
+            torch.testing.assert_close(
+                recorded[:, :, :, 0], expected.float().unflatten(-1, grid), rtol=2e-5, atol=1e-7
+            )

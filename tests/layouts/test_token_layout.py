@@ -1,0 +1,218 @@
+"""What the tokens of a call stand for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from i2am.layouts import AttentionCall, Frame, TokenLayout, Tokens
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+
+
+def call(queries, keys, call_index=0, layer=LAYER):
+    return AttentionCall(layer, call_index, queries, keys)
+
+
+class TestTokens:
+    def test_whole_grid(self):
+        tokens = Tokens(3, 12, (4, 3))
+        assert (tokens.size, tokens.count, tokens.index) == ((4, 3), 12, slice(3, 15))
+
+    def test_without_a_place(self):
+        tokens = Tokens(0, 5)
+        assert (tokens.size, tokens.count, tokens.index) == (None, 5, slice(0, 5))
+
+    def test_full_width_box_is_a_slice(self):
+        """Pictures joined in height, as CatVTON's: each half is consecutive."""
+        lower = Tokens(2, 24, (8, 3), box=(4, 0, 4, 3))
+        assert (lower.size, lower.count, lower.index) == ((4, 3), 12, slice(14, 26))
+
+    def test_narrow_box_is_an_index(self):
+        """Pictures joined in width: rows of both alternate."""
+        right = Tokens(1, 8, (2, 4), box=(0, 2, 2, 2))
+        assert (right.size, right.count) == ((2, 2), 4)
+        assert right.index.tolist() == [3, 4, 7, 8]
+
+    @given(data=st.data(), height=st.integers(1, 7), width=st.integers(1, 7))
+    def test_any_box_picks_its_rectangle(self, data, height, width):
+        top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+        rows = data.draw(st.integers(1, height - top))
+        columns = data.draw(st.integers(1, width - left))
+        start = data.draw(st.integers(0, 4))
+        sequence = torch.arange(start + height * width + 3)
+        tokens = Tokens(start, height * width, (height, width), box=(top, left, rows, columns))
+        grid = sequence[start : start + height * width].view(height, width)
+        expected = grid[top : top + rows, left : left + columns].flatten()
+        assert torch.equal(sequence[tokens.index], expected)
+        assert tokens.count == len(expected)
+        assert tokens.size == (rows, columns)
+        assert isinstance(tokens.index, slice) == (columns == width)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((-1, 12), "start must be at least 0 and length at least 1, got -1, 12"),
+            ((0, 0), "start must be at least 0 and length at least 1, got 0, 0"),
+            ((0, 11, (4, 3)), "grid must hold 11 tokens, got 4x3"),
+            ((0, 12, (4, 3), (0, 0, 5, 3)), r"box must lie inside grid \(4, 3\)"),
+            ((0, 12, (4, 3), (1, 1, 1, 3)), "box must lie inside"),
+            ((0, 12, (4, 3), (-1, 0, 2, 2)), "box must lie inside"),
+            ((0, 12, (4, 3), (0, 0, 0, 3)), "box must lie inside"),
+            ((0, 12, None, (0, 0, 2, 2)), "box must lie inside grid None"),
+        ],
+        ids=["start", "nothing", "length", "too high", "too wide", "negative", "empty", "no grid"],
+    )
+    def test_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            Tokens(*arguments)
+
+
+class TestFrame:
+    @given(height=st.integers(1, 130), width=st.integers(1, 130), rounds_up=st.booleans())
+    def test_every_level_is_found(self, height, width, rounds_up):
+        frame = Frame((height, width), rounds_up=rounds_up)
+        while True:
+            assert frame.level_grid(height * width) == (height, width)
+            if (height, width) == (1, 1):
+                break
+            height, width = (max((n + rounds_up) // 2, 1) for n in (height, width))
+
+    @pytest.mark.parametrize("tokens", [0, 3, 47, 49, 10**6])
+    def test_other_counts_are_not_guessed(self, tokens):
+        assert Frame((8, 6)).level_grid(tokens) is None
+
+    def test_odd_sizes_halve_upwards(self):
+        frame = Frame((9, 65))
+        assert [frame.level_grid(n) for n in (585, 165, 51, 18)] == [
+            (9, 65),
+            (5, 33),
+            (3, 17),
+            (2, 9),
+        ]
+        assert Frame((13, 22), rounds_up=False).level_grid(66) == (6, 11)
+        assert Frame((13, 22)).level_grid(66) is None
+
+    def test_equality_is_of_size(self):
+        assert Frame((8, 6), {"encoder_hidden_states": torch.ones(1)}) == Frame((8, 6))
+
+
+class TestFamilies:
+    FRAME = Frame((8, 6))
+
+    @pytest.mark.parametrize(("grid", "prefix"), [((16, 16), 1), ((4, 3), 0), ((37, 28), 5)])
+    def test_cross_attention(self, grid, prefix):
+        layout = TokenLayout.cross_attention(grid, prefix=prefix)
+        patches = grid[0] * grid[1]
+        generated, reference = layout.resolve(call(12, prefix + patches), self.FRAME)
+        assert generated == Tokens(0, 12, (4, 3))
+        assert reference == Tokens(prefix, patches, grid)
+        assert layout.name == f"cross_attention {grid[0]}x{grid[1]}"
+
+    def test_single_token(self):
+        generated, reference = TokenLayout.single_token().resolve(call(48, 1), self.FRAME)
+        assert generated.size == (8, 6)
+        assert (reference.size, reference.count) == (None, 1)
+
+    def test_same_grid(self):
+        layout = TokenLayout.same_grid(r"warp_flow_blks\.\d+\.attn2$")
+        generated, reference = layout.resolve(call(12, 12), self.FRAME)
+        assert generated == reference == Tokens(0, 12, (4, 3))
+        assert layout.matches("warp_flow_blks.3.attn2")
+        assert not layout.matches(LAYER)
+
+    def test_ip_adapter_tokens(self):
+        layout = TokenLayout.ip_adapter()
+        assert layout.resolve(call(48, 77), self.FRAME) is None  # the text
+        _, reference = layout.resolve(call(48, 16, call_index=1), self.FRAME)
+        assert (reference.size, reference.count) == (None, 16)
+        assert TokenLayout.ip_adapter(adapter=1).resolve(call(48, 16, 1), self.FRAME) is None
+
+    @pytest.mark.parametrize(("image", "start"), [(0, 1), (1, 18), (2, 35)])
+    def test_ip_adapter_patches(self, image, start):
+        layout = TokenLayout.ip_adapter((4, 4), prefix=1, image=image)
+        _, reference = layout.resolve(call(48, 51, call_index=1), self.FRAME)
+        assert reference == Tokens(start, 16, (4, 4))
+
+    @pytest.mark.parametrize(
+        ("layout", "made", "message"),
+        [
+            (TokenLayout.cross_attention((4, 3)), call(48, 12), r"1 \+ 4x3 = 13 .* got 12 keys in"),
+            (TokenLayout.single_token(), call(48, 2), "single reference token, got 2 keys"),
+            (TokenLayout.same_grid(), call(48, 12), "as many keys as queries, got 12 and 48"),
+            (
+                TokenLayout.ip_adapter((4, 4), prefix=1, image=1),
+                call(48, 17, 1),
+                r"images of 1 \+ 16 tokens and image 1 among them, got 17 keys",
+            ),
+            (TokenLayout.ip_adapter((4, 4)), call(48, 17, 1), r"images of 0 \+ 16 tokens"),
+        ],
+        ids=["cross_attention", "single_token", "same_grid", "missing image", "wrong multiple"],
+    )
+    def test_other_key_counts_are_refused(self, layout, made, message):
+        with pytest.raises(ValueError, match=message):
+            layout.resolve(made, self.FRAME)
+
+    @pytest.mark.parametrize(
+        ("layout", "keys", "call_index"),
+        [
+            (TokenLayout.cross_attention((4, 3)), 13, 0),
+            (TokenLayout.single_token(), 1, 0),
+            (TokenLayout.same_grid(), 7, 0),
+            (TokenLayout.ip_adapter(), 4, 1),
+            (TokenLayout.ip_adapter((4, 4)), 16, 1),
+        ],
+        ids=lambda value: getattr(value, "name", ""),
+    )
+    def test_queries_without_a_grid_are_left_out(self, layout, keys, call_index):
+        assert layout.resolve(call(7, keys, call_index), self.FRAME) is None
+
+
+class TestTokenLayout:
+    def test_cross_attention_layers_by_default(self):
+        layout = TokenLayout.cross_attention((4, 3))
+        assert layout.matches(LAYER)
+        assert layout.matches("mid_block.attentions.0.transformer_blocks.11.attn2")
+        assert not layout.matches(LAYER.replace("attn2", "attn1"))
+        assert not layout.matches("encoder_hid_proj.image_projection_layers.0.layers.0.attn")
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda **options: TokenLayout.cross_attention((4, 3), **options),
+            TokenLayout.single_token,
+            TokenLayout.same_grid,
+            TokenLayout.ip_adapter,
+        ],
+        ids=["cross_attention", "single_token", "same_grid", "ip_adapter"],
+    )
+    def test_options_of_every_family(self, make):
+        order = ("conditional", "unconditional")
+        layout = make(layers="attn1$", guidance_order=order, prefix_votes=True)
+        assert layout.layers == "attn1$"
+        assert layout.guidance_order == order
+        assert layout.prefix_votes
+        plain = make()
+        assert plain.guidance_order == ("unconditional", "conditional")
+        assert not plain.prefix_votes
+
+    def test_order_without_a_conditional_part_is_refused(self):
+        with pytest.raises(ValueError, match="guidance_order must contain 'conditional', got"):
+            TokenLayout.single_token(guidance_order=("unconditional", "perturbed"))
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: TokenLayout.cross_attention((0, 3)), "grid must be at least 1x1, got 0x3"),
+            (lambda: TokenLayout.cross_attention((4, 3), prefix=-1), "prefix must be at least 0"),
+            (lambda: TokenLayout.ip_adapter((4, 0)), "grid must be at least 1x1, got 4x0"),
+            (lambda: TokenLayout.ip_adapter(prefix=-2), "prefix must be at least 0, got -2"),
+            (lambda: TokenLayout.ip_adapter(adapter=-1), "adapter must be at least 0, got -1"),
+            (lambda: TokenLayout.ip_adapter(image=-1), "image must be at least 0, got -1"),
+            (lambda: TokenLayout.ip_adapter(prefix=1), "need a grid, got prefix=1, image=0"),
+        ],
+        ids=["grid", "prefix", "ip grid", "ip prefix", "adapter", "image", "no grid"],
+    )
+    def test_impossible_numbers_are_refused(self, make, message):
+        with pytest.raises(ValueError, match=message):
+            make()
