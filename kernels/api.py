@@ -35,7 +35,8 @@ def attention_statistics(
         key: ``[batch, heads, seqlen_k, head_dim]``, dtype and device of ``query``.
         scale: Softmax scale, default ``head_dim ** -0.5``.
         bias: Additive mask broadcastable to ``[batch, heads, seqlen_q, seqlen_k]``; a bool mask is
-            True where attention is allowed. Fully masked rows and columns contribute 0.
+            True where attention is allowed; the lowest numbers of a dtype count as ``-inf``. Fully
+            masked rows and columns contribute 0.
         query_weights: ``W``, ``[batch or 1, rows, seqlen_q]``; default one row of ``1 / seqlen_q``.
         key_weights: ``u``, ``[seqlen_k]``, ``[batch, seqlen_k]`` or, for several vote vectors in
             one sweep, ``[batch or 1, votes, seqlen_k]``; default uniform ``1 / seqlen_k``. Zeros
@@ -292,10 +293,11 @@ def _expanded_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | 
     if bias.device != query.device:
         raise ValueError(f"bias must be on the device of query, {query.device}, got {bias.device}")
     if bias.dtype == torch.bool:
-        allowed = bias
-        bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-        bias = bias.masked_fill(~allowed, float("-inf"))
-    elif not bias.dtype.is_floating_point:
+        bias = torch.where(bias, 0.0, float("-inf")).float()
+    elif bias.dtype.is_floating_point:
+        # the lowest number of a dtype means masked too; kept finite, fp32 would lose the scores
+        bias = bias.masked_fill(bias <= torch.finfo(bias.dtype).min / 2, float("-inf"))
+    else:
         raise ValueError(f"bias must be bool or floating point, got {bias.dtype}")
     try:
         return bias.expand(shape)

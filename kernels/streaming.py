@@ -5,7 +5,8 @@
 heads against all keys: row sums, ``W P`` and a part of the column sums come from one sweep, ``C u``
 from the same tile where a whole head fits into it, else from a second sweep. Where the row
 log-sum-exp is known already, blocks of keys against all queries need one sweep whatever the length.
-Transient memory is one tile: ``TILE_ELEMENTS`` numbers in fp32 (fp64 for fp64 inputs).
+Transient memory is one tile, ``TILE_ELEMENTS`` numbers in fp32 (fp64 for fp64 inputs); two where the
+logits range too far for one exponential.
 """
 
 import math
@@ -80,7 +81,10 @@ def attention(
         with_lse = attention_with_lse(query, key, value, scale=scale)
         if with_lse is not None:
             return with_lse
-    mask = None if bias is None else bias.to(query.dtype)
+    mask = bias
+    if bias is not None and (bias.dtype != torch.float32 or query.dtype == torch.float64):
+        # fp32 masks pass as they are: rounded to 16 bits, a large one would be -inf
+        mask = bias.to(query.dtype)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     query_lse, _ = accumulate(
         query,

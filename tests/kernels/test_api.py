@@ -688,3 +688,21 @@ def test_public_names():
 def test_example_of_the_docstring():
     query, key = torch.randn(1, 8, 48, 40), torch.randn(1, 8, 13, 40)
     assert attention_statistics(query, key).g2r.shape == (1, 8, 1, 13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("impl", ["reference", "streaming"])
+def test_the_lowest_number_of_a_dtype_masks_like_minus_infinity(dtype, impl):
+    query, key, value = make_qkv(1, 2, 9, 7, 16)
+    lowest = torch.zeros(9, 7, dtype=dtype)
+    lowest[2] = lowest[:, 3] = torch.finfo(dtype).min
+    infinite = lowest.masked_fill(lowest < 0, -torch.inf)
+    output, found = attention_with_statistics(query, key, value, bias=lowest, impl=impl)
+    expected_output, expected = attention_with_statistics(
+        query, key, value, bias=infinite, impl=impl
+    )
+    assert torch.equal(output, expected_output)
+    assert all(map(torch.equal, found, expected))
+    assert (found.g2r[..., 3] == 0).all()
+    assert (found.r2g[..., 2] == 0).all()
+    assert found.query_lse[0, 0, 2] == -torch.inf
