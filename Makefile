@@ -25,7 +25,7 @@ demo: $(STAMP) ## record the pocket model on photographs; pictures in demo/
 	$(PY) -m i2am demo --overwrite -o demo
 
 test: lint ## formatter, linter, types, then every test (fast ones: pytest -m "not slow")
-	$(PY) -m pytest
+	$(PY) -m pytest --cov=i2am.kernels --cov=i2am.attribution --cov-report=term:skip-covered --cov-fail-under=95
 
 lint: $(STAMP) ## formatter, linter and types
 	$(PY) -m ruff format --check .

@@ -4,9 +4,9 @@
 ``W P = (W / row sums) E`` and ``C u = E (u / column sums)``. A tile is a block of queries of a few
 heads against all keys: row sums, ``W P`` and a part of the column sums come from one sweep, ``C u``
 from the same tile where a whole head fits into it, else from a second sweep. Where the row
-log-sum-exp is known already, blocks of keys against all queries need one sweep whatever the length.
-Transient memory is one tile, ``TILE_ELEMENTS`` numbers in fp32 (fp64 for fp64 inputs); two where the
-logits range too far for one exponential.
+log-sum-exp is known already, blocks of keys against all queries need one sweep, whatever the
+length. Transient memory is one tile, ``TILE_ELEMENTS`` numbers in fp32 (fp64 for fp64 inputs); two
+where the logits range too far for one exponential.
 """
 
 import math
