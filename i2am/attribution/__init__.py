@@ -2,7 +2,17 @@
 
 from i2am.attribution.accumulator import Accumulator, AttentionSite, LayerSums
 from i2am.attribution.direction import Direction
-from i2am.attribution.grid import Grid, Patch, Region, mask_weights, region_weights, resize
+from i2am.attribution.grid import (
+    Box,
+    Grid,
+    Patch,
+    Region,
+    as_regions,
+    describe_regions,
+    mask_weights,
+    region_weights,
+    resize,
+)
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.postprocess import normalise, picture, threshold
 from i2am.attribution.presets import OFFICIAL, PAPER, Preset, get_preset
@@ -14,12 +24,15 @@ __all__ = [
     "Accumulator",
     "AttentionSite",
     "AttributionMaps",
+    "Box",
     "Direction",
     "Grid",
     "LayerSums",
     "Patch",
     "Preset",
     "Region",
+    "as_regions",
+    "describe_regions",
     "get_preset",
     "load_maps",
     "mask_weights",

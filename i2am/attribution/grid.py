@@ -1,6 +1,8 @@
 """Token grids, the regions people point at on them, and resizing between them."""
 
 import math
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,8 +54,116 @@ class Patch:
         return f"{self.row},{self.column}@{self.grid[0]}x{self.grid[1]}"
 
 
-Region = Patch | Tensor
-"""A :class:`Patch`, or weights ``[height, width]`` >= 0 over the generated image at any size."""
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of pixels of the generated image.
+
+    On every layer it becomes the part of that layer's grid which it covers, cells on its border in
+    proportion.
+
+    Args:
+        top, left: 0-based pixel of the upper left corner.
+        height, width: Extent in pixels, at least 1.
+        size: ``(height, width)`` in pixels of the image the rectangle is counted on.
+
+    Raises:
+        ValueError: If the image or the rectangle is empty, or it reaches outside the image.
+
+    Example:
+        >>> str(Box(128, 96, 64, 32, (512, 384)))
+        '128,96,64,32@512x384'
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    size: Grid
+
+    def __post_init__(self) -> None:
+        rows, columns = self.size
+        if rows < 1 or columns < 1:
+            raise ValueError(f"size must be at least 1x1, got {rows}x{columns}")
+        if self.height < 1 or self.width < 1:
+            raise ValueError(
+                f"height and width must be at least 1, got height {self.height}, width {self.width}"
+            )
+        inside = self.top >= 0 and self.left >= 0
+        if not inside or self.top + self.height > rows or self.left + self.width > columns:
+            raise ValueError(
+                f"the box must lie on the {rows}x{columns} image, got rows {self.top} to "
+                f"{self.top + self.height}, columns {self.left} to {self.left + self.width}"
+            )
+
+    def __str__(self) -> str:
+        corner_and_extent = f"{self.top},{self.left},{self.height},{self.width}"
+        return f"{corner_and_extent}@{self.size[0]}x{self.size[1]}"
+
+
+Region = Patch | Box | Tensor
+"""A :class:`Patch`, a :class:`Box`, or weights ``[height, width]`` >= 0 over the generated image at
+any size."""
+
+
+def as_regions(regions: Mapping[str, Region] | Sequence[Patch | Box] | None) -> dict[str, Region]:
+    """Regions by name; those of a sequence are called what :func:`str` makes of them.
+
+    Args:
+        regions: Regions by name, or a sequence of :class:`Patch` and :class:`Box`. None is none.
+
+    Returns:
+        A new dict in the order given.
+
+    Raises:
+        ValueError: If something is not a region, a sequence repeats one, or weights come without a
+            name.
+
+    Example:
+        >>> as_regions([Patch(3, 4, (32, 24))])
+        {'3,4@32x24': Patch(row=3, column=4, grid=(32, 24))}
+    """
+    if regions is None:
+        return {}
+    if isinstance(regions, Mapping):
+        for name, region in regions.items():
+            if not isinstance(region, Region):
+                raise ValueError(
+                    f"regions must be Patch, Box or tensor, got {type(region).__name__} "
+                    f"under {name!r}"
+                )
+        return dict(regions)
+    if not isinstance(regions, Sequence):
+        raise ValueError(
+            "regions must be a mapping from names or a sequence of Patch and Box, "
+            f"got {type(regions).__name__}"
+        )
+    named: dict[str, Region] = {}
+    for region in regions:
+        if not isinstance(region, Patch | Box):
+            raise ValueError(
+                "regions without names must be Patch or Box (give weights as {name: weights}), "
+                f"got {type(region).__name__}"
+            )
+        if str(region) in named:
+            raise ValueError(f"regions must differ, got {region} twice")
+        named[str(region)] = region
+    return named
+
+
+def describe_regions(regions: Mapping[str, Region]) -> dict[str, str]:
+    """One line per region, equal for equal regions: what provenance says of them.
+
+    Args:
+        regions: Regions by name.
+
+    Returns:
+        By name, ``str(region)`` of a :class:`Patch` or :class:`Box` and ``"HxW weights, crc32
+        XXXXXXXX"`` of weights, the checksum over their fp64 values.
+    """
+    return {
+        name: _describe_weights(region) if isinstance(region, Tensor) else str(region)
+        for name, region in regions.items()
+    }
 
 
 def resize(maps: Tensor, size: Grid, *, mode: ResizeMode = "bilinear") -> Tensor:
@@ -104,7 +214,8 @@ def region_weights(region: Region, grid: Grid) -> Tensor:
     """The region as a probability over the cells of a grid: one weight row of ``W P``.
 
     Args:
-        region: A :class:`Patch` or weights ``[height, width]`` >= 0 over the generated image.
+        region: A :class:`Patch`, a :class:`Box` or weights ``[height, width]`` >= 0 over the
+            generated image.
         grid: Generated grid ``(height, width)`` of a layer.
 
     Returns:
@@ -115,18 +226,18 @@ def region_weights(region: Region, grid: Grid) -> Tensor:
             zero everywhere.
     """
     if isinstance(region, Patch):
-        weights = torch.zeros(region.grid, dtype=torch.float64)
-        weights[region.row, region.column] = 1
-    else:
-        weights = region.double()
-        if weights.ndim != 2:
-            raise ValueError(f"region must be [height, width], got {list(weights.shape)}")
-        if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
-            raise ValueError(
-                "region must hold finite weights >= 0, got negative or non-finite ones"
-            )
-        if not bool((weights > 0).any()):
-            raise ValueError("region must hold at least one weight > 0, got only zeros")
+        region = Box(region.row, region.column, 1, 1, region.grid)
+    if isinstance(region, Box):
+        rows = _overlap(region.top, region.height, region.size[0], grid[0])
+        columns = _overlap(region.left, region.width, region.size[1], grid[1])
+        return torch.outer(rows, columns).flatten().float()
+    weights = region.double()
+    if weights.ndim != 2:
+        raise ValueError(f"region must be [height, width], got {list(weights.shape)}")
+    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
+        raise ValueError("region must hold finite weights >= 0, got negative or non-finite ones")
+    if not bool((weights > 0).any()):
+        raise ValueError("region must hold at least one weight > 0, got only zeros")
     weights = resize(weights / weights.max(), grid, mode="area").flatten()
     return (weights / weights.sum()).float()
 
@@ -161,3 +272,17 @@ def _area_weights(source: int, target: int, like: Tensor) -> Tensor:
     cell = torch.arange(source, device=like.device)[None, :] * target
     overlap = (start + source).minimum(cell + target) - start.maximum(cell)
     return overlap.clamp(min=0).to(like.dtype) / source
+
+
+def _overlap(start: int, length: int, size: int, cells: int) -> Tensor:
+    """Shares fp64 ``[cells]``, summing to 1, of an interval of `size` pixels in the equal cells."""
+    # counted in 1 / cells of a pixel, where every edge is a whole number and overlaps are exact
+    edges = torch.arange(cells + 1) * size
+    low = edges[:-1].clamp(min=start * cells)
+    high = edges[1:].clamp(max=(start + length) * cells)
+    return (high - low).clamp(min=0).double() / (length * cells)
+
+
+def _describe_weights(weights: Tensor) -> str:
+    values = weights.detach().double().cpu().contiguous().numpy()
+    return f"{'x'.join(map(str, weights.shape))} weights, crc32 {zlib.crc32(values.data):08x}"

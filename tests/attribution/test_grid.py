@@ -1,12 +1,23 @@
 """Grids, regions and resizing."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from i2am.attribution import Direction, Patch, mask_weights, region_weights, resize
+from i2am.attribution import (
+    Box,
+    Direction,
+    Patch,
+    as_regions,
+    describe_regions,
+    mask_weights,
+    region_weights,
+    resize,
+)
 
 SIDE = st.integers(1, 9)
 GRID = st.tuples(SIDE, SIDE)
@@ -100,6 +111,59 @@ def test_a_patch_on_its_own_grid_is_one_cell():
     assert weights.nonzero().tolist() == [[1 * 4 + 2]]
 
 
+@given(data=st.data(), size=st.tuples(st.integers(1, 40), st.integers(1, 40)), layer=GRID)
+@few
+def test_a_box_weighs_what_its_pixels_weigh_as_a_mask(data, size, layer):
+    top = data.draw(st.integers(0, size[0] - 1))
+    left = data.draw(st.integers(0, size[1] - 1))
+    height = data.draw(st.integers(1, size[0] - top))
+    width = data.draw(st.integers(1, size[1] - left))
+    pixels = torch.zeros(size)
+    pixels[top : top + height, left : left + width] = 1
+    weights = region_weights(Box(top, left, height, width, size), layer)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, region_weights(pixels, layer), rtol=1e-6, atol=1e-12)
+
+
+def test_a_box_shares_its_border_cells_exactly():
+    # 6 x 9 pixels on 2 x 3 cells of 3 x 3: rows 2..4 touch both, columns 3..5 fill the middle one
+    weights = region_weights(Box(2, 3, 3, 3, (6, 9)), (2, 3)).reshape(2, 3)
+    torch.testing.assert_close(weights, torch.tensor([[0, 1 / 3, 0], [0, 2 / 3, 0]]))
+    # the size of the image costs nothing: a mask of this one would hold 10^18 pixels
+    vast = region_weights(Box(0, 0, 10**9, 5 * 10**8, (10**9, 10**9)), (2, 2))
+    assert vast.tolist() == [0.5, 0, 0.5, 0]
+
+
+@given(grid=GRID, layer=GRID)
+@few
+def test_a_patch_is_the_one_cell_box_of_its_grid(grid, layer):
+    row, column = grid[0] - 1, grid[1] // 2
+    box = Box(row, column, 1, 1, grid)
+    assert torch.equal(region_weights(Patch(row, column, grid), layer), region_weights(box, layer))
+
+
+def test_regions_without_names_are_called_what_they_are():
+    patch, box = Patch(3, 4, (32, 24)), Box(128, 96, 64, 32, (512, 384))
+    named = as_regions([box, patch])
+    assert list(named.items()) == [("128,96,64,32@512x384", box), ("3,4@32x24", patch)]
+    given_names = {"collar": box, "all": torch.ones(2, 2)}
+    assert as_regions(given_names) == given_names
+    assert as_regions(given_names) is not given_names
+    assert as_regions(None) == {}
+
+
+def test_descriptions_are_equal_for_equal_regions_only():
+    weights = torch.eye(3, 2)
+    regions = {"cell": Patch(0, 1, (2, 2)), "hem": Box(0, 0, 1, 2, (4, 4)), "logo": weights}
+    described = describe_regions(regions)
+    assert described["cell"] == "0,1@2x2"
+    assert described["hem"] == "0,0,1,2@4x4"
+    assert re.fullmatch(r"3x2 weights, crc32 [0-9a-f]{8}", described["logo"])
+    same = describe_regions({"bool": weights.bool(), "strided": weights.T.contiguous().T})
+    assert set(same.values()) == {described["logo"]}
+    assert describe_regions({"logo": weights + weights})["logo"] != described["logo"]
+
+
 def test_region_weights_do_not_depend_on_the_scale_of_a_region():
     region = rand(6, 4)
     torch.testing.assert_close(
@@ -121,12 +185,24 @@ def test_patch_reads_as_row_column_and_grid():
     assert str(Patch(3, 4, (32, 24))) == "3,4@32x24"
 
 
+def test_box_reads_as_corner_extent_and_image():
+    assert str(Box(128, 96, 64, 32, (512, 384))) == "128,96,64,32@512x384"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: Patch(0, 0, (0, 4)), "grid must be at least 1x1, got 0x4"),
         (lambda: Patch(3, 0, (3, 4)), "must lie on the 3x4 grid, got row 3, column 0"),
         (lambda: Patch(0, -1, (3, 4)), "got row 0, column -1"),
+        (lambda: Box(0, 0, 1, 1, (4, 0)), "size must be at least 1x1, got 4x0"),
+        (lambda: Box(0, 0, 0, 1, (4, 4)), "at least 1, got height 0, width 1"),
+        (lambda: Box(-1, 0, 2, 1, (4, 4)), "on the 4x4 image, got rows -1 to 1, columns 0 to 1"),
+        (lambda: Box(0, 3, 4, 2, (4, 4)), "on the 4x4 image, got rows 0 to 4, columns 3 to 5"),
+        (lambda: as_regions([Patch(0, 0, (2, 2))] * 2), "must differ, got 0,0@2x2 twice"),
+        (lambda: as_regions([torch.ones(2, 2)]), "give weights as {name: weights}.*got Tensor"),
+        (lambda: as_regions({"logo": [1, 2]}), "Patch, Box or tensor, got list under 'logo'"),
+        (lambda: as_regions(Patch(0, 0, (2, 2))), "sequence of Patch and Box, got Patch"),
         (lambda: resize(torch.ones(4), (2, 2)), r"maps must be .* got \[4\]"),
         (lambda: resize(torch.ones(3, 0, 4), (2, 2)), r"not empty, got \[3, 0, 4\]"),
         (lambda: resize(torch.ones(4, 4), (2, 0)), "size must be at least 1x1, got 2x0"),
