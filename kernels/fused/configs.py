@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 TILES = {
     # fp32 dots are exact (no TF32) and run on FMA units: operands sit in registers, so head_dim
     # goes in chunks of FP32_CHUNK and nothing is staged ahead
-    "statistics, fp32": Tile(64, 32, num_warps=8, num_stages=1),
+    "statistics, fp32": Tile(64, 32, num_warps=8, num_stages=1, maxnreg=255),
     # 64-bit addresses of a bias tile take two registers each, and the product with many weight rows
     # takes three TF32 dots on fp32 operands: half a tile of scores over twice the warps
     "statistics, bias or many rows": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
@@ -39,12 +39,12 @@ TILES = {
     "statistics, short": Tile(64, 64, num_warps=4, num_stages=3),
     "statistics, short, few rows": Tile(64, 64, num_warps=4, num_stages=3, maxnreg=255),
     # from 64 x 32 tokens on there are programs enough: fewer reads of the other side
-    "statistics, long": Tile(128, 64, num_warps=8, num_stages=3),
-    "statistics, long, few rows": Tile(128, 64, num_warps=8, num_stages=3, maxnreg=255),
+    "statistics, long": Tile(128, 64, num_warps=8, num_stages=2),
+    "statistics, long, few rows": Tile(128, 64, num_warps=8, num_stages=2, maxnreg=255),
     # beyond 192 features three stages would not fit the 64 KiB of gfx942
     "statistics, wide": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
     # as for the statistics, and the output has its own accumulators
-    "forward, fp32": Tile(32, 32, num_warps=4, num_stages=1),
+    "forward, fp32": Tile(32, 32, num_warps=4, num_stages=1, maxnreg=255),
     "forward, bias": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
     "forward, short": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
     "forward, long": Tile(128, 64, num_warps=8, num_stages=2, maxnreg=255),

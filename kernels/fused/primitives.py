@@ -75,7 +75,8 @@ def round_to(x, dtype: tl.constexpr):
     if _INTERPRETED and dtype == tl.bfloat16:
         # the interpreter truncates: round the bits first
         bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
@@ -102,6 +103,8 @@ def score_tile(
     BLOCK_TAIL: tl.constexpr,
 ):
     """Scores of the tokens ``x`` against the tokens ``y``; -inf beyond the last ``y``.
+
+    Beyond the last ``x`` they are meaningless, and never stored: one mask less in registers.
 
     ``x`` (and ``x_tail``) hold the features when they fit the two blocks; otherwise both sides are
     read in chunks of BLOCK_D, for fp32, whose dots would keep whole rows in registers.

@@ -1,0 +1,129 @@
+"""Every kernel compiles for GPUs that are not here, each time in a process without interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+def run(*command, **environment):
+    """A fresh Python without Triton's interpreter: its completed process."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], env=clean | environment, capture_output=True, text=True
+    )
+
+
+def test_the_kernels_fit_all_targets():
+    done = run("-m", "i2am.kernels.fused.ahead_of_time", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, *rows, summary = done.stdout.splitlines()
+    assert header.split() == ["target", "kernel", "registers", "spilled", "shared", "matrix"]
+    targets = [row.split()[0] for row in rows]
+    assert {name: targets.count(name) for name in targets} == dict.fromkeys(
+        ("sm_80", "sm_90", "sm_100", "gfx942"), len(rows) // 4
+    )
+    # which matrix instruction each architecture multiplies bf16 with
+    expected = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
+    for row in rows:
+        target, dtype, *_, matrix = row.split()
+        registers, spilled, shared = (int(number) for number in row.split()[-4:-1])
+        assert 16 < registers <= 512
+        assert spilled == 0
+        assert 0 < shared < 227 * 1024
+        assert dtype == "fp32" or matrix == expected[target]
+    assert summary.startswith(f"{len(rows)} kernels compiled with Triton ")
+    assert summary.endswith(" 0 unfit")
+
+
+def test_what_does_not_fit_is_named_and_fails():
+    """The same command on a tile shape that is too large, and on a kernel that cannot compile."""
+    code = """
+import sys, torch
+from i2am.kernels.fused import ahead_of_time, configs
+from i2am.kernels.fused.configs import Tile
+configs.TILES["forward, long"] = Tile(256, 256, num_warps=4, num_stages=3)
+configs.TILES["statistics, long"] = Tile(128, 48, num_warps=4, num_stages=1)
+ahead_of_time.HEAD_DIMS = {torch.float16: (128,)}
+for name in list(ahead_of_time.VARIANTS):
+    if name not in ("attention", "lse"):
+        del ahead_of_time.VARIANTS[name]
+sys.exit(ahead_of_time.main(["--target", "sm_80"]))
+"""
+    done = run("-c", code)
+    assert done.returncode == 1, done.stdout + done.stderr
+    _, invalid, large, summary = done.stdout.splitlines()
+    assert "lse" in invalid
+    assert "does not compile: " in invalid
+    assert "power of 2" in invalid
+    assert "bytes of shared memory" in large
+    assert "spills" in large
+    assert summary.endswith(" 2 unfit")
+
+
+def test_edges_compile():
+    """Sizes of 1 become constants, strides beyond 32 bits become int64: other code than usual."""
+    code = """
+import torch
+from i2am.kernels.fused import ahead_of_time as aot, forward, statistics
+one = torch.empty(1, 1, 1, 40, dtype=torch.bfloat16, device="meta")
+far = one.as_strided((1, 1, 1, 40), (2**40, 2**36, 2**33, 1))
+lse, sums = torch.empty(1, 1, 1, device="meta"), torch.empty(1, 1, 1, 1, device="meta")
+shared = {"scale": 1.0, "bias": torch.empty(1, 1, 1, 1, device="meta")}
+weights = {"other_lse": lse, "weights": lse, "sums": sums}
+for x in (one, far):
+    for launch in (
+        statistics.plan(x, x, lse=lse, **weights, **shared),
+        statistics.plan(x, x, **weights, **shared),
+        forward.plan(x, x, x, output=one, lse=lse, **shared),
+    ):
+        for name in ("sm_90", "gfx942"):
+            compiled = aot.compile_for(launch, aot.TARGETS[name].gpu)
+            assert not aot.report(compiled).problems(aot.TARGETS[name], torch.bfloat16)
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_is_compiled_under_the_interpreter():
+    code = """
+from i2am.kernels.fused import ahead_of_time as aot
+case = next(aot.cases())
+try:
+    aot.compile_for(case.launch, aot.TARGETS["sm_90"].gpu)
+except RuntimeError as error:
+    print(error)
+"""
+    done = run("-c", code, TRITON_INTERPRET="1")
+    expected = "nothing is compiled under the interpreter; unset TRITON_INTERPRET\n"
+    assert done.stdout == expected, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("needs", "dtype", "problems"),
+    [
+        ((128, 0, 65536, "mfma"), torch.float16, []),
+        ((128, 0, 65536, ""), torch.float32, []),
+        ((128, 8, 0, "mfma"), torch.float16, ["spills 8 bytes"]),
+        (
+            (128, 0, 65537, "mfma"),
+            torch.bfloat16,
+            ["needs 65537 of 65536 bytes of shared memory"],
+        ),
+        ((128, 0, 0, ""), torch.bfloat16, ["has no matrix instruction"]),
+    ],
+    ids=["fits", "fp32", "spill", "shared memory", "matrix"],
+)
+def test_problems_are_found(needs, dtype, problems):
+    from i2am.kernels.fused.ahead_of_time import TARGETS, Report
+
+    assert Report(*needs).problems(TARGETS["gfx942"], dtype) == problems
+
+
+def test_numbers_that_the_compiler_no_longer_prints_are_missed():
+    from i2am.kernels.fused import ahead_of_time
+
+    with pytest.raises(ValueError, match="the compiler's output has nothing like 'REG"):
+        ahead_of_time._number(r"REG:(\d+)", "no such line")

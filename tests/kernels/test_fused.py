@@ -1,0 +1,561 @@
+"""The Triton kernels against the ruler: under the interpreter here, as they are where a GPU is.
+
+Triton is imported inside the tests only, after conftest has chosen between the two.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from i2am.kernels import attention_statistics, attention_with_statistics, reference
+from i2am.testing import assert_matches_reference, make_qkv
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # numpy, under the interpreter: finfo.min * log2(e), and exponentials of tokens past the last
+    pytest.mark.filterwarnings("ignore:overflow encountered"),
+]
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="looks into Triton's interpreter")
+INF = float("inf")
+
+
+def tokens(*shape, **options):
+    """Query, key and value on the device under test; see `make_qkv`."""
+    return make_qkv(*shape, device=DEVICE, **options)
+
+
+def uniform(*shape, seed=0):
+    """Random weights in [0, 1) that are the same on every device."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def eager_attention(query, key, value, *, scale=None, bias=None, **_):
+    """The output as a model's eager attention computes it, with weights in the working dtype."""
+    scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores.where(bias, -INF) if bias.dtype == torch.bool else scores + bias
+    return scores.softmax(dim=-1).nan_to_num(0.0).to(value.dtype) @ value
+
+
+def check(query, key, value, **arguments):
+    """Fused attention with statistics, after holding it against the ruler."""
+    inputs = (query, key, value)
+    exact = attention_with_statistics(*(x.double() for x in inputs), impl="reference", **arguments)
+    eager = attention_statistics(query, key, impl="reference", **arguments)
+    actual = attention_with_statistics(*inputs, impl="fused", **arguments)
+    # the same without the row log-sum-exp of the attention call
+    alone = attention_statistics(query, key, impl="fused", **arguments)
+    eager_output = eager_attention(*inputs, **arguments)
+    assert_matches_reference(actual[0], exact=exact[0], eager=eager_output, name="output")
+    for name in exact[1]._fields:
+        ruler, budget = getattr(exact[1], name), getattr(eager, name)
+        for which, statistics in (("with attention", actual[1]), ("alone", alone)):
+            ours = getattr(statistics, name)
+            assert ours.dtype == torch.float32
+            assert_matches_reference(ours, exact=ruler, eager=budget, name=f"{name}, {which}")
+    return actual
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """What ran, in order: "attention", or the sides and results of a pass of owners."""
+    from i2am.kernels.fused.primitives import Launch
+
+    seen = []
+    original = Launch.run
+
+    def spy(launch, device):
+        arguments = launch.arguments
+        if "query_ptr" in arguments:
+            seen.append("attention")
+        else:
+            results = [name for name in ("lse", "sums") if arguments[f"{name}_ptr"] is not None]
+            seen.append(f"{arguments['owners']} over {arguments['others']}: {' '.join(results)}")
+        original(launch, device)
+
+    monkeypatch.setattr(Launch, "run", spy)
+    return seen
+
+
+# --- the ruler ------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1), (1, 131), (131, 1), (63, 131)]
+UNET_SHAPES = [(4096, 4096), (64, 77), (3072, 1037), (12288, 1), (768, 4145)]
+
+
+def ids(shape):
+    return f"{shape[0]}x{shape[1]}"
+
+
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_error_is_at_most_twice_the_eager_error(shape, dtype):
+    check(*tokens(1, 1, *shape, 40, dtype=dtype))
+
+
+def test_the_keys_of_the_custom_model():
+    query, key, value = tokens(1, 1, 131, 1037, 40, dtype=torch.bfloat16)
+    votes = torch.ones(1037, device=DEVICE)
+    votes[0] = 0
+    check(query, key, value, key_weights=votes / votes.sum())
+
+
+@dtypes
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 96, 128, 160])
+def test_the_head_dims_of_real_models(head_dim, dtype):
+    check(*tokens(1, 1, 19, 37, head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 17, 200, 256])
+def test_any_head_dim(head_dim):
+    check(*tokens(1, 1, 19, 37, head_dim, dtype=torch.float16))
+
+
+@dtypes
+@pytest.mark.parametrize("logits", [200, 5000])
+def test_large_logits(logits, dtype):
+    query, key, value = tokens(1, 1, 19, 131, 40, dtype=dtype, logits=logits)
+    output, statistics = check(query, key, value)
+    assert statistics.query_lse.abs().max() > 0.5 * logits
+    assert not output.isnan().any()
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4], ids=["takes all", "takes nothing"])
+def test_one_key_takes_all_mass_or_none(offset):
+    query, key, value = tokens(1, 1, 63, 37, 40, dtype=torch.float16)
+    bias = torch.zeros(37, device=DEVICE)
+    bias[5] = offset
+    _, statistics = check(query, key, value, bias=bias)
+    assert statistics.g2r[0, 0, 0, 5] == pytest.approx(1.0 if offset > 0 else 0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
+def test_any_scale(scale):
+    check(*tokens(1, 1, 19, 37, 40, dtype=torch.float16), scale=scale)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 40])
+def test_several_rows_and_votes(count):
+    # the last row block is not full, and neither are the last tokens
+    query, key, value = tokens(2, 1, 37, 70, 40, dtype=torch.bfloat16)
+    _, statistics = check(
+        query,
+        key,
+        value,
+        query_weights=uniform(2, count, 37),
+        key_weights=uniform(1, count, 70, seed=1),
+    )
+    assert statistics.g2r.shape == (2, 1, count, 70)
+    assert statistics.r2g.shape == (2, 1, count, 37)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["contiguous", "transposed", "sliced", "expanded_batch", "expanded_heads", "expanded_tokens"],
+)
+def test_any_strides(layout, relayout):
+    query, key, value = (relayout(x, layout) for x in tokens(2, 2, 19, 35, 40, dtype=torch.float16))
+    check(query, key, value, query_weights=uniform(2, 1, 38)[..., ::2])
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def _biases():
+    M, N = 19, 40
+    full = torch.randn(2, 2, M, N, generator=torch.Generator().manual_seed(3))
+    keys = torch.arange(N) % 3 > 0
+    holes = torch.ones(M, N, dtype=torch.bool)
+    holes[3], holes[:, 5] = False, False
+    return {
+        "additive": full,
+        "additive, half precision": full.half(),
+        "additive, transposed": full.mT.contiguous().mT,
+        "keys": keys,
+        "keys, per item": torch.stack([keys, ~keys])[:, None, None],
+        "a row and a column": holes,
+        "nothing": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
+        "finite minimum": torch.zeros(N).masked_fill(keys, torch.finfo(torch.float32).min),
+    }
+
+
+@pytest.mark.parametrize("name", _biases())
+def test_biases(name):
+    query, key, value = tokens(2, 2, 19, 40, 40, dtype=torch.bfloat16)
+    bias = _biases()[name].to(DEVICE)
+    output, statistics = check(query, key, value, bias=bias)
+    for part in (output, *statistics):
+        assert not part.isnan().any()
+    if bias.dtype == torch.bool:
+        full = bias.expand(2, 2, 19, 40)
+        no_key, no_query = ~full.any(-1), ~full.any(-2)
+        assert (output[no_key] == 0).all()
+        assert (statistics.r2g[no_key] == 0).all()
+        assert (statistics.query_lse[no_key] == -INF).all()
+        assert (statistics.g2r[:, :, 0][no_query] == 0).all()
+        assert (statistics.key_lse[no_query] == -INF).all()
+
+
+def test_a_bias_in_full_precision():
+    query, key, value = tokens(1, 1, 37, 70, 40)
+    bias = torch.randn(37, 70, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    bias[3], bias[:, 5] = -INF, -INF
+    check(query, key, value, bias=bias, query_weights=uniform(1, 5, 37))
+
+
+# --- exact values ---------------------------------------------------------------------------------
+
+
+@dtypes
+def test_a_single_key_gives_its_value_back(dtype):
+    query, key, value = tokens(2, 2, 19, 1, 72, dtype=dtype)
+    output, statistics = attention_with_statistics(query, key, value, impl="fused")
+    assert torch.equal(output, value.expand_as(output))
+    torch.testing.assert_close(statistics.g2r, torch.ones(2, 2, 1, 1, device=DEVICE))
+
+
+@dtypes
+def test_outputs_are_rounded_to_nearest_even(dtype):
+    query, key, value = tokens(1, 1, 1, 2, 160, dtype=dtype)
+    output, _ = attention_with_statistics(query, key, value, scale=0.0, impl="fused")
+    mean = value.double().mean(dim=2, keepdim=True)
+    assert torch.equal(output, mean.to(dtype))
+
+
+def test_both_maps_are_distributions():
+    query, key, _ = tokens(2, 2, 37, 70, 40, dtype=torch.float16)
+    statistics = attention_statistics(query, key, impl="fused")
+    for sums in (statistics.r2g.sum(-1), statistics.g2r.sum(-1)):
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+# --- accumulators, directions, passes -------------------------------------------------------------
+
+M, N = 37, 70
+ROWS_LSE, COLUMNS_LSE = f"{M} over {N}: lse", f"{N} over {M}: lse"
+ROWS, COLUMNS = f"{M} over {N}: sums", f"{N} over {M}: lse sums"
+
+
+def accumulate(*, r2g=True, g2r=True, query_lse=None, rows=1, impl=None):
+    """Accumulators that already hold 0.5, inside larger poisoned ones; and the log-sum-exps."""
+    from i2am.kernels import fused
+
+    query, key, _ = tokens(2, 2, M, N, 40, dtype=torch.bfloat16)
+    sums_r = torch.full((2, N, rows, 2, 2), torch.nan, device=DEVICE)[..., 1]
+    sums_g = torch.full((4, 2, 1, 3 * M), torch.nan, device=DEVICE)[::2, ..., 1::3]
+    g2r_sums = sums_r.permute(0, 3, 2, 1).fill_(0.5) if g2r else None
+    r2g_sums = sums_g.fill_(0.5) if r2g else None
+    lses = (impl or fused).accumulate(
+        query,
+        key,
+        scale=40**-0.5,
+        bias=None,
+        query_weights=uniform(1, rows, M).expand(2, rows, M),
+        key_weights=uniform(1, 1, N, seed=1).expand(2, 1, N),
+        r2g=r2g_sums,
+        g2r=g2r_sums,
+        query_lse=query_lse,
+    )
+    return r2g_sums, g2r_sums, *lses
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_sums_are_added_in_place(rows):
+    actual, expected = accumulate(rows=rows), accumulate(rows=rows, impl=reference)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert not ours.is_contiguous() or ours.ndim == 3
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    # nothing beside them was touched
+    storage = torch.empty(0, device=DEVICE).set_(actual[0].untyped_storage())
+    assert storage.isnan().sum() == storage.numel() - actual[0].numel()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({}, [ROWS_LSE, COLUMNS, ROWS]),
+        ({"r2g": False}, [ROWS_LSE, COLUMNS]),
+        ({"g2r": False}, [COLUMNS_LSE, f"{M} over {N}: lse sums"]),
+        ({"r2g": False, "g2r": False}, [COLUMNS_LSE, ROWS_LSE]),
+        ({"rows": 40}, [ROWS_LSE, COLUMNS_LSE, f"{N} over {M}: sums", ROWS]),
+    ],
+    ids=["both", "generated to reference", "reference to generated", "neither", "many rows"],
+)
+def test_only_what_is_wanted_runs(wanted, expected, passes):
+    actual = accumulate(**wanted)
+    assert passes == expected
+    both = accumulate(**wanted | {"r2g": True, "g2r": True})
+    for ours, theirs in zip(actual, both, strict=True):
+        assert ours is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [({}, [COLUMNS, ROWS]), ({"g2r": False}, [COLUMNS_LSE, ROWS])],
+    ids=["both", "reference to generated"],
+)
+def test_a_known_row_log_sum_exp_saves_a_pass(wanted, expected, passes):
+    r2g, g2r, query_lse, key_lse = accumulate()
+    passes.clear()
+    # a quarter of every share, in strided memory: what was given is what is used
+    given = torch.stack([query_lse + 4**0.5, query_lse], dim=-1)[..., 0]
+    again = accumulate(query_lse=given, **wanted)
+    assert passes == expected
+    assert again[2] is given
+    assert torch.equal(again[0], r2g)
+    assert torch.equal(again[3], key_lse)
+    if again[1] is not None:
+        expected_sums = (g2r - 0.5) * torch.tensor(-(4**0.5)).exp().item() + 0.5
+        torch.testing.assert_close(again[1], expected_sums)
+
+
+def test_attention_hands_its_row_log_sum_exp_over(passes):
+    query, key, value = tokens(2, 2, M, N, 40, dtype=torch.float16)
+    attention_with_statistics(query, key, value, impl="fused")
+    assert passes == ["attention", COLUMNS, ROWS]
+
+
+# --- bits -----------------------------------------------------------------------------------------
+
+
+def results(query, key, value):
+    output, statistics = attention_with_statistics(query, key, value, impl="fused")
+    return output, *statistics
+
+
+def test_two_runs_are_equal_to_the_bit():
+    inputs = tokens(2, 2, 63, 131, 40, dtype=torch.float16)
+    for once, again in zip(results(*inputs), results(*inputs), strict=True):
+        assert torch.equal(once, again)
+
+
+def test_items_and_heads_do_not_know_of_each_other():
+    inputs = tokens(3, 2, 19, 70, 40, dtype=torch.float16)
+    whole = results(*inputs)
+    shuffled = results(*(x[[2, 0, 1]][:, [1, 0]] for x in inputs))
+    alone = results(*(x[1:2, 1:] for x in inputs))
+    for all_items, others, single in zip(whole, shuffled, alone, strict=True):
+        assert torch.equal(all_items[[2, 0, 1]][:, [1, 0]], others)
+        assert torch.equal(all_items[1:2, 1:], single)
+
+
+# --- addresses ------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", ["statistics", "attention"])
+def test_addresses_are_64_bit(kernel, monkeypatch):
+    """Each stride in turn is as large as 32 bits allow; nothing is read, addresses are recorded."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from i2am.kernels.fused import forward, statistics
+
+    def lse_and_sums(side):
+        return torch.zeros(2, 2, side), torch.zeros(2, 2, 2, side)
+
+    query, key, value = (x.contiguous() for x in make_qkv(2, 2, 3, 4, 16))
+    lse, sums = lse_and_sums(3)
+    bias = torch.zeros(2, 2, 3, 4)
+    options = {"scale": 1.0, "bias": bias}
+    if kernel == "attention":
+        output = torch.zeros(2, 2, 3, 16)
+        launch = forward.plan(query, key, value, output=output, lse=lse, **options)
+        named = {"query": query, "key": key, "value": value, "bias": bias}
+    else:
+        weights, other_lse = torch.zeros(2, 2, 4), lse_and_sums(4)[0]
+        options |= {"weights": weights, "other_lse": other_lse}
+        launch = statistics.plan(query, key, lse=lse, sums=sums, **options)
+        named = {"owner": query, "other": key, "bias": bias}
+        named |= {"weights": weights, "other_lse": other_lse, "sums": sums}
+
+    addresses = set()
+
+    def record(ptrs, mask):
+        addresses.update(int(address) for address in ptrs.data[mask.data.astype(bool)].flat)
+
+    def load(builder, ptrs, mask, other, *_):
+        record(ptrs, mask)
+        return original(builder, ptrs, type(mask)(mask.data & False, mask.dtype), other, *_)
+
+    def store(builder, ptrs, value, mask, *_):
+        record(ptrs, mask)
+
+    original = InterpreterBuilder.create_masked_load
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store)
+    huge = 2**31 - 1
+    checked = 0
+    for name, tensor in named.items():
+        own = [x for x in launch.arguments if x.rpartition("_")[0] == f"stride_{name}"]
+        assert len(own) == tensor.ndim
+        for axis, argument in enumerate(own):
+            addresses.clear()
+            launch._replace(arguments=launch.arguments | {argument: huge}).run(torch.device("cpu"))
+            strides = [*tensor.stride()[:axis], huge, *tensor.stride()[axis + 1 :]]
+            last = sum((size - 1) * step for size, step in zip(tensor.shape, strides, strict=True))
+            assert tensor.data_ptr() + last * tensor.element_size() in addresses, argument
+            checked += 1
+    assert checked == sum(tensor.ndim for tensor in named.values())
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+
+def test_every_tile_shape_serves_some_call(monkeypatch):
+    from i2am.kernels.fused import configs
+
+    class Looked(dict):
+        def __getitem__(self, name):
+            seen.add(name)
+            return super().__getitem__(name)
+
+    seen = set()
+    monkeypatch.setattr(configs, "TILES", Looked(configs.TILES))
+    for head_dim in range(1, configs.MAX_HEAD_DIM + 1):
+        for itemsize in (2, 4):
+            for bias in (False, True):
+                for seqlen in (1, 768, 2048, 12288):
+                    forward = configs.forward(head_dim, itemsize, seqlen, bias)
+                    assert forward.BLOCK_V + forward.BLOCK_V_TAIL >= head_dim
+                    for rows in (1, 2, 4, 5, 16, 17, 768):
+                        chosen = configs.statistics(head_dim, itemsize, seqlen, rows, bias)
+                        assert chosen.BLOCK_ROWS >= min(rows, configs.MAX_ROW_BLOCK)
+                        if itemsize == 2:
+                            assert chosen.BLOCK_D + chosen.BLOCK_TAIL >= head_dim
+    assert seen == set(configs.TILES)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "blocks"),
+    [
+        (1, (16, 0)),
+        (16, (16, 0)),
+        (40, (32, 16)),
+        (64, (64, 0)),
+        (72, (64, 16)),
+        (80, (64, 16)),
+        (96, (64, 32)),
+        (128, (128, 0)),
+        (160, (128, 32)),
+        (256, (256, 0)),
+    ],
+)
+def test_features_are_split_with_little_padding(head_dim, blocks):
+    from i2am.kernels.fused import configs
+
+    assert configs.features(head_dim) == blocks
+
+
+def test_amd_gets_no_option_that_its_compiler_refuses(monkeypatch):
+    from i2am.kernels.fused import configs
+
+    chosen = configs.forward(40, 2, 64, False)
+    assert chosen.maxnreg is not None
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert configs.arguments(chosen) == chosen._asdict()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "maxnreg" not in configs.arguments(chosen)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("query", "error", "message"),
+    [
+        (
+            torch.zeros(1, 1, 2, 8, dtype=torch.float64),
+            ValueError,
+            "fp32, got torch.float64; impl=",
+        ),
+        (torch.zeros(1, 1, 2, 257), ValueError, "head_dim up to 256, got 257"),
+    ],
+    ids=["fp64", "head_dim"],
+)
+def test_refusals(query, error, message):
+    from i2am.kernels import fused
+
+    query = query.to(DEVICE)
+    calls = [
+        lambda: attention_statistics(query, query, impl="fused"),
+        lambda: attention_with_statistics(query, query, query, impl="fused"),
+        lambda: fused.attention(query, query, query, scale=1.0, bias=None),
+    ]
+    for call in calls:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
+    from i2am.kernels import fused
+
+    monkeypatch.setattr(fused, "INTERPRETED", False)
+    query = torch.zeros(1, 1, 2, 8)
+    assert not fused.is_available(query.device)
+    assert fused.is_available(torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="needs tensors on a GPU, or TRITON_INTERPRET=1"):
+        attention_statistics(query, query, impl="fused")
+
+
+def test_triton_is_imported_only_with_the_fused_kernels():
+    code = (
+        "import sys, torch\n"
+        "before = 'triton' in sys.modules\n"
+        "import i2am.kernels\n"
+        "assert ('triton' in sys.modules) == before\n"
+        "import i2am.kernels.fused\n"
+        "assert 'triton' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 96, 128, 160])
+@pytest.mark.parametrize("shape", UNET_SHAPES, ids=ids)
+def test_the_shapes_of_real_models(shape, head_dim, dtype):
+    check(*tokens(1, 2, *shape, head_dim, dtype=dtype))
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("rows", [1, 4, 768])
+def test_rows_at_full_size(rows, dtype):
+    query, key, value = tokens(2, 8, 3072, 1037, 40, dtype=dtype, logits=200)
+    bias = torch.zeros(1037, device=DEVICE)
+    bias[::7] = -INF
+    check(query, key, value, bias=bias, query_weights=uniform(2, rows, 3072))
+
+
+@pytest.mark.gpu
+def test_tensors_beyond_two_billion_elements():
+    storage = torch.zeros(3, 2**30, dtype=torch.float16, device=DEVICE)
+    query, key, value = tokens(3, 1, 64, 77, 40, dtype=torch.float16)
+    step = 2**30 // 64
+    far = storage.as_strided(query.shape, (2**30, 1, step, 1), 0).copy_(query)
+    for ours, theirs in zip(results(far, key, value), results(query, key, value), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_recording_works_under_a_cuda_graph():
+    first, second = (tokens(1, 8, 768, 1037, 80, dtype=torch.float16, seed=s) for s in (0, 1))
+    live = [x.clone() for x in first]
+    results(*live)  # compiled outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(*live)
+    for x, new in zip(live, second, strict=True):
+        x.copy_(new)
+    graph.replay()
+    for ours, theirs in zip(captured, results(*second), strict=True):
+        assert torch.equal(ours, theirs)
