@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from i2am.models.inputs import per_sample
+from i2am.models.inputs import ImageInput, per_sample
 from i2am.models.sampling import HALVES, Generators, Sampling
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ class ReferencePipeline(DiffusionPipeline):
     model_cpu_offload_seq = "image_encoder->unet->vae"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     component_classes: ClassVar[dict[str, type]] = {}
-    ignored_components: ClassVar[tuple[str, ...]] = ()
     guidance_order: ClassVar[tuple[str, str]] = ("unconditional", "conditional")
 
     _guidance_scale: float = 1.0
@@ -64,6 +63,10 @@ class ReferencePipeline(DiffusionPipeline):
             cls, folder, torch_dtype=torch_dtype, variant=variant, replacements=components
         )
 
+    def default_size(self, image: ImageInput) -> tuple[int, int]:
+        """(height, width) generated for `image` when none is asked for."""
+        raise NotImplementedError
+
     def attribution_layout(self) -> "TokenLayout":
         """Where the reference tokens stand in the recorded layers, and the order of guidance."""
         raise NotImplementedError
@@ -77,6 +80,19 @@ class ReferencePipeline(DiffusionPipeline):
     def vae_scale_factor(self) -> int:
         """Image pixels per latent cell along one side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def configured_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the UNet was made for.
+
+        Raises:
+            ValueError: Its configuration does not say.
+        """
+        cells = self.unet.config.sample_size
+        if cells is None:
+            raise ValueError("unet has no sample_size in its configuration: give height and width")
+        rows, columns = (cells, cells) if isinstance(cells, int) else cells
+        return rows * self.vae_scale_factor, columns * self.vae_scale_factor
 
     @property
     def guidance_scale(self) -> float:

@@ -102,9 +102,7 @@ class CustomPipeline(ReferencePipeline):
 
     def default_size(self, image: ImageInput | None = None) -> tuple[int, int]:
         """(height, width) generated when none is asked for: the UNet's configured size."""
-        cells = self.unet.config.sample_size
-        rows, columns = (cells, cells) if isinstance(cells, int) else cells
-        return rows * self.vae_scale_factor, columns * self.vae_scale_factor
+        return self.configured_size
 
     def attribution_layout(self) -> "TokenLayout":
         """Reference patches behind the class token, conditional half first."""
@@ -152,8 +150,9 @@ class CustomPipeline(ReferencePipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generates images.
 
-        Images are PIL images, NumPy arrays ``[height, width, 3]`` (uint8, or floating in [0, 1]),
-        torch tensors ``[3, height, width]`` in [-1, 1], batches or lists of these. Arguments that
+        Images are PIL images, NumPy arrays ``[height, width, 3]``, torch tensors
+        ``[3, height, width]`` (uint8, or floating in [0, 1]), batches or lists of these. Floating
+        images with negative values are taken to be in [-1, 1], with a warning. Arguments that
         hold one image serve the whole batch. Everything is resized to the generated size.
 
         Args:

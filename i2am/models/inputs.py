@@ -1,10 +1,11 @@
 """Images and masks from PIL, NumPy or torch, on one footing: lists of fp32 tensors.
 
-One rule for every pipeline: PIL images of any mode; NumPy arrays with channels last, uint8 in
-0 ... 255 or floating in [0, 1]; torch tensors with channels first, images in [-1, 1], masks in
-[0, 1].
+One rule for every pipeline, that of diffusers' image processor: PIL images of any mode; NumPy
+arrays with channels last and torch tensors with channels first, in [0, 1]. Images of uint8 are in
+0 ... 255, and so are uint8 arrays of masks.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -22,6 +23,9 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 def read_images(images: ImageInput, name: str) -> list[Tensor]:
     """RGB images as tensors ``[3, height, width]``, fp32 in [-1, 1].
 
+    Floating values are in [0, 1]. As in diffusers, negative ones anywhere mean that all floating
+    entries are in [-1, 1] already: deprecated there, and a FutureWarning here.
+
     Args:
         images: One image, a batched array ``[batch, height, width, 3]`` or tensor
             ``[batch, 3, height, width]``, or a list of single images.
@@ -31,19 +35,26 @@ def read_images(images: ImageInput, name: str) -> list[Tensor]:
         TypeError: Something that is no image.
         ValueError: An empty list, a wrong shape, or values outside the range.
     """
-    found: list[Tensor] = []
+    batches: list[Tensor] = []
     for item in as_list(images, name):
         if isinstance(item, Image.Image):
             item = np.array(item.convert("RGB"))
         if isinstance(item, np.ndarray):
-            batch = torch.from_numpy(_batched(item, 4, name, "[height, width, 3]"))
-            batch = _unit_range(batch, name).movedim(-1, 1) * 2 - 1
+            batch = _from_numpy(_batched(item, 4, name, "[height, width, 3]")).movedim(-1, 1)
         else:
-            batch = _in_range(_batched(item, 4, name, "[3, height, width]").float(), -1, name)
+            batch = _batched(item, 4, name, "[3, height, width]")
         if batch.shape[1] != 3:
             raise ValueError(f"{name} must have 3 channels, got shape {list(item.shape)}")
-        found.extend(batch)
-    return found
+        batches.append(batch)
+    # of all entries together: an entry without dark pixels has the range of the others
+    signed = any(bool((batch < 0).any()) for batch in batches)
+    if signed:
+        warnings.warn(
+            f"{name} holds negative values and is taken to be in [-1, 1]; give values in [0, 1]",
+            FutureWarning,
+            stacklevel=2,
+        )
+    return [image for batch in batches for image in _symmetric(batch, signed, name)]
 
 
 def read_masks(masks: ImageInput, name: str) -> list[Tensor]:
@@ -64,37 +75,48 @@ def read_masks(masks: ImageInput, name: str) -> list[Tensor]:
         if isinstance(item, np.ndarray):
             if item.ndim >= 3 and item.shape[-1] == 1:
                 item = item[..., 0]
-            batch = _unit_range(torch.from_numpy(_batched(item, 3, name, "[height, width]")), name)
+            batch = _from_numpy(_batched(item, 3, name, "[height, width]"))
+            batch = batch / 255 if batch.dtype == torch.uint8 else batch
         else:
             if item.ndim == 4 and item.shape[1] == 1:
                 item = item[:, 0]
-            batch = _in_range(_batched(item, 3, name, "[height, width]").float(), 0, name)
-        found.extend(batch[:, None])
+            batch = _batched(item, 3, name, "[height, width]")
+        found.extend(_in_range(batch, 0, name)[:, None])
     return found
 
 
 def fit(images: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """One batch ``[batch, channels, *size]``; what has another size is resized, see `resize`."""
-    return torch.cat([resize(image[None], size) for image in images])
+    """One batch ``[batch, channels, *size]``; what has another size is resized, see
+    `resize_antialiased`."""
+    return torch.cat([resize_antialiased(image[None], size) for image in images])
 
 
-def resize(images: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
+def resize_antialiased(images: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """``[batch, channels, h, w]`` to (height, width), antialiased; untouched if it is that size."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images, size=size, mode=mode, align_corners=False, antialias=True)
 
 
-def same_size(images: list[Tensor], name: str) -> tuple[int, int]:
-    """The (height, width) that all images share.
+def same_size(images: ImageInput, name: str) -> tuple[int, int]:
+    """The (height, width) that all images share; only shapes are looked at.
 
     Raises:
-        ValueError: They differ.
+        TypeError: Something that is no image.
+        ValueError: An empty list, a wrong shape, or sizes that differ.
     """
-    sizes = sorted({(image.shape[-2], image.shape[-1]) for image in images})
-    if len(sizes) > 1:
-        raise ValueError(f"all images of {name} must have the same size, got {sizes}")
-    return sizes[0]
+    found = set()
+    for item in as_list(images, name):
+        if isinstance(item, Image.Image):
+            found.add((item.height, item.width))
+        elif isinstance(item, np.ndarray):
+            found.add(_batched(item, 4, name, "[height, width, 3]").shape[1:3])
+        else:
+            found.add(tuple(_batched(item, 4, name, "[3, height, width]").shape[2:]))
+    if len(found) > 1:
+        raise ValueError(f"all images of {name} must have the same size, got {sorted(found)}")
+    height, width = found.pop()
+    return height, width
 
 
 def read_person(
@@ -181,13 +203,20 @@ def _batched(item: Array, ndim: int, name: str, shape: str) -> Array:
     return item if item.ndim == ndim else item[None]
 
 
-def _unit_range(array: Tensor, name: str) -> Tensor:
-    if array.dtype == torch.uint8:
-        return array.float() / 255
-    return _in_range(array.float(), 0, name)
+def _from_numpy(array: np.ndarray) -> Tensor:
+    # torch has no negative strides, which a flip or BGR to RGB leaves behind
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _symmetric(images: Tensor, signed: bool, name: str) -> Tensor:
+    """To fp32 in [-1, 1], from there if `signed`, else from [0, 1]; uint8 from 0 ... 255."""
+    if images.dtype == torch.uint8:
+        return images.float() / 255 * 2 - 1
+    return _in_range(images, -1, name) if signed else _in_range(images, 0, name) * 2 - 1
 
 
 def _in_range(values: Tensor, low: int, name: str) -> Tensor:
+    values = values.float()
     # not (a <= x <= b) also catches NaN
     if not bool(((values >= low) & (values <= 1)).all()):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Paint-by-Example: inpainting after a reference that enters as a single CLIP token."""
 
+from math import isqrt, prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from i2am.models.inputs import (
     common_batch,
     read_images,
     read_person,
-    resize,
+    resize_antialiased,
     same_size,
 )
 from i2am.models.paint_by_example_encoder import PaintByExampleImageEncoder
@@ -66,11 +67,20 @@ class PaintByExamplePipeline(ReferencePipeline):
     def default_size(self, image: ImageInput) -> tuple[int, int]:
         """(height, width) generated when none is asked for.
 
-        The image's own size, each side rounded down to a multiple of the VAE's scale factor.
+        The image's own shape, shrunk to the area the UNet was made for if it is larger; each side
+        rounded down to a multiple of the VAE's scale factor, which is also the least.
+
+        Raises:
+            TypeError: `image` is no image.
+            ValueError: Its entries differ in size, or the UNet's configuration has no size.
         """
+        height, width = same_size(image, "image")
+        area = prod(self.configured_size)
+        if height * width > area:
+            # the square root of the scaled area, in integers: no rounding error at exact fractions
+            height, width = isqrt(area * height // width), isqrt(area * width // height)
         factor = self.vae_scale_factor
-        height, width = same_size(read_images(image, "image"), "image")
-        return height - height % factor, width - width % factor
+        return max(height // factor, 1) * factor, max(width // factor, 1) * factor
 
     def attribution_layout(self) -> "TokenLayout":
         """One reference token without a place in the reference, unconditional half first."""
@@ -98,7 +108,7 @@ class PaintByExamplePipeline(ReferencePipeline):
             for item in as_list(reference_image, "reference_image")
         ]
         images = [
-            resize(image[None], (side, side), "bicubic").clamp(-1, 1)
+            resize_antialiased(image[None], (side, side), "bicubic").clamp(-1, 1)
             for image in read_images(squares, "reference_image")
         ]
         mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
@@ -129,8 +139,9 @@ class PaintByExamplePipeline(ReferencePipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generates images.
 
-        Images are PIL images, NumPy arrays ``[height, width, 3]`` (uint8, or floating in [0, 1]),
-        torch tensors ``[3, height, width]`` in [-1, 1], batches or lists of these. Arguments that
+        Images are PIL images, NumPy arrays ``[height, width, 3]``, torch tensors
+        ``[3, height, width]`` (uint8, or floating in [0, 1]), batches or lists of these. Floating
+        images with negative values are taken to be in [-1, 1], with a warning. Arguments that
         hold one image serve the whole batch.
 
         Args:

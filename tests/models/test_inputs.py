@@ -1,14 +1,26 @@
 """Images and masks of every kind become the same tensors."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from i2am.models.inputs import common_batch, fit, per_sample, read_images, read_masks, read_person
+from i2am.models.inputs import (
+    common_batch,
+    fit,
+    per_sample,
+    read_images,
+    read_masks,
+    read_person,
+    same_size,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)
-TENSOR = torch.from_numpy(PIXELS).movedim(-1, 1).float() / 127.5 - 1
+TENSOR = torch.from_numpy(PIXELS).movedim(-1, 1).float() / 255
+SIGNED = TENSOR * 2 - 1
 MASK = np.random.default_rng(1).integers(0, 2, (2, 5, 4)).astype(np.float32)
 
 
@@ -20,20 +32,56 @@ MASK = np.random.default_rng(1).integers(0, 2, (2, 5, 4)).astype(np.float32)
         PIXELS,
         list(PIXELS),
         PIXELS.astype(np.float64) / 255,
-        PIXELS[:, ::1],
+        PIXELS[..., ::-1].copy()[..., ::-1],
         TENSOR,
         tuple(TENSOR),
         [PIXELS[0], TENSOR[1]],
         TENSOR.double(),
+        torch.from_numpy(PIXELS).movedim(-1, 1),
     ],
-    ids="pil rgba uint8 list float64 view tensor tuple mixed double".split(),
+    ids="pil rgba uint8 list float64 flipped tensor tuple mixed double bytes".split(),
 )
 def test_images(images) -> None:
     read = read_images(images, "image")
     assert len(read) == 2
-    for found, expected in zip(read, TENSOR, strict=True):
+    for found, expected in zip(read, SIGNED, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_images_without_negative_values_are_read_as_diffusers_does() -> None:
+    expected = VaeImageProcessor(do_resize=False).preprocess(TENSOR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(torch.stack(read_images(TENSOR, "image")), expected)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [SIGNED, list(SIGNED), SIGNED.movedim(1, -1).double().numpy(), [PIXELS[0], SIGNED[1]]],
+    ids=["tensor", "list", "array", "beside bytes"],
+)
+def test_negative_values_mean_the_symmetric_range_once_said(images) -> None:
+    with pytest.warns(FutureWarning, match=r"^image holds negative .* \[-1, 1\]; give") as said:
+        read = read_images(images, "image")
+    assert len(said) == 1
+    torch.testing.assert_close(torch.stack(read), SIGNED, rtol=0, atol=1e-6)
+
+
+def test_one_dark_pixel_tells_the_range_of_every_entry() -> None:
+    bright, dark = torch.full((3, 2, 2), 0.5), torch.full((3, 2, 2), -1.0)
+    with pytest.warns(FutureWarning, match="image holds negative values"):
+        read = read_images([bright, dark], "image")
+    assert torch.equal(torch.stack(read), torch.stack([bright, dark]))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [Image.new("RGB", (4, 5)), np.zeros((5, 4, 3)), torch.zeros(2, 3, 5, 4)],
+    ids=["pil", "array", "tensor"],
+)
+def test_the_size_of_an_image_is_height_and_width(image) -> None:
+    assert same_size([image, torch.zeros(3, 5, 4)], "image") == (5, 4)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +132,15 @@ def test_samples_of_one_input_stand_side_by_side() -> None:
     assert common_batch(image=1, mask_image=3, reference_image=1) == 3
 
 
+def test_values_below_minus_one_are_refused() -> None:
+    message = r"image must have values in \[-1, 1\], got -2 to"
+    with (
+        pytest.warns(FutureWarning, match="negative"),
+        pytest.raises(ValueError, match=message),
+    ):
+        read_images(SIGNED - 1, "image")
+
+
 @pytest.mark.parametrize(
     ("image", "mask", "message"),
     [
@@ -92,6 +149,7 @@ def test_samples_of_one_input_stand_side_by_side() -> None:
         (TENSOR, MASK[:, :4], "mask_image must have the size of image, 5 x 4 .*, got 4 x 4"),
         (np.zeros((0, 4, 3), np.uint8), MASK, r"image must have shape .* got \[0, 4, 3\]"),
         (PIXELS.astype(np.float32), MASK, r"image must have values in \[0, 1\]"),
+        (TENSOR * 2, MASK, r"image must have values in \[0, 1\]"),
         (PIXELS.astype(np.int64), MASK, r"image must have values in \[0, 1\]"),
         (PIXELS, MASK[0, 0], r"mask_image must have shape \[height, width\].* got \[4\]"),
         (PIXELS, MASK * np.nan, "mask_image must have values in"),

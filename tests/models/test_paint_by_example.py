@@ -37,7 +37,13 @@ def test_latents_equal_diffusers(
 ) -> None:
     one = {"image": picture(1, *size), "mask_image": hole(*size)}
     paint_by_example.scheduler = SCHEDULERS[scheduler]()
-    settings = {**one, "guidance_scale": guidance_scale, "num_inference_steps": 4}
+    settings = {
+        **one,
+        "height": size[0],
+        "width": size[1],
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": 4,
+    }
     example = picture(2, 20, 20)
     expected = run(theirs(SCHEDULERS[scheduler]()), **settings, example_image=example)
     ours = run(paint_by_example, **settings, reference_image=example)
@@ -102,13 +108,40 @@ def test_reference_is_squashed_and_normalised_as_clips(paint_by_example, theirs,
     assert paint_by_example.reference_pixels(picture(5, 12, 50)).shape == (1, 3, 16, 16)
 
 
-def test_default_size_is_the_images_own(paint_by_example, inputs, picture, hole, run) -> None:
-    odd = {**inputs, "image": picture(1, 37, 29), "mask_image": hole(37, 29)}
-    assert paint_by_example.default_size(odd["image"]) == (36, 28)
-    assert run(paint_by_example, **odd).shape[-2:] == (18, 14)
+@pytest.mark.parametrize(
+    ("photo", "expected"),
+    [
+        ((32, 24), (32, 24)),
+        ((31, 21), (30, 20)),
+        ((320, 240), (32, 24)),
+        ((24 * 7, 32 * 7), (24, 32)),
+        ((300, 300), (26, 26)),
+        ((1, 3), (2, 2)),
+        ((1, 5000), (2, 1958)),
+    ],
+    ids=lambda size: "x".join(map(str, size)),
+)
+def test_default_size_keeps_shape_and_the_unets_area(paint_by_example, photo, expected) -> None:
+    # the UNet is made for 16 x 12 cells of 2 pixels
+    assert paint_by_example.default_size(np.zeros((*photo, 3), np.uint8)) == expected
+
+
+def test_a_phone_photo_becomes_a_run_of_the_published_size(paint_by_example) -> None:
+    paint_by_example.unet.register_to_config(sample_size=64)
+    paint_by_example.vae.register_to_config(block_out_channels=(8,) * 4)
+    photo = torch.zeros(()).expand(3, 4000, 3000)
+    assert paint_by_example.default_size(photo) == (584, 440)
+
+
+def test_without_a_size_the_default_is_run(paint_by_example, inputs, picture, hole, run) -> None:
+    large = {**inputs, "image": picture(1, 65, 49), "mask_image": hole(65, 49)}
+    assert run(paint_by_example, **large).shape[-2:] == (15, 12)
     mixed = {**inputs, "image": [picture(1), picture(1, 36, 28)]}
     with pytest.raises(ValueError, match=r"all images of image must have the same size, got \["):
         paint_by_example(**mixed)
+    paint_by_example.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="unet has no sample_size in its configuration: give he"):
+        paint_by_example(**inputs)
 
 
 def test_example_image_is_another_name(paint_by_example, inputs, run) -> None:

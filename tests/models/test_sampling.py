@@ -279,7 +279,7 @@ WRONG = {
     "range": (
         {"image": torch.full((3, 32, 24), 255.0)},
         ValueError,
-        r"image must have values in \[-1, 1\], got 255 to 255",
+        r"image must have values in \[0, 1\], got 255 to 255",
     ),
     "not a number": (
         {"reference_image": torch.full((3, 8, 8), torch.nan)},
