@@ -4,14 +4,22 @@ Per sample, time group, layer and head: ``C u`` on the generated grid and ``W P`
 tokens. The attention matrix is never part of it, and nothing here knows which model is recorded.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from i2am.attribution.direction import Direction
-from i2am.attribution.grid import Grid, Region, mask_weights, region_weights
+from i2am.attribution.grid import (
+    Box,
+    Grid,
+    Patch,
+    Region,
+    as_regions,
+    mask_weights,
+    region_weights,
+)
 from i2am.kernels import Impl, accumulate_attention_statistics
 
 UNIFORM = "uniform"
@@ -70,18 +78,22 @@ class Accumulator:
     Args:
         time_groups: Number of groups, at least 1.
         directions: Which directions to record.
-        regions: Generated-image regions by name: weight rows for specific-reference maps.
+        regions: Generated-image regions, weight rows for specific-reference maps: by name, or a
+            sequence of :class:`Patch` and :class:`Box`, each called what :func:`str` makes of it.
         mask: Inpainting mask over the generated image, ``[height, width]`` or ``[batch, height,
             width]`` in [0, 1]: adds the row ``"mask"`` (paper eq 17, ``x[i] / (h w)``).
-        reference_mask: Mask over the reference image, likewise: adds the votes ``"mask"``.
+        reference_mask: Mask over the reference image, likewise: adds the votes ``"mask"``. Tokens
+            without a reference grid are inside no mask; for such a layer these votes are a
+            placeholder, equal to the uniform ones, and :class:`AttributionMaps` refuses to read it.
         keep_keys: Also keep ``C`` of each voting key, computed as published code does it: memory
             O(seqlen_q * seqlen_k), for parity checks only.
         impl: Implementation of the statistics; see :mod:`i2am.kernels`.
         unresolved: See above.
 
     Raises:
-        ValueError: ``time_groups`` is below 1, no direction is given, a region has a reserved name,
-            or a mask is not ``[(batch,) height, width]`` or is 0 everywhere.
+        ValueError: ``time_groups`` is below 1, no direction is given, a region has a reserved name
+            or is none (see :func:`as_regions`), or a mask is not ``[(batch,) height, width]`` or
+            is 0 everywhere.
     """
 
     def __init__(
@@ -89,7 +101,7 @@ class Accumulator:
         *,
         time_groups: int = 5,
         directions: Collection[Direction | str] = tuple(Direction),
-        regions: Mapping[str, Region] | None = None,
+        regions: Mapping[str, Region] | Sequence[Patch | Box] | None = None,
         mask: Tensor | None = None,
         reference_mask: Tensor | None = None,
         keep_keys: bool = False,
@@ -101,7 +113,7 @@ class Accumulator:
         self.directions = tuple(Direction(direction) for direction in directions)
         if not self.directions:
             raise ValueError("directions must name at least one direction, got none")
-        self.regions = dict(regions or {})
+        self.regions = as_regions(regions)
         for name in self.regions:
             if name in (UNIFORM, MASK):
                 raise ValueError(
@@ -298,7 +310,7 @@ class Accumulator:
         votes = [uniform / uniform.sum()]
         if self.reference_mask is not None:
             if site.reference_grid is None:
-                # a token without a place is inside no mask: its mask vote is the uniform one
+                # a placeholder, so that the votes axis is the same on every layer
                 inside = torch.ones(len(self.reference_mask), site.reference_tokens)
             else:
                 inside = mask_weights(self.reference_mask, site.reference_grid).cpu()

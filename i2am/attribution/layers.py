@@ -46,6 +46,11 @@ def recorded(layer: LayerSums, direction: Direction) -> Tensor:
     return sums
 
 
+def without_grid(layers: Sequence[LayerSums]) -> list[str]:
+    """Names of the layers whose reference tokens have no place, and so no map and no mask."""
+    return [layer.site.layer for layer in layers if layer.site.reference_grid is None]
+
+
 def check_layers(
     layers: Sequence[LayerSums], votes: tuple[str, ...], rows: tuple[str, ...]
 ) -> None:

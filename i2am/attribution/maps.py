@@ -1,5 +1,6 @@
 """``AttributionMaps``: what a run recorded, and every way of reading it."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,16 +11,18 @@ from torch import Tensor
 
 from i2am.attribution.accumulator import LayerSums
 from i2am.attribution.direction import Direction
-from i2am.attribution.grid import Grid, Patch
-from i2am.attribution.layers import (
-    apply,
-    check_layers,
-    recorded,
-    tensors,
-)
+from i2am.attribution.grid import Box, Grid, Patch
+from i2am.attribution.layers import apply, check_layers, recorded, tensors, without_grid
 from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
 from i2am.attribution.presets import Preset, get_preset
-from i2am.attribution.reading import LayerWeighting, kept_axes, layers_of, reduce_layers
+from i2am.attribution.reading import (
+    LayerWeighting,
+    kept_axes,
+    layers_of,
+    missing_for_official,
+    reduce_layers,
+    region_name,
+)
 
 PerAxes = str | Iterable[str]
 
@@ -63,6 +66,7 @@ class AttributionMaps:
         check_layers(self.layer_sums, self.votes, self.rows)
         any_sums = next(iter(tensors(self.layer_sums[0]).values()))
         self._n_samples, self._time_groups = any_sums.shape[:2]
+        self._warned = False
 
     # What there is
 
@@ -119,7 +123,9 @@ class AttributionMaps:
 
         Under ``preset="official"`` maps are resized bicubic and clamped per head and key before
         they are averaged. That is exact for one reference token, and for more where the recording
-        kept the keys apart; otherwise, and for mask votes, the mean over keys comes first.
+        kept the keys apart and let prefix tokens vote; otherwise the mean over keys comes first and
+        a warning, once per object, says what is missing. Mask votes are not in the published code;
+        for them the mean over keys always comes first.
 
         Args:
             per: Axes to keep.
@@ -134,8 +140,9 @@ class AttributionMaps:
             fp32 ``[samples, (time), (layer), (head), *size]``, not normalised.
 
         Raises:
-            ValueError: If the direction or the mask votes were not recorded, ``per`` keeps heads of
-                layers with different head counts, or an argument is unknown.
+            ValueError: If the direction or the mask votes were not recorded, mask votes are asked
+                of a layer without a reference grid, ``per`` keeps heads of layers with different
+                head counts, or an argument is unknown.
         """
         if votes not in self.votes:
             raise ValueError(
@@ -144,6 +151,10 @@ class AttributionMaps:
             )
         vote = self.votes.index(votes)
         preset = get_preset(preset)
+        if votes == "mask":
+            self._refuse_gridless("reference_to_generated(votes='mask')", preset)
+        elif preset.clamp_after_grid_resize:
+            self._warn_approximate(preset, size)
 
         def sums(layer: LayerSums) -> Tensor:
             by_key = layer.reference_to_generated_by_key
@@ -191,7 +202,7 @@ class AttributionMaps:
 
     def specific_reference(
         self,
-        region: str | Patch,
+        region: str | Patch | Box,
         per: PerAxes = (),
         *,
         size: Grid | None = None,
@@ -201,7 +212,8 @@ class AttributionMaps:
         """G2R of one region of the generated image: where on the reference it looks (eq 16).
 
         Args:
-            region: Name of a region, or :class:`Patch`, that was declared before the run.
+            region: A region that was declared before the run: its name, or the :class:`Patch` or
+                :class:`Box` itself, whatever name it was given.
             per: Axes to keep.
             size: Grid of the result; by default the finest reference grid.
             preset: As in :meth:`generated_to_reference`.
@@ -213,13 +225,8 @@ class AttributionMaps:
         Raises:
             ValueError: If the region was not declared, or as :meth:`generated_to_reference` does.
         """
-        if str(region) not in self.regions:
-            known = ", ".join(self.regions) or "none"
-            raise ValueError(
-                f"region must be declared before the run with record(regions=...); "
-                f"declared: {known}; got {region}"
-            )
-        return self._read_row(str(region), per, size, preset, layer_weighting)
+        name = region_name(region, self.regions, self.provenance.get("regions") or {})
+        return self._read_row(name, per, size, preset, layer_weighting)
 
     # Subsets, batches, devices
 
@@ -289,7 +296,8 @@ class AttributionMaps:
 
         Raises:
             ValueError: If `results` is empty, or they differ in layers, grids, heads, time groups,
-                votes, rows, recorded sums or guidance.
+                votes, rows, recorded sums, guidance, layout, the votes of prefix tokens or what a
+                region's name stands for.
         """
         results = list(results)
         if not results:
@@ -348,22 +356,30 @@ class AttributionMaps:
     ) -> Tensor:
         index = self.rows.index(row)
         preset = get_preset(preset)
-        gridless = [
-            layer.site.layer
-            for layer in layers_of(self.layer_sums, preset)
-            if layer.site.reference_grid is None
-        ]
-        if gridless:
-            raise ValueError(
-                "generated_to_reference does not exist for layers without a reference grid (a "
-                f"single reference token, say): {', '.join(gridless)}; choose others with "
-                "select(layers=...)"
-            )
+        self._refuse_gridless("generated_to_reference", preset)
 
         def sums(layer: LayerSums) -> Tensor:
             return recorded(layer, Direction.GENERATED_TO_REFERENCE)[:, :, :, index, None]
 
         return self._read(sums, per, size, preset, layer_weighting)
+
+    def _refuse_gridless(self, what: str, preset: Preset) -> None:
+        if gridless := without_grid(layers_of(self.layer_sums, preset)):
+            raise ValueError(
+                f"{what} does not exist for layers without a reference grid (a single reference "
+                f"token, say): {', '.join(gridless)}; choose others with select(layers=...)"
+            )
+
+    def _warn_approximate(self, preset: Preset, size: Grid | None) -> None:
+        counted = layers_of(self.layer_sums, preset)
+        missing = missing_for_official(counted, self.provenance, size)
+        if missing and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"preset {preset.name!r} is approximate here, because the recording lacks "
+                f"{' and '.join(missing)}",
+                stacklevel=3,
+            )
 
     def _read(
         self,

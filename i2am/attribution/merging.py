@@ -17,8 +17,8 @@ def check_mergeable(results: Sequence["AttributionMaps"]) -> None:
     """Checks that results differ in nothing but samples and provenance.
 
     Raises:
-        ValueError: If they differ in layers, grids, heads, time groups, votes, rows, recorded sums
-            or guidance.
+        ValueError: If they differ in layers, grids, heads, time groups, votes, rows, recorded sums,
+            guidance, layout, the votes of prefix tokens or what a region's name stands for.
     """
     for number, other in enumerate(results[1:], start=1):
         # what is counted comes first, so the two iterators cannot run out of step unnoticed
@@ -67,7 +67,10 @@ def _facts(maps: "AttributionMaps") -> Iterator[tuple[str, object]]:
     yield "time groups", maps.time_groups
     yield "votes", ", ".join(maps.votes)
     yield "rows", ", ".join(maps.rows)
-    yield "guidance", maps.provenance.get("guidance")
+    for name in ("guidance", "layout", "prefix_votes"):
+        yield name, maps.provenance.get(name)
+    descriptions = maps.provenance.get("regions") or {}
+    yield "regions", ", ".join(f"{name}: {descriptions[name]}" for name in sorted(descriptions))
     for layer in maps.layer_sums:
         yield f"the grids, heads and tokens of {layer.site.layer}", layer.site
         yield f"the recorded sums of {layer.site.layer}", ", ".join(tensors(layer))

@@ -1,13 +1,13 @@
 """Reduces per-layer sums to one map tensor: which axes stay, which are averaged, on which grid."""
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from i2am.attribution.accumulator import LayerSums
-from i2am.attribution.grid import Grid, resize
+from i2am.attribution.grid import Box, Grid, Patch, resize
 from i2am.attribution.presets import Preset
 
 Axis = Literal["time", "layer", "head"]
@@ -45,6 +45,57 @@ def layers_of(layers: Sequence[LayerSums], preset: Preset) -> list[LayerSums]:
             f"preset {preset.name!r} leaves out the mid block, and every layer here is in it"
         )
     return counted
+
+
+def region_name(
+    region: str | Patch | Box, names: Sequence[str], descriptions: Mapping[str, str]
+) -> str:
+    """The name under which a region was recorded.
+
+    Args:
+        region: Its name, or the region itself.
+        names: The recorded ones.
+        descriptions: What :func:`describe_regions` says of some of them; a name without an entry
+            describes itself.
+
+    Raises:
+        ValueError: If it was not recorded.
+    """
+    text = str(region)
+    described = {name: descriptions.get(name, name) for name in names}
+    # a name wins, but a Patch is not what is recorded where its text names another region
+    if text in described and (isinstance(region, str) or described[text] == text):
+        return text
+    for name, description in described.items():
+        if description == text:
+            return name
+    known = ", ".join(
+        name if description == name else f"{name} ({description})"
+        for name, description in described.items()
+    )
+    raise ValueError(
+        "region must be declared before the run with record(regions=...); "
+        f"declared: {known or 'none'}; got {region}"
+    )
+
+
+def missing_for_official(
+    layers: Sequence[LayerSums], provenance: Mapping[str, Any], size: Grid | None
+) -> list[str]:
+    """What a recording lacks for R2G to repeat the published result exactly; empty if nothing.
+
+    A single reference token needs nothing, and keys need not be apart where no map is resized.
+    """
+    several = [layer for layer in layers if layer.site.reference_tokens > 1]
+    grids = {layer.site.generated_grid for layer in layers}
+    if size is not None:
+        grids.add((size[0], size[1]))
+    missing = []
+    if len(grids) > 1 and any(layer.reference_to_generated_by_key is None for layer in several):
+        missing.append("R2G per key, record(keep_keys=True)")
+    if several and provenance.get("prefix_votes") is False:
+        missing.append("the votes of prefix tokens, a layout with prefix_votes=True")
+    return missing
 
 
 def reduce_layers(

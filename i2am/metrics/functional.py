@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from i2am.attribution.direction import Direction
-from i2am.attribution.layers import nonfinite
+from i2am.attribution.layers import nonfinite, without_grid
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.postprocess import is_constant, mask_product, picture
 from i2am.attribution.presets import Preset, get_preset
@@ -155,18 +155,19 @@ def imacs_scores(
         raise ValueError(f"maps must be finite, got NaN or Inf in {'; '.join(broken)}")
     r2g, g2r = Direction.REFERENCE_TO_GENERATED, Direction.GENERATED_TO_REFERENCE
     layers = layers_of(maps.layer_sums, preset)
-    gridless = [layer.site.layer for layer in layers if layer.site.reference_grid is None]
+    gridless = without_grid(layers)
     weights: Literal["uniform", "mask"] = "mask" if preset.query_mask else "uniform"
 
     no_mask = (mask is None, "no inpainting mask was given")
     no_r2g = (r2g not in maps.directions, "reference_to_generated was not recorded")
     no_votes = ("mask" not in maps.votes, "no reference mask was given to the recording")
+    no_grid = (bool(gridless), f"no reference grid in {', '.join(gridless)}")
     obstacles = {
         "imacs_g": [no_mask, no_r2g],
-        "imacs_g_mask_votes": [no_mask, no_r2g, no_votes],
+        "imacs_g_mask_votes": [no_mask, no_r2g, no_votes, no_grid],
         "imacs_r": [
             (reference_mask is None, "no reference mask was given"),
-            (bool(gridless), f"no reference grid in {', '.join(gridless)}"),
+            no_grid,
             (g2r not in maps.directions, "generated_to_reference was not recorded"),
             (weights not in maps.rows, "no inpainting mask was given to the recording"),
         ],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from i2am.attribution import Direction, Patch, mask_weights, region_weights
+from i2am.attribution import Box, Direction, Patch, mask_weights, region_weights
 from i2am.attribution.accumulator import Accumulator, AttentionSite
 from i2am.testing import make_qkv, make_site
 
@@ -166,7 +166,7 @@ def test_a_single_reference_token_has_no_place_to_draw_on():
     (layer,) = accumulator.layers()
     assert layer.generated_to_reference is None
     _, c = both_softmaxes(query, key)
-    # its mask vote can only be the uniform one
+    # its mask votes hold their place only, and reading them is refused
     for vote in (0, 1):
         close(layer.reference_to_generated[:, 0, :, vote].flatten(-2), c[..., 0])
 
@@ -197,6 +197,21 @@ def test_rows_are_the_uniform_one_the_mask_and_the_regions():
     )
     expected = (weights[:, None].double() @ p)[..., PREFIX:]
     close(layer.generated_to_reference[:, 0].flatten(-2), expected)
+
+
+def test_regions_may_come_without_names():
+    query, key = call(2)
+    patch, box = Patch(0, 1, (2, 2)), Box(1, 0, 2, 3, (8, 6))
+    accumulator = record(Accumulator(time_groups=1, regions=[patch, box]), [(query, key)])
+    assert accumulator.rows == ("uniform", "0,1@2x2", "1,0,2,3@8x6")
+    (layer,) = accumulator.layers()
+    p, _ = both_softmaxes(query, key)
+    for row, region in ((1, patch), (2, box)):
+        weights = region_weights(region, GENERATED).double()
+        close(
+            layer.generated_to_reference[:, 0, :, row].flatten(-2),
+            (weights @ p)[..., -TOKENS:],
+        )
 
 
 def test_votes_are_the_uniform_one_and_the_reference_mask():
@@ -429,6 +444,7 @@ def test_a_model_that_trains_may_be_recorded():
         ({"directions": ["sideways"]}, "sideways"),
         ({"regions": {"mask": Patch(0, 0, (1, 1))}}, "regions must not be called 'mask'"),
         ({"regions": {"uniform": Patch(0, 0, (1, 1))}}, "regions must not be called 'uniform'"),
+        ({"regions": [torch.ones(2, 2)]}, "regions without names must be Patch or Box"),
         ({"mask": torch.ones(1, 1, 4, 4)}, r"mask must be \[height, width\] or .*\[1, 1, 4, 4\]"),
         ({"reference_mask": torch.ones(4)}, r"reference_mask must be \[height.*got \[4\]"),
         ({"mask": torch.zeros(4, 4)}, "mask must cover something, got one that is 0 everywhere"),

@@ -1,5 +1,6 @@
 """Reading, selecting and merging recorded sums."""
 
+import warnings
 from dataclasses import replace
 from itertools import combinations
 
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from i2am.attribution import (
     PAPER,
     AttributionMaps,
+    Box,
     Direction,
     Patch,
+    describe_regions,
     region_weights,
     resize,
 )
@@ -137,6 +140,27 @@ def test_specific_reference_is_p_of_the_region(maps, region):
     torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-7)
 
 
+def test_a_region_is_found_under_the_name_it_was_given():
+    box, other = Box(0, 6, 8, 3, (16, 12)), Patch(0, 0, (4, 3))
+    # the second name lies: it is the text of another region
+    regions = {"collar": box, str(PATCH): other}
+    named = record(regions=regions, provenance={"regions": describe_regions(regions)})
+    collar = named.specific_reference("collar")
+    assert torch.equal(named.specific_reference(box), collar)
+    assert torch.equal(named.specific_reference(str(box)), collar)
+    assert torch.equal(named.specific_reference(other), named.specific_reference(str(PATCH)))
+    assert not torch.allclose(named.specific_reference(other), collar)
+    with pytest.raises(
+        ValueError, match=r"collar \(0,6,8,3@16x12\), 2,1@4x3 \(0,0@4x3\); got 2,1@4x3"
+    ):
+        named.specific_reference(PATCH)
+    (layer,) = record(SITES[:1], regions=regions).layer_sums
+    assert torch.equal(
+        named.select(layers=SITES[0].layer).specific_reference(box, ("time", "head")),
+        layer.generated_to_reference[:, :, :, 1],
+    )
+
+
 def test_every_token_spreads_one_unit_per_evaluation(maps):
     for layer in maps.layer_sums:
         for sums in (
@@ -190,8 +214,56 @@ def test_the_official_preset_without_keys_works_per_head():
         row = maps.votes.index(votes)
         layers = [maps.layer_sums[n].reference_to_generated[:, :, :, row].sum(1) for n in (0, 2)]
         wanted = sum(resize(s, (9, 9), mode="bicubic").clamp(min=0).mean(1) for s in layers) / 2
-        result = maps.reference_to_generated(size=(9, 9), votes=votes, preset="official")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if votes == "uniform" else "error")
+            result = maps.reference_to_generated(size=(9, 9), votes=votes, preset="official")
         torch.testing.assert_close(result, wanted)
+
+
+NO_PREFIX, PREFIX = {"prefix_votes": False}, {"prefix_votes": True}
+
+
+@pytest.mark.parametrize(
+    ("sites", "size", "recording", "lacks"),
+    [
+        (SITES, (9, 9), {}, r"lacks R2G per key, record\(keep_keys=True\)$"),
+        (SITES, (9, 9), {"provenance": NO_PREFIX}, r"keys=True\) and the votes of prefix tokens"),
+        (
+            [*SITES, SINGLE],
+            None,
+            {"provenance": NO_PREFIX, "keep_keys": True},
+            "lacks the votes of prefix tokens, a layout with prefix_votes=True$",
+        ),
+    ],
+    ids=["keys", "both", "prefix"],
+)
+def test_an_approximate_official_reading_says_so_once(sites, size, recording, lacks):
+    maps = record(sites, **recording)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maps.reference_to_generated(size=size)
+    with pytest.warns(UserWarning, match=lacks) as caught:
+        maps.reference_to_generated(size=size, preset="official")
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maps.reference_to_generated("time", size=size, preset="official")
+
+
+@pytest.mark.parametrize(
+    ("sites", "size", "recording"),
+    [
+        (SITES, (9, 9), {"provenance": PREFIX, "keep_keys": True}),
+        ([SINGLE], (9, 9), {"provenance": NO_PREFIX}),
+        (SITES, None, {}),
+    ],
+    ids=["all kept", "single token", "nothing resized"],
+)
+def test_an_exact_official_reading_warns_of_nothing(sites, size, recording):
+    maps = record(sites, **recording)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        maps.reference_to_generated(size=size, preset="official")
 
 
 def test_switches_can_be_mixed(maps):
@@ -220,6 +292,19 @@ def test_a_single_reference_token_has_r2g_only():
     torch.testing.assert_close(total, torch.full_like(total, STEPS))
     with pytest.raises(ValueError, match=r"does not exist .* up_blocks\.0\.attn2"):
         maps.generated_to_reference()
+
+
+def test_mask_votes_need_a_reference_grid():
+    maps = record([SITES[0], SINGLE], reference_mask=SUBJECT)
+    with pytest.raises(
+        ValueError,
+        match=r"votes='mask'\) does not exist .* up_blocks\.0\.attn2; choose others with select",
+    ):
+        maps.reference_to_generated(votes="mask")
+    patches = maps.select(layers=SITES[0].layer)
+    assert not torch.equal(
+        patches.reference_to_generated(votes="mask"), patches.reference_to_generated()
+    )
 
 
 def test_properties_and_repr(maps):
@@ -273,6 +358,19 @@ def test_merging_keeps_provenance_whatever_the_order():
     assert left.provenance == right.provenance == wanted
     assert torch.equal(left.reference_to_generated(), right.reference_to_generated())
     assert AttributionMaps.merge([a, a]).provenance == a.provenance
+
+
+def test_merging_keeps_what_regions_are_called():
+    parts = []
+    for seed in range(2):
+        regions = {"collar": PATCH, "hem": REGIONS["hem"]}
+        provenance = {"regions": describe_regions(regions), "layout": "same_grid", "seed": seed}
+        parts.append(record(seed=seed, regions=regions, provenance=provenance))
+    merged = AttributionMaps.merge(parts)
+    assert merged.provenance["regions"] == parts[0].provenance["regions"]
+    assert torch.equal(
+        merged.specific_reference(PATCH)[:SAMPLES], parts[0].specific_reference(PATCH)
+    )
 
 
 def test_to_moves_every_tensor(maps):
@@ -347,6 +445,12 @@ def test_heads_of_layers_with_different_counts_are_refused():
         (lambda: record([*SITES[:2], replace(SITES[2], heads=5)]), "grids, heads .* up_blocks.1"),
         (lambda: record(directions=[R2G]), "the recorded sums of down_blocks.0.attn2"),
         (lambda: record(provenance={"guidance": "unconditional"}), "guidance: .*unconditional"),
+        (lambda: record(provenance={"layout": "same_grid"}), "agree in layout: .*same_grid"),
+        (lambda: record(provenance={"prefix_votes": True}), "agree in prefix_votes: .*True"),
+        (
+            lambda: record(provenance={"regions": {"hem": "2,1@4x3"}}),
+            "agree in regions: .*result 1 has hem: 2,1@4x3",
+        ),
     ],
 )
 def test_results_that_do_not_merge(other, message):

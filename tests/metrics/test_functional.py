@@ -225,7 +225,8 @@ def test_official_scores_are_not_weighted_and_inverted_for_single_tokens_only():
     maps = make_maps(SITES)
     subjects = SUBJECT.expand(2, -1, -1)
     masks = MASK.expand(2, -1, -1)
-    scores = imacs_scores(maps, mask=MASK, reference_mask=SUBJECT, preset="official")
+    with pytest.warns(UserWarning, match="approximate here.*keep_keys=True"):
+        scores = imacs_scores(maps, mask=MASK, reference_mask=SUBJECT, preset="official")
     r2g = maps.reference_to_generated(preset="official")
     assert torch.equal(scores["imacs_g"].values, imacs(r2g, masks, preset="official", invert=False))
     g2r = maps.generated_to_reference(preset="official")
@@ -243,6 +244,13 @@ def test_official_scores_are_not_weighted_and_inverted_for_single_tokens_only():
     [
         ({}, SITES, {}, "imacs_g", "no inpainting mask was given"),
         ({}, SITES, {"mask": MASK}, "imacs_g_mask_votes", "no reference mask .* recording"),
+        (
+            {"reference_mask": SUBJECT},
+            [*SITES, SINGLE],
+            {"mask": MASK},
+            "imacs_g_mask_votes",
+            "no reference grid in mid.0",
+        ),
         ({"directions": ["generated_to_reference"]}, SITES, {"mask": MASK}, "imacs_g", "was not"),
         ({"mask": MASK}, SITES, {}, "imacs_r", "no reference mask was given"),
         ({}, SITES, {"reference_mask": SUBJECT}, "imacs_r", "no inpainting mask .* recording"),
