@@ -161,7 +161,8 @@ class CustomPipeline(ReferencePipeline):
             mask_image: White where the image is to be generated; of the size of `image`.
             reference_image: The garment.
             pose_image: Rendering of the pose on black; None stands for an all-black one.
-            agnostic_image: A ready agnostic image; `image` and `mask_image` are not needed then.
+            agnostic_image: A ready agnostic image in place of `image` and `mask_image`, which
+                must not be given then, unless `paste_back` needs them.
             height: Height to generate, default `default_size`; a multiple of the VAE's factor.
             width: The same for the width.
             num_inference_steps: Denoising steps.
@@ -207,25 +208,31 @@ class CustomPipeline(ReferencePipeline):
             default[0] if height is None else height, default[1] if width is None else width
         )
 
-        painted = None
-        if image is not None or mask_image is not None:
-            painted = read_person(image, mask_image, size)
+        given = {"image": image, "mask_image": mask_image}
+        names = [name for name, value in given.items() if value is not None]
+        if agnostic_image is None and not names:
+            raise ValueError("image and mask_image, or agnostic_image, must be given, got None")
+        if paste_back and not names:
+            raise ValueError("paste_back needs image and mask_image, got None")
+        if agnostic_image is not None and names and not paste_back:
+            raise ValueError(
+                f"{' and '.join(names)} must not be given with agnostic_image, which replaces "
+                f"image and mask_image; only paste_back needs them beside it"
+            )
+        painted = read_person(image, mask_image, size) if names else None
         if agnostic_image is not None:
             agnostic = fit(read_images(agnostic_image, "agnostic_image"), size)
         elif painted is not None:
             agnostic = painted[0] * painted[1]
-        else:
-            raise ValueError("image and mask_image, or agnostic_image, must be given, got None")
-        if paste_back and painted is None:
-            raise ValueError("paste_back needs image and mask_image, got None")
         if pose_image is None:
             pose = torch.full((1, 3, *size), -1.0)
         else:
             pose = fit(read_images(pose_image, "pose_image"), size)
         references = read_images(reference_image, "reference_image")
-        batch = common_batch(
-            image=len(agnostic), pose_image=len(pose), reference_image=len(references)
-        )
+        counts = {} if painted is None else {"image": len(painted[0])}
+        if agnostic_image is not None:
+            counts["agnostic_image"] = len(agnostic)
+        batch = common_batch(**counts, pose_image=len(pose), reference_image=len(references))
         return self.run(
             sampling,
             batch=batch,

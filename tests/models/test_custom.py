@@ -55,6 +55,17 @@ def test_a_ready_agnostic_image_replaces_image_and_mask(custom, inputs, run) -> 
     assert torch.equal(ready, run(custom, **inputs))
 
 
+def test_a_batch_is_pasted_back_beside_an_agnostic_image(
+    custom, batch_inputs, picture, run
+) -> None:
+    two = {name: values[:2] for name, values in batch_inputs.items()}
+    settings = {"paste_back": True, "output_type": "np", "seeds": (3, 4)}
+    images = run(custom, **two, agnostic_image=picture(8), **settings)
+    for made, image, mask in zip(images, two["image"], two["mask_image"], strict=True):
+        keep = np.array(mask) == 0
+        np.testing.assert_allclose(made[keep], np.array(image)[keep] / 255, atol=1e-6)
+
+
 def test_posterior_noise_is_drawn_after_the_start(custom, inputs, run, unet_calls) -> None:
     calls = unet_calls(custom)
     run(custom, **inputs, seeds=4, guidance_scale=1.0)
@@ -193,13 +204,50 @@ def test_reference_sizes_that_do_not_fit_are_refused(custom, reference_size, mes
             {"image": None, "mask_image": None, "agnostic_image": "ready", "paste_back": True},
             "paste_back needs image and mask_image, got None",
         ),
+        (
+            {"mask_image": None, "agnostic_image": "ready", "paste_back": True},
+            "mask_image must be given together with image, got None",
+        ),
+        (
+            {"agnostic_image": "ready"},
+            "^image and mask_image must not be given with agnostic_image, .* only paste_back needs",
+        ),
+        (
+            {"image": None, "agnostic_image": "ready"},
+            "^mask_image must not be given with agnostic_image",
+        ),
+        (
+            {"mask_image": None, "agnostic_image": "ready"},
+            "^image must not be given with agnostic_image",
+        ),
+        (
+            {"image": "three", "agnostic_image": "two", "paste_back": True},
+            "agnostic_image must hold 1 image or 3, as many as image, got 2",
+        ),
+        (
+            {"image": None, "mask_image": None, "agnostic_image": "two", "pose_image": "three"},
+            "agnostic_image must hold 1 image or 3, as many as pose_image, got 2",
+        ),
         ({"pose_image": np.zeros((32, 24))}, r"pose_image must have shape \[height, width, 3\]"),
     ],
-    ids=["no mask", "nothing", "paste back", "pose"],
+    ids=[
+        "no mask",
+        "nothing",
+        "paste back",
+        "paste back without mask",
+        "both",
+        "mask beside agnostic",
+        "image beside agnostic",
+        "paste back counts",
+        "agnostic count",
+        "pose",
+    ],
 )
 def test_bad_input(custom, inputs, picture, change, message) -> None:
-    if "agnostic_image" in change:
-        change = {**change, "agnostic_image": picture(8)}
+    pictures = {"ready": picture(8), "two": [picture(8)] * 2, "three": [picture(8)] * 3}
+    change = {
+        name: pictures[value] if isinstance(value, str) else value for name, value in change.items()
+    }
     with pytest.raises(ValueError, match=message):
         custom(**{**inputs, **change})
 
