@@ -1,9 +1,11 @@
 """Reading images and masks from files, decoded and checked whole before anything else starts.
 
-Every refusal is an `ImageRejected` with one sentence; only the disk's own faults stay `OSError`.
+A file is read once: `read_bytes` hands out what `read_image` and `read_mask` decode. Every refusal
+is an `ImageRejected` with one sentence; only the disk's own faults stay `OSError`.
 """
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 512 * 2**20  # twice MAX_PIXELS uncompressed; keeps a checkpoint from being read whole
+# not all that Pillow knows: it would start Ghostscript for an EPS file
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits in one channel
 
 
@@ -18,25 +23,55 @@ class ImageRejected(ValueError):
     """A file that is no usable image or mask. The message is one sentence naming the file."""
 
 
-def read_image(path: str | Path, *, name: str = "image") -> "Image":
+def read_bytes(path: str | Path, *, name: str = "image") -> bytes:
+    """The whole content of an image file, undecoded.
+
+    Args:
+        path: A regular file or a link to one.
+        name: What the caller calls this input; it begins the error message.
+
+    Raises:
+        ImageRejected: The file is missing, a folder, a pipe or device, or larger than 512 MiB.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ImageRejected(f"{name} {path} does not exist")
+    if path.is_dir():
+        raise ImageRejected(f"{name} {path} is a folder, not an image file")
+    if not path.is_file():
+        raise ImageRejected(f"{name} {path} must be a regular file, it is a pipe or a device")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ImageRejected(
+            f"{name} {path} must have at most {MAX_BYTES // 2**20} MiB, it has {size} bytes"
+        )
+    return path.read_bytes()
+
+
+def read_image(path: str | Path, *, name: str = "image", content: bytes | None = None) -> "Image":
     """Read an image file as RGB, upright (EXIF), with transparency laid over white.
 
     Args:
-        path: The file, in any format Pillow reads with 8 bits per channel.
+        path: The file: PNG, JPEG, WEBP, BMP, TIFF or GIF, of 8 bits per channel.
         name: What the caller calls this input; it begins the error message.
+        content: What `read_bytes` returned for it; None reads the file.
 
     Returns:
         A fully decoded PIL image of mode RGB.
 
     Raises:
-        ImageRejected: The file is missing, a folder, no image, damaged, larger than 50 megapixels
-            or of 16 bits or more per channel.
+        ImageRejected: As for `read_bytes`; or the content is no image of these formats, damaged,
+            larger than 50 megapixels or of 16 bits or more per channel.
     """
-    return _over(_load(Path(path), name), background="white")
+    return _over(_load(Path(path), name, content), background="white")
 
 
 def read_mask(
-    path: str | Path, *, name: str = "mask", size: tuple[int, int] | None = None
+    path: str | Path,
+    *,
+    name: str = "mask",
+    size: tuple[int, int] | None = None,
+    content: bytes | None = None,
 ) -> "Image":
     """Read a mask file: pixels of half brightness and more become 255, the others 0.
 
@@ -46,6 +81,7 @@ def read_mask(
         path: The file, as for `read_image`.
         name: What the caller calls this input; it begins the error message.
         size: ``(width, height)`` that the mask must have; None takes any.
+        content: As for `read_image`.
 
     Returns:
         A PIL image of mode L that holds both 0 and 255, and nothing else.
@@ -54,7 +90,7 @@ def read_mask(
         ImageRejected: As for `read_image`; or the size differs; or the mask is all black or all
             white.
     """
-    mask = _over(_load(Path(path), name), background="black").convert("L")
+    mask = _over(_load(Path(path), name, content), background="black").convert("L")
     if size is not None and mask.size != size:
         raise ImageRejected(
             f"{name} {path} must be {_pixels(size)} like its image, got {_pixels(mask.size)}"
@@ -69,18 +105,16 @@ def read_mask(
     return mask
 
 
-def _load(path: Path, name: str) -> "Image":
+def _load(path: Path, name: str, content: bytes | None) -> "Image":
     from PIL import Image, ImageOps
 
-    if not path.exists():
-        raise ImageRejected(f"{name} {path} does not exist")
-    if path.is_dir():
-        raise ImageRejected(f"{name} {path} is a folder, not an image file")
+    if content is None:
+        content = read_bytes(path, name=name)
     bomb = (Image.DecompressionBombWarning, Image.DecompressionBombError)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(BytesIO(content), formats=FORMATS) as image:
                 # the header alone has been read so far
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageRejected(
@@ -93,18 +127,18 @@ def _load(path: Path, name: str) -> "Image":
                     )
                 image.load()
                 return ImageOps.exif_transpose(image)
-    except ImageRejected:
+    except (ImageRejected, MemoryError):
         raise
     except bomb as error:
         raise ImageRejected(
             f"{name} {path} must have at most {MAX_PIXELS // 10**6} megapixels, it has far more"
         ) from error
     except Image.UnidentifiedImageError as error:
-        raise ImageRejected(f"{name} {path} is not an image that can be read") from error
+        raise ImageRejected(
+            f"{name} {path} is not an image that can be read: {', '.join(FORMATS)}"
+        ) from error
     except Exception as error:
         # decoders raise what they like on damaged data: bare OSError, SyntaxError, struct.error
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
         reason = str(error).strip().rstrip(".") or type(error).__name__
         raise ImageRejected(f"{name} {path} is damaged: {reason}") from error
 

@@ -1,11 +1,22 @@
+import os
 import struct
 import zlib
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from i2am.data.images import MAX_PIXELS, ImageRejected, read_image, read_mask
+from i2am.data.images import (
+    FORMATS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    ImageRejected,
+    read_bytes,
+    read_image,
+    read_mask,
+)
 
 
 def save(path, array, mode=None, **options):
@@ -42,6 +53,24 @@ def test_every_common_mode_becomes_rgb(tmp_path, mode):
     assert (np.asarray(image) == 255).all()
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_listed_format_is_read(tmp_path, kind):
+    path = tmp_path / "x"
+    Image.new("RGB", (6, 4), "white").save(path, format=kind)
+    assert np.asarray(read_image(path)).min() >= 250
+
+
+def test_a_file_is_read_once(half):
+    content = read_bytes(half)
+    digest = sha256(half.read_bytes()).hexdigest()
+    half.unlink()
+    assert sha256(content).hexdigest() == digest
+    assert read_image(half, content=content).size == (6, 4)
+    assert read_mask(half, content=content, size=(6, 4)).getextrema() == (0, 255)
+    with pytest.raises(ImageRejected, match=r"^person .* is damaged"):
+        read_image(half, name="person", content=content[:50])
+
+
 def test_transparency_lies_over_white_in_images_and_counts_as_black_in_masks(tmp_path):
     pixels = np.full((2, 2, 4), 255)
     pixels[0, :, 3] = 0
@@ -76,6 +105,27 @@ def missing(folder):
 
 def a_folder(folder):
     return folder
+
+
+def a_pipe(folder):
+    os.mkfifo(folder / "x.png")
+    return folder / "x.png"
+
+
+def a_device(_):
+    return Path(os.devnull)
+
+
+def many_bytes(folder):
+    with (folder / "x.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # sparse: takes no room
+    return folder / "x.png"
+
+
+def postscript(folder):
+    """What Pillow would hand to Ghostscript."""
+    Image.new("RGB", (4, 4)).save(folder / "x.eps")
+    return (folder / "x.eps").rename(folder / "x.png")
 
 
 def text(folder):
@@ -118,6 +168,10 @@ def huge(folder):
     [
         pytest.param(missing, "does not exist", id="missing"),
         pytest.param(a_folder, "is a folder, not an image file", id="folder"),
+        pytest.param(a_pipe, "must be a regular file, it is a pipe or a device", id="pipe"),
+        pytest.param(a_device, "must be a regular file, it is a pipe or a device", id="device"),
+        pytest.param(many_bytes, "at most 512 MiB, it has 536870913 bytes", id="bytes"),
+        pytest.param(postscript, "can be read: PNG, JPEG, WEBP, BMP, TIFF, GIF", id="postscript"),
         pytest.param(text, "is not an image", id="text"),
         pytest.param(empty, "is not an image", id="empty"),
         pytest.param(truncated("jpg"), "is damaged: .*truncated", id="truncated-jpg"),
