@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from i2am.attribution.accumulator import AttentionSite, LayerSums
@@ -37,6 +35,8 @@ def save_maps(maps: AttributionMaps, path: str | Path) -> None:
         ValueError: If the provenance holds something that JSON cannot.
         OSError: If the file cannot be written; nothing is left behind then.
     """
+    from safetensors.torch import save
+
     # copies, because tensors of a safetensors file must not share memory
     layers = apply(
         lambda sums: sums.detach().to("cpu", copy=True, memory_format=torch.contiguous_format),
@@ -78,6 +78,9 @@ def load_maps(path: str | Path) -> AttributionMaps:
         ValueError: If the file is truncated, damaged, not an i2am file, or written by a newer i2am.
         OSError: If it cannot be read.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     data = Path(path).read_bytes()
     try:
         content = load(data)

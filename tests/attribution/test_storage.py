@@ -233,3 +233,8 @@ def test_the_order_is_write_sync_rename_sync_folder(tmp_path, monkeypatch):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "none" / "maps", b"")
+
+
+def test_the_room_imports_no_safetensors_before_a_file_is_written():
+    code = "import sys, i2am.attribution; sys.exit('safetensors' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
