@@ -14,7 +14,7 @@ from i2am.attribution.grid import (
     resize,
 )
 from i2am.attribution.maps import AttributionMaps
-from i2am.attribution.postprocess import normalise, picture, threshold
+from i2am.attribution.postprocess import normalize, picture, threshold
 from i2am.attribution.presets import OFFICIAL, PAPER, Preset, get_preset
 from i2am.attribution.storage import load_maps, save_maps
 
@@ -36,7 +36,7 @@ __all__ = [
     "get_preset",
     "load_maps",
     "mask_weights",
-    "normalise",
+    "normalize",
     "picture",
     "region_weights",
     "resize",

@@ -51,7 +51,7 @@ class LayerSums:
     """``[samples, time_groups, heads, votes, h, w]``"""
     generated_to_reference: Tensor | None
     """``[samples, time_groups, heads, rows, h_I, w_I]``: reference tokens only, while ``P`` is
-    normalised over all keys; ``None`` without a reference grid."""
+    normalized over all keys; ``None`` without a reference grid."""
     reference_to_generated_by_key: Tensor | None = None
     """``[samples, time_groups, heads, voters, h, w]``: ``C`` of each voter, on request only."""
 

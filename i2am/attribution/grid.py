@@ -243,7 +243,7 @@ def region_weights(region: Region, grid: Grid) -> Tensor:
 
 
 def mask_weights(mask: Tensor, grid: Grid) -> Tensor:
-    """A mask on a grid, each cell the share of it that the mask covers; not normalised.
+    """A mask on a grid, each cell the share of it that the mask covers; not normalized.
 
     Args:
         mask: ``[height, width]`` or ``[batch, height, width]`` in [0, 1], bool or any real dtype.

@@ -137,7 +137,7 @@ class AttributionMaps:
                 ``"area"`` multiplies each by its number of cells first.
 
         Returns:
-            fp32 ``[samples, (time), (layer), (head), *size]``, not normalised.
+            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized.
 
         Raises:
             ValueError: If the direction or the mask votes were not recorded, mask votes are asked
@@ -184,7 +184,7 @@ class AttributionMaps:
             layer_weighting: As in :meth:`reference_to_generated`.
 
         Returns:
-            fp32 ``[samples, (time), (layer), (head), *size]``, not normalised.
+            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized.
 
         Raises:
             ValueError: If a layer has no reference grid, so that the map does not exist, the
@@ -220,7 +220,7 @@ class AttributionMaps:
             layer_weighting: As in :meth:`generated_to_reference`.
 
         Returns:
-            fp32 ``[samples, (time), (layer), (head), *size]``, not normalised.
+            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized.
 
         Raises:
             ValueError: If the region was not declared, or as :meth:`generated_to_reference` does.

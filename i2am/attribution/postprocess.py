@@ -12,7 +12,7 @@ def is_constant(maps: Tensor, *, shared: bool | tuple[int, ...] = False) -> Tens
 
     Args:
         maps: ``[..., height, width]``.
-        shared: As in :func:`normalise`.
+        shared: As in :func:`normalize`.
 
     Returns:
         bool ``[..., 1, 1]``, leading axes that share their range being 1 as well.
@@ -22,7 +22,7 @@ def is_constant(maps: Tensor, *, shared: bool | tuple[int, ...] = False) -> Tens
     return spread <= 1e-6 * maps.abs().amax(axes, keepdim=True)
 
 
-def normalise(
+def normalize(
     maps: Tensor, *, shared: bool | tuple[int, ...] = False, epsilon: float = 0.0
 ) -> Tensor:
     """Min-max to [0, 1], each map by itself or groups of maps by a common minimum and maximum.
@@ -61,7 +61,7 @@ def threshold(maps: Tensor, value: float = 0.4) -> Tensor:
     """Sets what is not above `value` to 0 (eq 9).
 
     Args:
-        maps: Any shape, normalised to [0, 1].
+        maps: Any shape, normalized to [0, 1].
         value: Largest value that is dropped.
 
     Returns:
@@ -73,7 +73,7 @@ def threshold(maps: Tensor, value: float = 0.4) -> Tensor:
 def mask_product(maps: Tensor, mask: Tensor) -> Tensor:
     """Maps times a mask that is resized to their grid (bicubic, so edges over- and undershoot).
 
-    The published code does this to G2R maps before it normalises them.
+    The published code does this to G2R maps before it normalizes them.
 
     Args:
         maps: ``[..., height, width]``.
@@ -101,24 +101,24 @@ def picture(
     Args:
         maps: Raw maps ``[..., height, width]``.
         size: Pixels ``(height, width)``.
-        preset: ``"paper"`` normalises once and clamps the resized map to [0, 1]; ``"official"``
-            normalises a second time instead.
+        preset: ``"paper"`` normalizes once and clamps the resized map to [0, 1]; ``"official"``
+            normalizes a second time instead.
         threshold: Largest value that is dropped; None keeps everything.
-        shared: As in :func:`normalise`.
+        shared: As in :func:`normalize`.
         invert: Draw ``1 - map``, as the published code does for R2G of single-token layers.
-        epsilon: As in :func:`normalise`.
+        epsilon: As in :func:`normalize`.
 
     Returns:
         ``[..., *size]`` in [0, 1], fp64 for fp64 input and fp32 otherwise.
 
     Raises:
-        ValueError: As :func:`normalise` and :func:`~i2am.attribution.resize` do, or if the preset
+        ValueError: As :func:`normalize` and :func:`~i2am.attribution.resize` do, or if the preset
             is unknown.
     """
     preset = get_preset(preset)
-    maps = resize(normalise(maps, shared=shared, epsilon=epsilon), size, mode="bicubic")
-    if preset.normalisations == 2:
-        maps = normalise(maps, shared=shared, epsilon=epsilon)
+    maps = resize(normalize(maps, shared=shared, epsilon=epsilon), size, mode="bicubic")
+    if preset.normalizations == 2:
+        maps = normalize(maps, shared=shared, epsilon=epsilon)
     else:
         maps = maps.clamp(0, 1)
     if invert:

@@ -22,8 +22,8 @@ class Preset:
         mid_block: Whether layers of the middle block count.
         invert_single_token: Draw and score ``1 - map`` for R2G of layers with one reference token.
         query_mask: Weight the generated patches of IMACS_r by the inpainting mask (eq 17).
-        reference_mask_product: Multiply G2R maps by the reference mask before normalising.
-        normalisations: Min-max once, on the grid, or twice, on the grid and again on pixels. Once,
+        reference_mask_product: Multiply G2R maps by the reference mask before normalizing.
+        normalizations: Min-max once, on the grid, or twice, on the grid and again on pixels. Once,
             what bicubic resizing pushes outside [0, 1] is clamped.
         reference_epsilon: Added to the denominators of IMACS_r.
     """
@@ -35,7 +35,7 @@ class Preset:
     invert_single_token: bool
     query_mask: bool
     reference_mask_product: bool
-    normalisations: Literal[1, 2]
+    normalizations: Literal[1, 2]
     reference_epsilon: float
 
 
@@ -47,7 +47,7 @@ PAPER = Preset(
     invert_single_token=False,
     query_mask=True,
     reference_mask_product=False,
-    normalisations=1,
+    normalizations=1,
     reference_epsilon=0.0,
 )
 OFFICIAL = Preset(
@@ -58,7 +58,7 @@ OFFICIAL = Preset(
     invert_single_token=True,
     query_mask=False,
     reference_mask_product=True,
-    normalisations=2,
+    normalizations=2,
     reference_epsilon=1e-8,
 )
 

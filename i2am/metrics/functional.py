@@ -50,13 +50,13 @@ def imacs(
         mask: ``[batch, H, W]`` in [0, 1] at pixel size, 1 inside; bool or any real dtype. The
             inpainting mask for R2G (IMACS_g), the reference mask for G2R (IMACS_r).
         penalty: Weight of the mean outside the mask.
-        threshold: Largest normalised value that is dropped.
+        threshold: Largest normalized value that is dropped.
         preset: ``"paper"``, ``"official"`` (the published arithmetic) or a :class:`Preset`.
         direction: What the maps are. The paper scores both alike; the published code multiplies G2R
             maps by the mask first, and inverts R2G maps.
         invert: Score ``1 - M`` (before the threshold) or not. None leaves it to the preset:
             official inverts R2G maps, which is meant for layers with a single reference token.
-        processed: The maps are normalised, thresholded and at the mask's size already, so that only
+        processed: The maps are normalized, thresholded and at the mask's size already, so that only
             eq 18 is left to do.
         undefined: What a sample without a score does: ``"raise"`` or give ``"nan"``.
 

@@ -19,7 +19,7 @@ class IMACS(Metric):
 
     Args:
         penalty: Weight of the mean outside the mask.
-        threshold: Largest normalised value that is dropped.
+        threshold: Largest normalized value that is dropped.
         preset: ``"paper"``, ``"official"`` or a :class:`~i2am.attribution.Preset`.
         direction: What the maps are; matters to ``"official"`` only.
         invert: As for :func:`imacs`.

@@ -60,7 +60,7 @@ def test_sums_are_the_means_of_both_softmaxes_over_the_reference_tokens():
     assert layer.reference_to_generated.dtype == torch.float32
     assert layer.reference_to_generated_by_key is None
     close(layer.reference_to_generated[:, 0, :, 0].flatten(-2), c[..., PREFIX:].mean(-1))
-    # P is normalised over the prefix too: its share is missing from the map
+    # P is normalized over the prefix too: its share is missing from the map
     close(layer.generated_to_reference[:, 0, :, 0].flatten(-2), p[..., PREFIX:].mean(-2))
     assert (layer.generated_to_reference.sum((-1, -2)) < 1).all()
 

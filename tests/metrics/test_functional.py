@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import i2am.metrics
-from i2am.attribution import OFFICIAL, PAPER, AttributionMaps, normalise, picture, resize
+from i2am.attribution import OFFICIAL, PAPER, AttributionMaps, normalize, picture, resize
 from i2am.attribution.postprocess import mask_product
 from i2am.metrics import imacs, imacs_scores
 from i2am.testing import make_maps, make_site
@@ -85,7 +85,7 @@ def test_official_g2r_is_multiplied_by_the_mask_first():
         scores, imacs(product, masks, preset=plain, direction="generated_to_reference")
     )
     # and not inverted, while R2G is
-    twice = normalise(resize(normalise(product), (16, 12), mode="bicubic"))
+    twice = normalize(resize(normalize(product), (16, 12), mode="bicubic"))
     kept = twice.where(twice > 0.4, 0)
     torch.testing.assert_close(scores[0], eq_18(kept[0], masks[0]), atol=1e-6, rtol=0)
     r2g = imacs(maps, masks, preset="official")
