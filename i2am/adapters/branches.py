@@ -16,7 +16,8 @@ class Branches:
     Guidance runs as parts of one batch or as separate calls, conditional first, and may be switched
     off during a run, so every call is judged by its own rows against the number of samples. That
     number shows at the scheduler's first step only: until then whole batches are recorded, and
-    :meth:`reveal` keeps the rows that were meant.
+    :meth:`reveal` keeps the rows that were meant. What else a pipeline calls the denoiser for
+    (self-attention guidance on blurred latents, say) is nobody's.
 
     Args:
         make: Makes an accumulator, given ``unresolved=``.
@@ -39,6 +40,7 @@ class Branches:
         self._order = order
         self._wanted = wanted
         self._samples: int | None = None
+        self._separate = True
         self._pending: list[Accumulator] = []
         self.recorded: dict[str, Accumulator] = {}
         self.met: set[str] = set()
@@ -86,10 +88,11 @@ class Branches:
                 f"the denoiser's batch must be a multiple of the {samples} samples that the "
                 f"scheduler steps, got {rows} rows"
             )
-        if parts == 1:
-            names = [*(CONDITIONAL, UNCONDITIONAL)[call_index : call_index + 1]]
+        if call_index == 0:
+            self._separate = parts == 1
+            names = [CONDITIONAL] if parts == 1 else [*self._order[:parts]]
         else:
-            names = [*self._order[:parts]]
+            names = [UNCONDITIONAL] if (call_index, parts) == (1, 1) and self._separate else []
         self.met.update(names)
         return [
             (name, slice(i * samples, (i + 1) * samples))

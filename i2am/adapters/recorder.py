@@ -286,7 +286,7 @@ def _part_of_bias(bias: Tensor | None, rows: slice, queries: slice | Tensor) -> 
         return None
     if bias.ndim == 4 and bias.shape[0] > 1:
         bias = bias[rows]
-    if bias.ndim > 1 and bias.shape[-2] > 1:
+    if bias.shape[-2] > 1:
         bias = bias[..., queries, :]
     if bias.dtype == torch.bool:
         return bias

@@ -33,7 +33,12 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 from i2am.attribution import AttributionMaps
 
 CONTEXT = 16  # width of the cross-attention context
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BETAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 
 
 def make_unet(levels: int = 2, **options: Any) -> UNet2DConditionModel:
@@ -184,7 +189,7 @@ def make_stable_diffusion(
         text_encoder=None,
         tokenizer=None,
         unet=make_unet(**unet),
-        scheduler=scheduler or DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1),
+        scheduler=scheduler or DDIMScheduler(**BETAS, clip_sample=False),
         image_encoder=encoder,
         feature_extractor=CLIPImageProcessorPil(
             size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
@@ -272,7 +277,8 @@ class Call:
         if self.bias is None:
             return logits
         # diffusers adds -10000 to keys that nobody may see
-        return logits.masked_fill(self.bias < -5000, -torch.inf)
+        hidden = ~self.bias if self.bias.dtype == torch.bool else self.bias < -5000
+        return logits.masked_fill(hidden, -torch.inf)
 
 
 class _Mode(torch.overrides.TorchFunctionMode):

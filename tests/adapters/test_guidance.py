@@ -1,6 +1,5 @@
 """Classifier-free guidance in every form: whose rows are recorded."""
 
-import gc
 import weakref
 from types import SimpleNamespace
 
@@ -255,7 +254,6 @@ def test_first_evaluation_leaves_nothing_behind(tiny, monkeypatch, guidance):
     alive = []
 
     def on_step(index):
-        gc.collect()
         alive.append([ref() for ref in made if ref() is not None and ref().unresolved])
 
     layout = TokenLayout.cross_attention(GRID)
@@ -268,6 +266,36 @@ def test_first_evaluation_leaves_nothing_behind(tiny, monkeypatch, guidance):
             assert layer.reference_to_generated.shape[0] == 2
             storage = layer.reference_to_generated.untyped_storage()
             assert storage.nbytes() == layer.reference_to_generated.nbytes
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        ([2], {(0, "conditional")}),
+        ([4], {(0, "conditional"), (0, "unconditional")}),
+        ([2, 2], {(0, "conditional"), (1, "unconditional")}),
+        ([2, 2, 2], {(0, "conditional"), (1, "unconditional")}),
+        ([4, 2], {(0, "conditional"), (0, "unconditional")}),
+        ([4, 4], {(0, "conditional"), (0, "unconditional")}),
+    ],
+    ids=["off", "one batch", "two calls", "a third call", "a call beside", "a batch beside"],
+)
+def test_calls_beside_guidance_are_nobodys(calls, expected):
+    """Self-attention guidance calls the denoiser once more, panoramas once for every window."""
+    branches = Branches(
+        lambda unresolved: object(),
+        order=("unconditional", "conditional"),
+        wanted=("conditional", "unconditional"),
+    )
+    branches.reveal(2)
+    met = set()
+    for number, rows in enumerate(calls):
+        for part, accumulator in branches.targets(number, rows):
+            [name] = [name for name, made in branches.recorded.items() if made is accumulator]
+            met.add((number, name))
+            assert part.stop - part.start == 2
+    assert met == expected
+    assert branches.met == {name for _, name in expected}
 
 
 @pytest.mark.parametrize(

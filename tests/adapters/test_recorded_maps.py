@@ -13,6 +13,9 @@ PATCHES = TokenLayout.cross_attention(GRID)
 REFERENCE = slice(1, 13)
 SIX_IN_THREE = [0, 0, 1, 1, 2, 2]
 
+# diffusers' own, about NumPy
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
 
 def record_and_list(oracle, loop, *arguments, layout=PATCHES, recording=None, **options):
     """Maps of a recorded run, and the attention calls of the same run unrecorded."""
@@ -301,6 +304,39 @@ def test_several_images_of_one_ip_adapter(tiny, oracle, image, masked):
         rows=oracle.last(1),
         reference=slice(start, start + 16),
         call_index=1 + image if masked else 1,
+    )
+
+
+def test_masked_adapters_count_their_calls_in_order(tiny, oracle):
+    """Text, two images of the first adapter (left out: scale 0), one of the second."""
+    pipeline = tiny.ip_adapters(tiny.stable_diffusion(), "base", "plus")
+    pipeline.set_ip_adapter_scale([0.0, 1.0])
+    masks = [torch.ones(1, 2, 16, 16), torch.ones(1, 1, 16, 16)]
+
+    def images():
+        return tiny.run(
+            pipeline,
+            **tiny.prompts(),
+            ip_adapter_image=[[tiny.picture(0), tiny.picture(1)], [tiny.picture(2)]],
+            cross_attention_kwargs={"ip_adapter_masks": masks},
+            num_inference_steps=2,
+            height=16,
+            width=16,
+        )
+
+    with oracle.spy(pipeline.unet, pipeline.scheduler) as calls:
+        images()
+    assert {(call.call_index, call.key.shape[2]) for call in calls} == {(0, 7), (1, 5)}
+    layout = TokenLayout.ip_adapter(adapter=2)
+    with i2am.record(pipeline, layout=layout, time_groups=2) as recorder:
+        images()
+    oracle.assert_maps(
+        recorder.maps(),
+        calls,
+        groups=[0, 1],
+        rows=oracle.last(1),
+        reference=slice(None),
+        call_index=1,
     )
 
 
