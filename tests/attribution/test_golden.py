@@ -64,7 +64,7 @@ def assert_matches(actual, golden):
     # strict, within 1e-5 of the map's range, where torch runs its AVX-512 code: as on the CPUs the
     # vectors were made on, so fp32 additions repeat the published order
     budget = 1e-5 * (golden.max() - golden.min())
-    # within 8 fp32 eps of the map's largest value, if that is more, on any other CPU: there even the
+    # on any other CPU within 8 fp32 eps of the map's largest value, if that is more: there even the
     # published code would add in another order and miss 1e-5 for the maps of ``official_patch``
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         budget = max(budget, 8 * torch.finfo(torch.float32).eps * golden.abs().max())
