@@ -356,23 +356,16 @@ def test_addresses_are_64_bit(kernel, monkeypatch):
 
     from i2am.kernels.fused import forward, statistics
 
-    def lse_and_sums(side):
-        return torch.zeros(2, 2, side), torch.zeros(2, 2, 2, side)
-
-    query, key, value = (x.contiguous() for x in make_qkv(2, 2, 3, 4, 16))
-    lse, sums = lse_and_sums(3)
-    bias = torch.zeros(2, 2, 3, 4)
-    options = {"scale": 1.0, "bias": bias}
+    # three of everything: twice the stride is what 32 bits cannot hold
+    query, key, value = (x.contiguous() for x in make_qkv(3, 3, 3, 4, 16))
+    lse, bias = torch.zeros(3, 3, 3), torch.zeros(3, 3, 3, 4)
     if kernel == "attention":
-        output = torch.zeros(2, 2, 3, 16)
-        launch = forward.plan(query, key, value, output=output, lse=lse, **options)
         named = {"query": query, "key": key, "value": value, "bias": bias}
+        launch = forward.plan(**named, scale=1.0, output=torch.zeros_like(query), lse=lse)
     else:
-        weights, other_lse = torch.zeros(2, 2, 4), lse_and_sums(4)[0]
-        options |= {"weights": weights, "other_lse": other_lse}
-        launch = statistics.plan(query, key, lse=lse, sums=sums, **options)
-        named = {"owner": query, "other": key, "bias": bias}
-        named |= {"weights": weights, "other_lse": other_lse, "sums": sums}
+        named = {"owner": query, "other": key, "bias": bias, "other_lse": torch.zeros(3, 3, 4)}
+        named |= {"weights": torch.zeros(3, 3, 4), "sums": torch.zeros(3, 3, 3, 3)}
+        launch = statistics.plan(**named, scale=1.0, lse=lse)
 
     addresses = set()
 
