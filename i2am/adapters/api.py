@@ -1,7 +1,7 @@
 """``record()``: attribution maps of whatever a diffusers pipeline does inside a ``with`` block."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from i2am.adapters.inputs import as_mask, find_denoiser, find_layout
 from i2am.adapters.recorder import Recorder
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
-from i2am.attribution.grid import Region, region_weights
+from i2am.attribution.grid import Box, Patch, Region, as_regions, region_weights
 from i2am.kernels import Impl
 from i2am.kernels.api import implementation
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, TokenLayout
@@ -30,7 +30,7 @@ def record(
     directions: Collection[Direction | str] | Direction | str = tuple(Direction),
     time_groups: int = 5,
     guidance: str = CONDITIONAL,
-    regions: Mapping[str, Region] | None = None,
+    regions: Mapping[str, Region] | Sequence[Patch | Box] | None = None,
     mask: Any = None,
     reference_mask: Any = None,
     impl: Impl | str | None = None,
@@ -52,8 +52,9 @@ def record(
         time_groups: Groups of denoising steps kept apart, group 0 the noisiest.
         guidance: Classifier-free guidance branch, ``"conditional"``, ``"unconditional"`` or
             ``"both"``.
-        regions: Generated-image regions by name for specific-reference maps: a :class:`Patch` or
-            weights ``[height, width]``.
+        regions: Regions of the generated image for specific-reference maps, by name: a
+            :class:`Patch`, a :class:`Box` or weights ``[height, width]``; or a sequence of patches
+            and boxes, which are their own names.
         mask: Inpainting mask over the generated image, 1 where it is made: ``[height, width]`` or
             one per sample; tensor, array, PIL image or a list of these.
         reference_mask: Mask of the object in the reference image, likewise: adds R2G votes of its
@@ -94,7 +95,7 @@ def record(
         Accumulator,
         time_groups=time_groups,
         directions=tuple(directions),
-        regions=dict(regions or {}),
+        regions=as_regions(regions),
         mask=as_mask("mask", mask),
         reference_mask=as_mask("reference_mask", reference_mask),
         keep_keys=keep_keys,
@@ -103,7 +104,7 @@ def record(
     # options are judged here, not at the first attention call
     make()
     implementation(impl, torch.device("cpu"))
-    for region in (regions or {}).values():
+    for region in as_regions(regions).values():
         region_weights(region, (1, 1))
     clock = RunClock(scheduler, time_groups=time_groups, steps=num_inference_steps)
     return Recorder(

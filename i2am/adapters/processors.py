@@ -121,7 +121,8 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention, to the bit; with its log-sum-exp where PyTorch yields it."""
-    if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type)
+    if plain and not torch.compiler.is_compiling():
         with_lse = attention_with_lse(query, key, value, attn_mask=mask)
         if with_lse is not None:
             return with_lse

@@ -17,7 +17,7 @@ from i2am.adapters.observations import Observations
 from i2am.adapters.sites import LISTENERS, Site
 from i2am.attribution.accumulator import Accumulator, AttentionSite, LayerSums
 from i2am.attribution.direction import Direction
-from i2am.attribution.grid import Grid
+from i2am.attribution.grid import Grid, describe_regions
 from i2am.attribution.layers import apply
 from i2am.attribution.maps import AttributionMaps
 from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout, Tokens
@@ -151,7 +151,7 @@ class Recorder:
             apply(lambda held: held.clone(), sums),
             votes=accumulator.votes,
             rows=accumulator.rows,
-            provenance=self._provenance(branch),
+            provenance=self._provenance(branch, accumulator),
         )
 
     @property
@@ -236,13 +236,16 @@ class Recorder:
             )
         self._seen.calls[name] += 1
 
-    def _provenance(self, branch: str) -> dict[str, Any]:
+    def _provenance(self, branch: str, accumulator: Accumulator) -> dict[str, Any]:
         clock = self._clock
         return {
             "denoiser": type(self._network).__name__,
             "scheduler": None if clock.scheduler is None else type(clock.scheduler).__name__,
             "layout": self.layout.name,
+            "prefix_votes": self.layout.prefix_votes,
+            "guidance_order": list(self.layout.guidance_order),
             "guidance": branch,
+            "regions": describe_regions(accumulator.regions),
             "steps": clock.steps,
             "evaluations": clock.evaluation,
             "timesteps": [float(t) for t in clock.timesteps if t is not None],

@@ -57,7 +57,9 @@ def _record_attention(
 ) -> None:
     listener, layer = address.tolist()
     if listener in LISTENERS:
-        LISTENERS[listener](layer, call_index, query, key, bias, scale, query_lse)
+        # statistics are fp32 also where the model runs under autocast
+        with torch.autocast(query.device.type, enabled=False):
+            LISTENERS[listener](layer, call_index, query, key, bias, scale, query_lse)
 
 
 @_record_attention.register_fake

@@ -38,6 +38,27 @@ def test_maps_per_layer_time_and_head(tiny, oracle, samples, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "normed"])
+def test_autocast(tiny, oracle, dtype, qk_norm):
+    """The model computes in 16 bits, the statistics of what it computed in 32."""
+    loop = tiny.loop()
+    if qk_norm:  # autocast norms in fp32, so that query and key differ from value in dtype
+        for module in loop.unet.modules():
+            if hasattr(module, "get_processor"):
+                module.norm_q = torch.nn.LayerNorm(module.inner_dim // module.heads)
+                module.norm_k = torch.nn.LayerNorm(module.inner_dim // module.heads)
+    with torch.autocast("cpu", dtype=dtype):
+        with oracle.spy(loop.unet, loop.scheduler) as calls:
+            plain = loop(tiny.reference(2))
+        with i2am.record(loop, layout=PATCHES, time_groups=3) as recorder:
+            assert torch.equal(loop(tiny.reference(2)), plain)
+    assert calls[0].query.dtype == (torch.float32 if qk_norm else dtype)
+    oracle.assert_maps(
+        recorder.maps(), calls, groups=SIX_IN_THREE, rows=oracle.last(2), reference=REFERENCE
+    )
+
+
 @pytest.mark.parametrize("impl", ["streaming", "reference"])
 def test_every_implementation_for_the_cpu(tiny, oracle, impl):
     loop = tiny.loop()
@@ -425,16 +446,22 @@ def test_time_groups_add_up_to_the_whole(tiny, scheduler, evaluations):
 
 def test_provenance_says_what_ran(tiny):
     loop = tiny.loop()
-    with i2am.record(loop, layout=PATCHES, time_groups=2) as recorder:
+    badge = i2am.Patch(0, 1, (4, 3))
+    with i2am.record(loop, layout=PATCHES, time_groups=2, regions={"badge": badge}) as recorder:
         loop(tiny.reference(), steps=4)
-    provenance = recorder.maps().provenance
+    maps = recorder.maps()
+    assert torch.equal(maps.specific_reference(badge), maps.specific_reference("badge"))
+    provenance = maps.provenance
     versions = provenance.pop("versions")
     layers = provenance.pop("calls")
     assert provenance == {
         "denoiser": "UNet2DConditionModel",
         "scheduler": "DDIMScheduler",
         "layout": "cross_attention 4x3",
+        "prefix_votes": False,
+        "guidance_order": ["unconditional", "conditional"],
         "guidance": "conditional",
+        "regions": {"badge": "0,1@4x3"},
         "steps": 4,
         "evaluations": 4,
         "timesteps": [750.0, 500.0, 250.0, 0.0],
