@@ -165,6 +165,8 @@ class Recorder:
         self._frame: Frame | None = None
         self._targets: list[Target] = []
         self._resolved: dict[tuple[AttentionCall, Grid], tuple[Tokens, Tokens] | None] = {}
+        # whether any call had keys beside the reference tokens
+        self._beside_reference = False
         self._said: set[str] = set()
 
     def _end_evaluation(self, samples: int | None) -> None:
@@ -235,6 +237,7 @@ class Recorder:
                 query_lse=None if query_lse is None else query_lse[rows, :, generated.index],
             )
         self._seen.calls[name] += 1
+        self._beside_reference |= reference.count < key.shape[2]
 
     def _provenance(self, branch: str, accumulator: Accumulator) -> dict[str, Any]:
         clock = self._clock
@@ -242,7 +245,7 @@ class Recorder:
             "denoiser": type(self._network).__name__,
             "scheduler": None if clock.scheduler is None else type(clock.scheduler).__name__,
             "layout": self.layout.name,
-            "prefix_votes": self.layout.prefix_votes,
+            "prefix_votes": self.layout.prefix_votes if self._beside_reference else None,
             "guidance_order": list(self.layout.guidance_order),
             "guidance": branch,
             "regions": describe_regions(accumulator.regions),
