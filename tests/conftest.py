@@ -1,4 +1,4 @@
-"""Every test run: two threads; without a GPU Triton's interpreter, and `gpu` tests skipped."""
+"""Every test run: one thread; without a GPU Triton's interpreter, and `gpu` tests skipped."""
 
 import os
 
@@ -11,7 +11,8 @@ if not CUDA:
     # read when triton is imported, so it has to be set before any test imports it
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(2)
+# tensors are tiny here: a second thread costs more than it brings, much more on a busy machine
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
