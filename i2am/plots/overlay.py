@@ -21,6 +21,7 @@ Picture = NDArray[np.uint8]
 _INFERNO = "000004 1b0c42 4b0c6b 781c6d a52c60 cf4446 ed6925 fb9a06 f7d03c fcffa4"  # values 0 to 1
 
 _MARGIN, _GAP, _TEXT, _BAR = 12, 10, 13, 14
+_BAND = 64
 _INK, _PAPER = (24, 24, 24), (255, 255, 255)
 
 
@@ -37,7 +38,7 @@ def heat(values: ArrayLike) -> Picture:
         ValueError: The map is not two-dimensional, is empty, or has values that are not finite or
             outside [0, 1].
     """
-    return _colours()[np.rint(_unit_map(values) * 255).astype(np.intp)]
+    return _colors()[_index(_unit_map(values))]
 
 
 def overlay(image: ArrayLike, values: ArrayLike, *, alpha: float = 0.85) -> Picture:
@@ -66,10 +67,16 @@ def overlay(image: ArrayLike, values: ArrayLike, *, alpha: float = 0.85) -> Pict
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    grey = picture @ np.array([0.299, 0.587, 0.114])
-    backdrop = 0.25 * picture + 0.75 * grey[..., None]
-    weight = (alpha * np.minimum(2 * unit, 1))[..., None]
-    return np.rint((1 - weight) * backdrop + weight * heat(unit)).astype(np.uint8)
+    result = np.empty_like(picture)
+    # row by row in bands: photographs are large, and floats eight times larger
+    for top in range(0, len(unit), _BAND):
+        band = slice(top, top + _BAND)
+        grey = picture[band] @ np.array([0.299, 0.587, 0.114])
+        backdrop = 0.25 * picture[band] + 0.75 * grey[..., None]
+        weight = (alpha * np.minimum(2 * unit[band], 1))[..., None]
+        colors = _colors()[_index(unit[band])]
+        result[band] = np.rint((1 - weight) * backdrop + weight * colors)
+    return result
 
 
 def contact_sheet(
@@ -78,7 +85,7 @@ def contact_sheet(
     *,
     columns: int,
     heading: str | None = None,
-    colour_bar: bool = True,
+    color_bar: bool = True,
 ) -> Picture:
     """Arrange pictures in rows under their titles.
 
@@ -90,7 +97,7 @@ def contact_sheet(
         titles: One line of text per tile.
         columns: Tiles per row.
         heading: Text above everything, or None.
-        colour_bar: Whether to add the scale of `heat` from 0 to 1 below.
+        color_bar: Whether to add the scale of `heat` from 0 to 1 below.
 
     Returns:
         uint8 ``[height, width, 3]`` on white.
@@ -124,7 +131,7 @@ def contact_sheet(
     tile_heights = [max(pictures[index].shape[0] for index in row) for row in rows]
     height = 2 * _MARGIN + sum(text_heights) + sum(tile_heights) + _GAP * (len(rows) - 1)
     height += line * len(headline) + (_GAP if headline else 0)
-    height += _GAP + _BAR + line if colour_bar else 0
+    height += _GAP + _BAR + line if color_bar else 0
 
     sheet = Image.new("RGB", (sheet_width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -141,7 +148,7 @@ def contact_sheet(
             inset = (cell_width - pictures[index].shape[1]) // 2
             sheet.paste(Image.fromarray(pictures[index]), (left + inset, top + text_height))
         top += text_height + tile_height + _GAP
-    if colour_bar:
+    if color_bar:
         width = min(256, sheet_width - 2 * _MARGIN)
         ramp = heat(np.broadcast_to(np.linspace(0, 1, width), (_BAR, width)))
         sheet.paste(Image.fromarray(ramp), (_MARGIN, top))
@@ -151,15 +158,21 @@ def contact_sheet(
 
 
 @cache
-def _colours() -> Picture:
+def _colors() -> Picture:
     stops = np.array([list(bytes.fromhex(stop)) for stop in _INFERNO.split()], dtype=np.float64)
     places, steps = np.linspace(0, 1, len(stops)), np.linspace(0, 1, 256)
     table = np.stack([np.interp(steps, places, stops[:, channel]) for channel in range(3)], axis=1)
     return np.rint(table).astype(np.uint8)
 
 
-def _unit_map(values: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(values, dtype=np.float64)
+def _index(unit: NDArray[np.floating]) -> NDArray[np.intp]:
+    return np.rint(unit * 255).astype(np.intp)
+
+
+def _unit_map(values: ArrayLike) -> NDArray[np.floating]:
+    array = np.asarray(values)
+    if array.dtype != np.float32:
+        array = array.astype(np.float64)
     if array.ndim != 2 or array.size == 0:
         raise ValueError(f"values must be a map [height, width], got shape {array.shape}")
     if not np.isfinite(array).all():

@@ -50,6 +50,15 @@ def test_overlay_with_alpha_zero_is_the_same_picture_for_every_map():
     assert not (first == image).all()  # colours recede, so that those of the map stand out
 
 
+def test_overlay_of_a_tall_image_is_that_of_its_parts():
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (150, 9, 3)).astype(np.uint8)
+    values = generator.random((150, 9))
+    whole = overlay(image, values)
+    for row in range(150):
+        assert (whole[row] == overlay(image[row : row + 1], values[row : row + 1])[0]).all()
+
+
 def test_overlay_leaves_its_arguments_alone():
     image, values = picture(), np.full((20, 30), 0.7)
     overlay(image, values)
@@ -67,7 +76,7 @@ def cells(sheet, colour):
 def test_contact_sheet_places_every_tile_whole_and_in_reading_order():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     tiles = [picture(40, 100, colour) for colour in colours]
-    sheet = contact_sheet(tiles, ["red", "green", "blue"], columns=2, colour_bar=False)
+    sheet = contact_sheet(tiles, ["red", "green", "blue"], columns=2, color_bar=False)
     red, green, blue = (cells(sheet, colour) for colour in colours)
     for box in (red, green, blue):
         assert box[2:] == (40, 100)
@@ -79,8 +88,8 @@ def test_contact_sheet_places_every_tile_whole_and_in_reading_order():
 
 def test_contact_sheet_writes_titles_above_tiles_and_inside_the_sheet():
     long = "reference to generated, mask votes, steps 41 to 50 of 50"
-    plain = contact_sheet([picture(40, 100, BLUE)], [""], columns=1, colour_bar=False)
-    titled = contact_sheet([picture(40, 100, BLUE)], [long], columns=1, colour_bar=False)
+    plain = contact_sheet([picture(40, 100, BLUE)], [""], columns=1, color_bar=False)
+    titled = contact_sheet([picture(40, 100, BLUE)], [long], columns=1, color_bar=False)
     assert titled.shape[1] == plain.shape[1]
     assert titled.shape[0] > plain.shape[0]  # broken into lines, not cut
     ink = np.where(titled.max(-1) < 90)
@@ -91,7 +100,7 @@ def test_contact_sheet_writes_titles_above_tiles_and_inside_the_sheet():
 
 
 def test_contact_sheet_cuts_only_a_word_wider_than_its_column():
-    sheet = contact_sheet([picture(40, 100, BLUE)], ["x" * 300], columns=1, colour_bar=False)
+    sheet = contact_sheet([picture(40, 100, BLUE)], ["x" * 300], columns=1, color_bar=False)
     dark = np.where(sheet.max(-1) < 90)
     assert dark[1].max() < 12 + 100 + 1
 
