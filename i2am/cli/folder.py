@@ -27,18 +27,20 @@ def check_free(out: Path, *, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise OutputConflict(f"output {out} is a file, a folder was expected")
-    found = sorted(entry.name for entry in out.iterdir())
+    found = sorted(out.rglob("*"))
     if not found:
         return
     if not overwrite:
         raise OutputConflict(f"output folder {out} is not empty; name another, or add --overwrite")
     try:
-        ours = {MANIFEST, *json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"]}
+        listed = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"]
+        ours = {out / name for name in (MANIFEST, *listed)}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise OutputConflict(
             f"output folder {out} was not written by i2am (it has no {MANIFEST}), so it is kept"
         ) from None
-    foreign = [name for name in found if name not in ours]
+    ours |= {parent for path in ours for parent in path.parents}
+    foreign = [path.relative_to(out) for path in found if path not in ours]
     if foreign:
         raise OutputConflict(
             f"output folder {out} holds {foreign[0]}, which i2am did not write, so it is kept"
@@ -92,7 +94,7 @@ def _replace(partial: Path, out: Path) -> None:
 
 
 def _to_disk(folder: Path) -> None:
-    for path in [*sorted(folder.iterdir()), folder]:
+    for path in [*sorted(folder.rglob("*")), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -91,6 +91,16 @@ def test_an_empty_folder_may_be_filled(tmp_path):
     assert names(tmp_path / "out") == ["image.png", "run.json"]
 
 
+def test_overwrite_replaces_folders_within(tmp_path):
+    out = tmp_path / "out"
+    for name in ("old", "new"):
+        with fresh_folder(out, overwrite=True) as folder:
+            (folder / name).mkdir()
+            write(folder, f"{name}/image.png")
+    assert names(out) == ["new", "run.json"]
+    assert names(out / "new") == ["image.png"]
+
+
 def a_file(path):
     path.write_text("mine")
 
@@ -116,6 +126,12 @@ def ours_and_more(path):
     (path / "thesis.tex").write_text("mine")
 
 
+def ours_and_more_below(path):
+    (path / "inner").mkdir(parents=True)
+    write(path, "inner/image.png")
+    (path / "inner" / "thesis.tex").write_text("mine")
+
+
 @pytest.mark.parametrize(
     ("make", "overwrite", "match"),
     [
@@ -125,6 +141,7 @@ def ours_and_more(path):
         pytest.param(foreign, True, "was not written by i2am", id="foreign"),
         pytest.param(foreign_manifest, True, "was not written by i2am", id="foreign-manifest"),
         pytest.param(ours_and_more, True, r"holds thesis\.tex", id="ours-and-more"),
+        pytest.param(ours_and_more_below, True, r"holds inner/thesis\.tex", id="more-below"),
     ],
 )
 def test_conflict_is_refused_and_nothing_touched(tmp_path, make, overwrite, match):
