@@ -56,13 +56,12 @@ setup(
     },
     include_package_data=False,
     install_requires=[
-        "click>=8.1",
+        "click>=8.2",
         "diffusers>=0.42",
         "numpy>=1.26",
         "pillow>=10.3",
         "safetensors>=0.8",
         "torch>=2.11",
-        "tqdm>=4.60",
         "transformers>=5.0",
         (
             "triton>=3.6; sys_platform == 'linux' and "
