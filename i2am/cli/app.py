@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 import i2am
 from i2am.cli.demo import demo
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = app.main(argv, prog_name="i2am", standalone_mode=False)
             return code if isinstance(code, int) else ExitCode.DONE
+        except NoArgsIsHelpError as error:
+            # its message is the whole help
+            print(error.format_message(), file=sys.stderr)
+            return ExitCode.USAGE
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "i2am"
             return _fail(ExitCode.USAGE, f"{error.format_message()} See '{command} --help'.")

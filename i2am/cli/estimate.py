@@ -1,6 +1,8 @@
 """How much memory a recording will take, and how much there is."""
 
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from i2am.cli.errors import InputRejected
 from i2am.kernels.streaming import TILE_ELEMENTS
 
 _MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Estimate:
         layers: Number of layers recorded.
         stays: Sums that stay after the run, all recorded halves of guidance together.
         transient: What the run needs on top: sums of both halves of guidance before it is known
-            which is which, and one tile of attention.
-        images: Pixels of the generated and the given images, decoded.
+            which is which, and one tile of attention, or all of one layer's where keys are kept.
+        images: Pixels of the generated and the given images, as fp32.
         available: Free memory of the device, None where it cannot be told.
     """
 
@@ -44,7 +47,8 @@ class Estimate:
             raise InputRejected(
                 f"not enough memory: the maps need about {_size(needed)} "
                 f"({_size(self.stays)} that stay, {_size(self.transient)} during the run), "
-                f"{_size(self.available)} are available; ask for fewer regions or time groups"
+                f"{_size(self.available)} are available; ask for fewer regions or time groups, or "
+                "for preset paper"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,6 +74,7 @@ def estimate(
     time_groups: int,
     votes: int,
     rows: int,
+    keys: Mapping[str, int] | None,
     branches: int,
     guided: bool,
     pixels: int,
@@ -82,25 +87,31 @@ def estimate(
         time_groups: Time groups of the recording.
         votes: Vote vectors of R2G.
         rows: Weight rows of G2R.
+        keys: Number of keys per layer if R2G is kept for each of them, None if it is not.
         branches: Halves of guidance that are kept.
         guided: Whether the model evaluates both halves.
         pixels: Pixels of all images together.
         device: Where the sums live.
     """
     stays = 0
-    for layer in probe.layer_sums:
-        height, width = layer.site.generated_grid
-        values = votes * height * width
-        if layer.generated_to_reference is not None:
-            values += rows * layer.site.reference_tokens
-        stays += 4 * time_groups * layer.site.heads * values
     halves = 2 if guided else 1
     tile = 0 if device.type == "cuda" else 4 * TILE_ELEMENTS
+    for layer in probe.layer_sums:
+        site = layer.site
+        cells = math.prod(site.generated_grid)
+        values = votes * cells
+        if layer.generated_to_reference is not None:
+            values += rows * site.reference_tokens
+        if keys is not None:
+            values += keys[site.layer] * cells
+            # the scores of one half, and their softmax
+            tile = max(tile, 2 * 4 * site.heads * cells * keys[site.layer])
+        stays += 4 * time_groups * site.heads * values
     return Estimate(
         layers=len(probe.layer_sums),
         stays=branches * stays,
         transient=halves * stays + tile,
-        images=3 * pixels,
+        images=12 * pixels,
         available=available_memory(device),
     )
 
@@ -109,6 +120,11 @@ def available_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device, None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    found = [free for free in (_system_memory(), _group_memory()) if free is not None]
+    return min(found, default=None)
+
+
+def _system_memory() -> int | None:
     if _MEMINFO.is_file():
         for line in _MEMINFO.read_text(encoding="ascii").splitlines():
             name, _, amount = line.partition(":")
@@ -118,6 +134,21 @@ def available_memory(device: torch.device) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def _group_memory() -> int | None:
+    """What the limit of a container (cgroup v2) leaves."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        statistics = (_CGROUP / "memory.stat").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    if not limit.isdecimal():  # "max": no limit
+        return None
+    # file contents that the kernel drops when memory is asked for
+    cached = dict(zip(statistics[::2], statistics[1::2], strict=False)).get("inactive_file", "0")
+    return max(int(limit) - used + int(cached), 0)
 
 
 def _size(count: int) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +15,22 @@ from torch import Tensor
 from i2am.attribution import AttributionMaps, get_preset, picture
 from i2am.attribution.postprocess import is_constant
 from i2am.attribution.reading import layers_of
-from i2am.cli.settings import Box, Inputs
+from i2am.cli.settings import Inputs, NamedBox
 from i2am.plots import contact_sheet, overlay
 
 SIDE = 288
 """Longer side of a picture in a sheet, in pixels."""
 
-_VOTES = {
+Votes = Literal["uniform", "mask"]
+
+_VOTES: dict[Votes, str] = {
     "uniform": "R2G: every reference token votes",
     "mask": "R2G: only tokens in the reference mask vote",
 }
-_ROWS = {"uniform": "G2R: all generated patches", "mask": "G2R: only patches in the mask"}
+_ROWS: dict[Votes, str] = {
+    "uniform": "G2R: all generated patches",
+    "mask": "G2R: only patches in the mask",
+}
 _SCALE = "Every map has its own scale from 0 to 1; values up to 0.4 are left out."
 
 
@@ -44,7 +49,7 @@ class Scene:
 
     inputs: Inputs
     generated: Image.Image
-    boxes: tuple[Box, ...]
+    boxes: tuple[NamedBox, ...]
     steps: int
     preset: str
     caption: str
@@ -67,7 +72,7 @@ class Sheet(NamedTuple):
 
 
 def draw(folder: Path, maps: AttributionMaps, scene: Scene, *, suffix: str = "") -> list[str]:
-    """Write every sheet that the maps allow.
+    """Write every sheet and plain overlay that the maps allow.
 
     Args:
         folder: Where to write.
@@ -79,15 +84,22 @@ def draw(folder: Path, maps: AttributionMaps, scene: Scene, *, suffix: str = "")
         Names of the files, in the order to look at them.
     """
     written = []
-    for sheet in _sheets(_Reader(maps.select(samples=[0]), scene), scene):
+
+    def save(name: str, pixels: NDArray[np.uint8]) -> None:
+        written.append(f"{name}{suffix}.png")
+        Image.fromarray(pixels).save(folder / written[-1])
+
+    read = _Reader(maps.select(samples=[0]), scene)
+    for sheet in _sheets(read, scene):
         pixels = contact_sheet(
             [tile.pixels for tile in sheet.tiles],
             [tile.title for tile in sheet.tiles],
             columns=sheet.columns,
             heading=f"{scene.caption}. {sheet.heading}",
         )
-        written.append(f"{sheet.name}{suffix}.png")
-        Image.fromarray(pixels).save(folder / written[-1])
+        save(sheet.name, pixels)
+    for name, pixels in read.overlays():
+        save(name, pixels)
     return written
 
 
@@ -133,20 +145,41 @@ class _Reader:
         self.head_count = finest.heads
         self.heads_of = f"averaged over {len(alike)} of {len(counted)} layers"
         self._alike = maps.select(layers=alike)
+        # tokens without a place are in no mask
+        chosen: dict[Votes, AttributionMaps | None] = {
+            "uniform": maps,
+            "mask": self.spatial if "mask" in maps.votes else None,
+        }
+        self._r2g = {
+            votes: source.reference_to_generated(votes=votes, preset=self.preset)[0]
+            for votes, source in chosen.items()
+            if source
+        }
+        self._g2r = {
+            row: self.spatial.generated_to_reference(weights=row, preset=self.preset)[0]
+            for row in _ROWS
+            if self.spatial
+        }
 
     def r2g(self) -> Iterator[Tile]:
         """One tile per vote vector."""
-        for votes in ("uniform", "mask"):
-            if votes in self.maps.votes:
-                maps = self.maps.reference_to_generated(votes=votes, preset=self.preset)
-                yield self._on_generated(_VOTES[votes], maps[0])
+        for votes, maps in self._r2g.items():
+            yield self._on_generated(_VOTES[votes], maps)
 
     def g2r(self) -> Iterator[Tile]:
         """One tile per weighting of the generated patches."""
-        if self.spatial:
-            for row in ("uniform", "mask"):
-                maps = self.spatial.generated_to_reference(weights=row, preset=self.preset)
-                yield self._on_reference(_ROWS[row], maps[0])
+        for row, maps in self._g2r.items():
+            yield self._on_reference(_ROWS[row], maps)
+
+    def overlays(self) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        """Maps over their images at the size of those, nothing else in the picture."""
+        generated = np.asarray(self.scene.generated.convert("RGB"))
+        for votes, maps in self._r2g.items():
+            name = "overlay_r2g" if votes == "uniform" else f"overlay_r2g_{votes}_votes"
+            yield name, self._over(generated, maps, invert=self.invert)
+        if self._g2r:
+            reference = np.asarray(self.scene.inputs.reference)
+            yield "overlay_g2r", self._over(reference, self._g2r["uniform"])
 
     def time_groups(self) -> Iterator[Tile]:
         """One tile per direction and time group."""
@@ -163,7 +196,7 @@ class _Reader:
         titles = [f"head {head}" for head in range(self.head_count)]
         yield from self._split(self._alike, _with_reference_grid(self._alike), "head", titles)
 
-    def region(self, box: Box) -> Iterator[Tile]:
+    def region(self, box: NamedBox) -> Iterator[Tile]:
         """The region on the person and the generated image, and its map on the reference."""
         yield Tile("person, region in red", self._framed(self.scene.inputs.person, box))
         yield Tile("generated, region in red", self._framed(self.scene.generated, box))
@@ -186,7 +219,7 @@ class _Reader:
             for title, one in zip(titles, g2r, strict=True):
                 yield self._on_reference(f"G2R, {title}", one)
 
-    def _framed(self, image: Image.Image, box: Box) -> NDArray[np.uint8]:
+    def _framed(self, image: Image.Image, box: NamedBox) -> NDArray[np.uint8]:
         shown = Image.fromarray(_shown(image))
         across = shown.width / self.scene.inputs.person.width
         down = shown.height / self.scene.inputs.person.height
@@ -206,10 +239,14 @@ class _Reader:
     def _tile(self, title: str, maps: Tensor, image: Image.Image, *, invert: bool = False) -> Tile:
         if bool(is_constant(maps)):
             title += " (the same everywhere)"
-        pixels = _shown(image)
+        return Tile(title, self._over(_shown(image), maps, invert=invert))
+
+    def _over(
+        self, pixels: NDArray[np.uint8], maps: Tensor, *, invert: bool = False
+    ) -> NDArray[np.uint8]:
         height, width = pixels.shape[:2]
         values = picture(maps, (height, width), preset=self.preset, invert=invert)
-        return Tile(title, overlay(pixels, values.cpu().numpy()))
+        return overlay(pixels, values.cpu().numpy())
 
 
 def _with_reference_grid(maps: AttributionMaps) -> AttributionMaps | None:

@@ -24,11 +24,21 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--reference-mask", type=FILE, help="White on the object in the reference; its votes count."
 )
-@click.option("--steps", type=click.IntRange(1), default=50, help="Denoising steps.")
-@click.option("--guidance", type=click.FloatRange(0), default=5.0, help="Guidance scale.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of all noise.")
+@click.option("--steps", type=click.IntRange(1), default=Settings.steps, help="Denoising steps.")
 @click.option(
-    "--time-groups", type=click.IntRange(1), default=5, help="Groups of steps kept apart."
+    "--guidance", type=click.FloatRange(0), default=Settings.guidance, help="Guidance scale."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=Settings.seed,
+    help="Seed of all noise.",
+)
+@click.option(
+    "--time-groups",
+    type=click.IntRange(1),
+    default=Settings.time_groups,
+    help="Groups of steps kept apart.",
 )
 @click.option(
     "--region",
@@ -41,24 +51,28 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--preset",
     type=click.Choice(["paper", "official"]),
-    default="paper",
-    help="How maps are read and drawn: as in the paper, or as in its published code.",
+    default=Settings.preset,
+    help="How maps are recorded, read and drawn: as in the paper, or as in its published code, "
+    "which keeps the reference tokens apart and takes far more memory.",
 )
 @click.option(
     "--guidance-branch",
     type=click.Choice(["conditional", "unconditional", "both"]),
-    default="conditional",
+    default=Settings.guidance_branch,
     help="Half of guidance to record.",
 )
 @click.option(
     "--size",
     type=SizeType(),
     metavar=SizeType.name,
-    help="Pixels to generate; by default the model's size.",
+    help="Pixels to generate; by default what the model was made for (paint-by-example: of that "
+    "area at most, in the person's shape).",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32")
-@click.option("-o", "--out", type=FILE, default=Path("i2am-out"), help="Folder to write.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=Settings.device)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default=Settings.dtype
+)
+@click.option("-o", "--out", type=FILE, default=Settings.out, help="Folder to write.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print an estimate, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -78,9 +92,12 @@ def record(
     """
     if verbose:
         logging.getLogger("i2am").setLevel(logging.DEBUG)
+    try:
+        settings = Settings(**options)
+    except ValueError as error:
+        raise click.UsageError(f"{error}.", ctx) from error
     from i2am.cli.recording import dry_record, full_record
 
-    settings = Settings(**options)
     if dry_run:
         estimate = dry_record(settings)
         click.echo(json.dumps(estimate.as_dict()) if as_json else str(estimate))

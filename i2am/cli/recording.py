@@ -1,10 +1,11 @@
 """What ``i2am record`` does: check, load, estimate, run."""
 
+import errno
 import logging
 import os
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,13 @@ import torch
 from PIL.Image import Image
 
 import i2am
-from i2am.attribution import AttributionMaps, Direction
+from i2am.attribution import AttributionMaps, Box, Direction
 from i2am.cli.errors import InputRejected
 from i2am.cli.estimate import Estimate, estimate
 from i2am.cli.folder import check_free, fresh_folder
 from i2am.cli.result import Result, Run, write
-from i2am.cli.settings import Inputs, Settings, box_weights, mask_weights, read_inputs
+from i2am.cli.settings import Inputs, Settings, read_inputs
+from i2am.layouts.token_layout import AttentionCall, Frame, Resolved, TokenLayout
 
 if TYPE_CHECKING:
     from i2am.models.base import ReferencePipeline
@@ -47,16 +49,18 @@ def full_record(settings: Settings) -> Result:
     inputs = _check(settings)
     with fresh_folder(settings.out, overwrite=settings.overwrite) as folder:
         pipe = _load(settings)
-        if settings.regions:
-            _estimate(_probe(pipe, settings, inputs), pipe, settings, inputs).check()
-        return write(folder, settings, inputs, _run(pipe, settings, inputs))
+        keep_keys = False
+        if settings.regions or settings.preset == "official":
+            probe = _probe(pipe, settings, inputs)
+            _estimate(probe, pipe, settings, inputs).check()
+            keep_keys = probe.keep_keys
+        return write(folder, settings, inputs, _run(pipe, settings, inputs, keep_keys=keep_keys))
 
 
 def _check(settings: Settings) -> Inputs:
     """Everything that can be refused without the model."""
     from i2am.models import BUILT_IN
 
-    settings.check()
     check_free(settings.out, overwrite=settings.overwrite)
     if settings.model not in BUILT_IN and not Path(settings.model).exists():
         raise InputRejected(
@@ -85,7 +89,11 @@ def _load(settings: Settings) -> "ReferencePipeline":
     dtype = None if settings.dtype == "float32" else getattr(torch, settings.dtype)
     try:
         pipe = load_pipeline(settings.model, torch_dtype=dtype)
-    except (FileNotFoundError, ValueError) as error:
+    except Exception as error:
+        # a folder of files may fail in any way; only the disk and the memory are not its fault
+        disk = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+        if disk or isinstance(error, MemoryError):
+            raise
         raise InputRejected(f"model {settings.model} cannot be loaded: {error}") from error
     if settings.pose and "pose_image" not in signature(type(pipe).__call__).parameters:
         raise InputRejected(f"model {settings.model} takes no pose, leave --pose out")
@@ -97,13 +105,15 @@ def _load(settings: Settings) -> "ReferencePipeline":
 
 
 def _size(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> tuple[int, int]:
-    height, width = settings.size or pipe.default_size(inputs.person)
     try:
-        return pipe.check_size(height, width)
+        return pipe.check_size(*(settings.size or pipe.default_size(inputs.person)))
     except ValueError as error:
-        raise InputRejected(
-            f"size {height}x{width} does not suit {settings.model}: {error}"
-        ) from error
+        asked = "by default" if settings.size is None else "{}x{}".format(*settings.size)
+        raise InputRejected(f"size {asked} does not suit {settings.model}: {error}") from error
+
+
+def _layout(pipe: "ReferencePipeline", settings: Settings) -> TokenLayout:
+    return replace(pipe.attribution_layout(), prefix_votes=settings.preset == "official")
 
 
 def _call(
@@ -125,41 +135,63 @@ def _call(
     return pipe(**{**arguments, **changes}).images
 
 
-def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> AttributionMaps:
-    """Every layer and its grids, from a run that is as short as can be."""
+@dataclass(frozen=True)
+class _Probe:
+    """Every layer and its grids, how many keys it has, and whether R2G is to be kept per key."""
+
+    maps: AttributionMaps
+    keys: dict[str, int]
+    keep_keys: bool
+
+
+def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Probe:
+    """Look at one call of the denoiser."""
+    layout, keys = _layout(pipe, settings), {}
+
+    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
+        keys[call.layer] = call.seqlen_k
+        return layout.resolve(call, frame)
+
+    def stop(pipe: "ReferencePipeline", *_: object) -> dict[str, Any]:
+        pipe._interrupt = True
+        return {}
+
     pipe.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # one step is too few for some samplers
-        with i2am.record(pipe, time_groups=1) as recorder:
+        with i2am.record(pipe, layout=replace(layout, resolve=resolve), time_groups=1) as recorder:
             _call(
                 pipe,
                 settings,
                 inputs,
+                # one step is too few for some samplers
                 num_inference_steps=2,
                 guidance_scale=1,
                 output_type="latent",
+                callback_on_step_end=stop,
             )
-        probe = recorder.maps()
+        maps = recorder.maps()
     pipe.set_progress_bar_config(**_BAR)
-    if settings.regions and Direction.GENERATED_TO_REFERENCE not in probe.directions:
+    if settings.regions and Direction.GENERATED_TO_REFERENCE not in maps.directions:
         raise InputRejected(
             f"regions need reference patches to look at, and model {settings.model} has a single "
             "reference token"
         )
-    return probe
+    several = any(layer.site.reference_tokens > 1 for layer in maps.layer_sums)
+    return _Probe(maps, keys, keep_keys=several and settings.preset == "official")
 
 
 def _estimate(
-    probe: AttributionMaps, pipe: "ReferencePipeline", settings: Settings, inputs: Inputs
+    probe: _Probe, pipe: "ReferencePipeline", settings: Settings, inputs: Inputs
 ) -> Estimate:
     height, width = _size(pipe, settings, inputs)
     given = [inputs.person, inputs.mask, inputs.reference, inputs.pose, inputs.reference_mask]
     return estimate(
-        probe,
+        probe.maps,
         time_groups=settings.time_groups,
         votes=1 + (inputs.reference_mask is not None),
         rows=2 + len(settings.regions),
+        keys=probe.keys if probe.keep_keys else None,
         branches=2 if settings.guidance_branch == "both" else 1,
         guided=settings.guidance > 1,
         pixels=height * width + sum(image.width * image.height for image in given if image),
@@ -167,10 +199,9 @@ def _estimate(
     )
 
 
-def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> Run:
+def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_keys: bool) -> Run:
     height, width = _size(pipe, settings, inputs)
-    trained = getattr(pipe, "trained", True)
-    if not trained:
+    if not pipe.trained:
         log.warning(
             "the weights of %s are random, not trained: image and maps show how the recorder works "
             "and mean nothing",
@@ -185,18 +216,21 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> Run:
             width,
             height,
         )
-    layout = replace(pipe.attribution_layout(), prefix_votes=settings.preset == "official")
-    reference_mask = inputs.reference_mask
+    size = (inputs.person.height, inputs.person.width)
+    regions = {
+        box.name: Box(box.top, box.left, box.height, box.width, size) for box in settings.regions
+    }
     log.info("recording %d steps, %d pixels wide and %d high", settings.steps, width, height)
     started = time.monotonic()
     with i2am.record(
         pipe,
-        layout=layout,
+        layout=_layout(pipe, settings),
         time_groups=settings.time_groups,
         guidance=settings.guidance_branch,
-        regions={box.name: box_weights(box, inputs.person) for box in settings.regions},
-        mask=mask_weights(inputs.mask),
-        reference_mask=None if reference_mask is None else mask_weights(reference_mask),
+        regions=regions,
+        mask=inputs.mask,
+        reference_mask=inputs.reference_mask,
+        keep_keys=keep_keys,
     ) as recorder:
         (image,) = _call(pipe, settings, inputs)
     if settings.guidance_branch == "both":
@@ -206,7 +240,7 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> Run:
     return Run(
         image=image,
         maps={name: branch.to("cpu") for name, branch in maps.items()},
-        trained=trained,
+        trained=pipe.trained,
         pipeline=type(pipe).__name__,
         device=str(pipe.device),
         seconds=time.monotonic() - started,

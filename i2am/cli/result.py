@@ -2,28 +2,37 @@
 
 import json
 import logging
+import math
 import os
 import platform
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from PIL.Image import Image
 
 import i2am
+from i2am.adapters.inputs import as_mask
 from i2am.attribution import AttributionMaps
 from i2am.attribution.layers import nonfinite
 from i2am.cli.errors import ExitCode
 from i2am.cli.folder import MANIFEST
 from i2am.cli.pictures import Scene, draw
-from i2am.cli.scores import Entry, score
-from i2am.cli.settings import Inputs, Settings, mask_weights
+from i2am.cli.settings import Inputs, Settings
+from i2am.metrics import imacs_scores
 
 log = logging.getLogger("i2am")
 
 _PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "safetensors")
+_SCORES = ("imacs_g", "imacs_g_mask_votes", "imacs_r")
+
+
+class Entry(TypedDict):
+    """One score as JSON values: a number, or null and the reason."""
+
+    value: float | None
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -110,18 +119,34 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
                 caption=_caption(settings, run, branch, causal=maps.causal),
             )
             files += draw(folder, maps, scene, suffix=suffix)
-        reference_mask = inputs.reference_mask
-        found = score(
-            maps,
-            mask=mask_weights(inputs.mask),
-            reference_mask=None if reference_mask is None else mask_weights(reference_mask),
-            preset=settings.preset,
-        )
+        found = _score(maps, inputs, settings.preset, broken)
         scores |= {f"{name}{suffix}": entry for name, entry in found.items()}
     files += ["scores.json", MANIFEST]
     _write_json(folder / "scores.json", scores)
     _write_json(folder / MANIFEST, _manifest(settings, inputs, run, files, notes))
     return Result(settings.out, files, scores, notes, run.trained, code)
+
+
+def _score(
+    maps: AttributionMaps, inputs: Inputs, preset: str, broken: list[str]
+) -> dict[str, Entry]:
+    if broken:
+        return {name: {"value": None, "reason": f"NaN or Inf in {broken[0]}"} for name in _SCORES}
+    scores = imacs_scores(
+        maps,
+        mask=as_mask("mask", inputs.mask),
+        reference_mask=as_mask("reference-mask", inputs.reference_mask),
+        preset=preset,
+        undefined="nan",
+    )
+    entries: dict[str, Entry] = {}
+    for name, (values, reason) in scores.items():
+        value = None if values is None else float(values[0])
+        if value is not None and math.isnan(value):
+            # masks were checked when they were read, so only the map can be at fault
+            value, reason = None, "its map is the same everywhere"
+        entries[name] = {"value": value, "reason": reason}
+    return entries
 
 
 def _caption(settings: Settings, run: Run, branch: str, *, causal: bool) -> str:
@@ -152,8 +177,9 @@ def _manifest(
         "settings": options,
         "inputs": {
             name: {
-                "file": str(path),
-                "sha256": sha256(path.read_bytes()).hexdigest(),
+                # seen from this folder, so that both can be moved together
+                "file": os.path.relpath(path, settings.out),
+                "sha256": inputs.sha256[name],
                 "width": getattr(inputs, name).width,
                 "height": getattr(inputs, name).height,
             }

@@ -2,7 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,14 +13,13 @@ from i2am.cli.errors import InputRejected
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
 _REGION = re.compile(r"([A-Za-z0-9_-]+)=(\d+),(\d+),(\d+),(\d+)")
 _RESERVED = ("uniform", "mask")
 
 
 @dataclass(frozen=True)
-class Box:
+class NamedBox:
     """A named rectangle of the person image, in pixels."""
 
     name: str
@@ -38,9 +38,9 @@ class BoxType(click.ParamType):
     name = "NAME=top,left,height,width"
 
     def convert(
-        self, value: str | Box, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Box:
-        if isinstance(value, Box):
+        self, value: str | NamedBox, param: click.Parameter | None, ctx: click.Context | None
+    ) -> NamedBox:
+        if isinstance(value, NamedBox):
             return value
         found = _REGION.fullmatch(value)
         if found is None:
@@ -52,7 +52,7 @@ class BoxType(click.ParamType):
             )
         if found[1] in _RESERVED:
             self.fail(f"the name {found[1]!r} is taken by maps of its own.", param, ctx)
-        return Box(found[1], *map(int, found.groups()[1:]))
+        return NamedBox(found[1], *map(int, found.groups()[1:]))
 
 
 class SizeType(click.ParamType):
@@ -73,46 +73,45 @@ class SizeType(click.ParamType):
 
 @dataclass(frozen=True)
 class Settings:
-    """One recording."""
+    """One recording; the defaults are those of the command line.
+
+    Raises:
+        ValueError: Fewer steps than time groups, two regions of one name, the unconditional half
+            without guidance, or a guidance that is not finite.
+    """
 
     model: str
     person: Path
     mask: Path
     reference: Path
-    pose: Path | None
-    reference_mask: Path | None
-    out: Path
-    steps: int
-    guidance: float
-    seed: int
-    time_groups: int
-    regions: tuple[Box, ...]
-    preset: Literal["paper", "official"]
-    guidance_branch: Literal["conditional", "unconditional", "both"]
-    size: tuple[int, int] | None
-    device: Literal["auto", "cpu", "cuda"]
-    dtype: Literal["float32", "float16", "bfloat16"]
-    overwrite: bool
+    pose: Path | None = None
+    reference_mask: Path | None = None
+    out: Path = Path("i2am-out")
+    steps: int = 50
+    guidance: float = 5.0
+    seed: int = 0
+    time_groups: int = 5
+    regions: tuple[NamedBox, ...] = ()
+    preset: Literal["paper", "official"] = "paper"
+    guidance_branch: Literal["conditional", "unconditional", "both"] = "conditional"
+    size: tuple[int, int] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    overwrite: bool = False
 
-    def check(self) -> None:
-        """Refuse numbers that contradict each other.
-
-        Raises:
-            InputRejected: Fewer steps than time groups, two regions of one name, the
-                unconditional half without guidance, or a guidance that is not finite.
-        """
+    def __post_init__(self) -> None:
         if not math.isfinite(self.guidance):
-            raise InputRejected(f"guidance must be a finite number, got {self.guidance}")
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         if self.steps < self.time_groups:
-            raise InputRejected(
+            raise ValueError(
                 f"steps must be at least the {self.time_groups} time groups, got {self.steps}"
             )
         names = [box.name for box in self.regions]
         for name in names:
             if names.count(name) > 1:
-                raise InputRejected(f"region names must differ, got {name} twice")
+                raise ValueError(f"region names must differ, got {name} twice")
         if self.guidance <= 1 and self.guidance_branch != "conditional":
-            raise InputRejected(
+            raise ValueError(
                 f"guidance-branch {self.guidance_branch} needs a guidance above 1, "
                 f"got {self.guidance:g}"
             )
@@ -125,8 +124,10 @@ class Inputs:
     person: "Image"
     mask: "Image"
     reference: "Image"
-    pose: "Image | None"
-    reference_mask: "Image | None"
+    pose: "Image | None" = None
+    reference_mask: "Image | None" = None
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of the bytes of each file, by the name of its field."""
 
 
 def read_inputs(settings: Settings) -> Inputs:
@@ -138,13 +139,25 @@ def read_inputs(settings: Settings) -> Inputs:
     """
     from i2am.data.images import ImageRejected, read_image, read_mask
 
+    digests: dict[str, str] = {}
+
+    def read(name: str, path: Path) -> "Image":
+        image = read_image(path, name=name)
+        digests[name] = sha256(path.read_bytes()).hexdigest()
+        return image
+
+    def mask_of(image: "Image", name: str, path: Path) -> "Image":
+        mask = read_mask(path, name=name.replace("_", "-"), size=image.size)
+        digests[name] = sha256(path.read_bytes()).hexdigest()
+        return mask
+
     try:
-        person = read_image(settings.person, name="person")
-        mask = read_mask(settings.mask, name="mask", size=person.size)
-        reference = read_image(settings.reference, name="reference")
-        pose = settings.pose and read_image(settings.pose, name="pose")
-        reference_mask = settings.reference_mask and read_mask(
-            settings.reference_mask, name="reference-mask", size=reference.size
+        person = read("person", settings.person)
+        mask = mask_of(person, "mask", settings.mask)
+        reference = read("reference", settings.reference)
+        pose = settings.pose and read("pose", settings.pose)
+        reference_mask = settings.reference_mask and mask_of(
+            reference, "reference_mask", settings.reference_mask
         )
     except ImageRejected as error:
         raise InputRejected(str(error)) from error
@@ -160,21 +173,4 @@ def read_inputs(settings: Settings) -> Inputs:
                 f"region {box} must lie inside the person image, {person.width} pixels wide and "
                 f"{person.height} high, and not be empty"
             )
-    return Inputs(person, mask, reference, pose or None, reference_mask or None)
-
-
-def mask_weights(mask: "Image") -> "Tensor":
-    """A mask of `read_mask` as fp32 ``[height, width]`` of 0 and 1."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)
-
-
-def box_weights(box: Box, person: "Image") -> "Tensor":
-    """A box as fp32 ``[height, width]`` over the person: 1 inside, 0 outside."""
-    import torch
-
-    weights = torch.zeros(person.height, person.width)
-    weights[box.top : box.top + box.height, box.left : box.left + box.width] = 1
-    return weights
+    return Inputs(person, mask, reference, pose or None, reference_mask or None, digests)

@@ -11,8 +11,8 @@ demo = importlib.import_module("i2am.cli.demo")
 
 
 def test_inputs_are_photographs_and_masks_of_their_sizes(tmp_path):
-    demo.make_inputs(tmp_path)
-    images = {path.stem: Image.open(path) for path in tmp_path.glob("*.png")}
+    demo.make_inputs(tmp_path / "inputs")
+    images = {path.stem: Image.open(path) for path in tmp_path.glob("inputs/*.png")}
     assert set(images) == {"person", "mask", "reference", "reference_mask"}
     assert images["person"].size == images["mask"].size
     assert images["reference"].size == images["reference_mask"].size
@@ -27,9 +27,9 @@ def test_inputs_are_photographs_and_masks_of_their_sizes(tmp_path):
 
 
 def test_the_suit_is_orange_and_the_cup_is_not_the_table(tmp_path):
-    demo.make_inputs(tmp_path)
-    person = np.asarray(Image.open(tmp_path / "person.png")).astype(float)
-    suit = np.asarray(Image.open(tmp_path / "mask.png")) > 0
+    demo.make_inputs(tmp_path / "inputs")
+    person = np.asarray(Image.open(tmp_path / "inputs" / "person.png")).astype(float)
+    suit = np.asarray(Image.open(tmp_path / "inputs" / "mask.png")) > 0
     orange = (person[..., 0] > person[..., 2] + 60).astype(float)
     assert orange[suit].mean() > 0.6
     assert orange[~suit].mean() < 0.2
@@ -43,12 +43,26 @@ def test_without_scikit_image_it_says_what_to_install(run_here, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left")], ids=repr)
+def test_stopped_demo_leaves_nothing(error, run_here, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr("i2am.cli.recording._run", stop)
+    done = run_here(["demo", "-o", str(tmp_path / "demo")])
+    assert done.code in (ExitCode.INTERRUPTED, ExitCode.IO)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_demo_runs_twice_and_tells_what_to_see(run_here, tmp_path):
     out = tmp_path / "demo"
     first = run_here(["demo", "--steps", "5", "-o", str(out)])
     assert first.code == ExitCode.DONE, first.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
     run = json.loads((out / "pocket" / "run.json").read_text())
+    for given in run["inputs"].values():
+        assert (out / "pocket" / given["file"]).is_file()
     assert str(out / "pocket") in first.out
     assert ("has random weights" in first.out) is not run["model"]["trained"]
     for name in ("overview.png", "time_groups.png", "heads.png", "region_badge.png"):

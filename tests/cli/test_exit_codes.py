@@ -86,19 +86,6 @@ REJECTED = {
         r"region sky=100,0,29,10 must lie inside the person image, 96 pixels wide and 128 high",
     ),
     "region-empty": (lambda f: {"region": "sky=0,0,0,10"}, "and not be empty"),
-    "region-twice": (
-        lambda f: {"region": ["a=0,0,9,9", "a=9,9,9,9"]},
-        "region names must differ, got a twice",
-    ),
-    "too-few-steps": (
-        lambda f: {"steps": 4, "time_groups": 5},
-        "steps must be at least the 5 time groups, got 4",
-    ),
-    "branch-without-guidance": (
-        lambda f: {"guidance": 1, "guidance_branch": "both"},
-        "guidance-branch both needs a guidance above 1, got 1",
-    ),
-    "guidance-nan": (lambda f: {"guidance": "nan"}, "guidance must be a finite number"),
     "size": (lambda f: {"size": "127x96"}, "size 127x96 does not suit pocket"),
 }
 
@@ -154,6 +141,22 @@ def test_regions_are_refused_by_a_model_without_reference_patches(
         pytest.param({"region": "0,0,9,9"}, "must be NAME=top,left,height,width", id="no-name"),
         pytest.param({"region": "../x=0,0,9,9"}, "must be NAME=", id="path-as-name"),
         pytest.param({"region": "mask=0,0,9,9"}, "'mask' is taken", id="reserved-name"),
+        pytest.param(
+            {"region": ["a=0,0,9,9", "a=9,9,9,9"]},
+            "region names must differ, got a twice",
+            id="region-twice",
+        ),
+        pytest.param(
+            {"steps": 4, "time_groups": 5},
+            "steps must be at least the 5 time groups, got 4",
+            id="too-few-steps",
+        ),
+        pytest.param(
+            {"guidance": 1, "guidance_branch": "both"},
+            "guidance-branch both needs a guidance above 1, got 1",
+            id="branch-without-guidance",
+        ),
+        pytest.param({"guidance": "nan"}, "guidance must be a finite number", id="guidance-nan"),
         pytest.param({"colour": "jet"}, "No such option '--colour'", id="unknown-option"),
     ],
 )
@@ -175,10 +178,34 @@ def test_help_and_version_go_to_stdout(arguments, run_here):
     assert done.err == ""
 
 
-def test_a_command_is_needed(run_here):
+def test_without_a_command_the_help_comes_as_it_is_on_stderr(run_here):
     done = run_here([])
     assert done.code == ExitCode.USAGE
-    assert "See 'i2am --help'" in one_sentence(done.err)
+    assert done.out == ""
+    assert done.err == run_here(["--help"]).out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        pytest.param(OSError("Error no file named x"), 4, "cannot be loaded: Error no", id="bare"),
+        pytest.param(KeyError("unet"), 4, "cannot be loaded: 'unet'", id="key"),
+        pytest.param(TypeError("no such option"), 4, "cannot be loaded: no such", id="type"),
+        pytest.param(FileNotFoundError(2, "No such file"), 4, "cannot be loaded", id="missing"),
+        pytest.param(OSError(5, "Input/output error"), 74, "Input/output error", id="disk"),
+        pytest.param(MemoryError(), 4, "out of memory", id="memory"),
+    ],
+)
+def test_whatever_ails_a_model_folder_it_is_rejected(
+    error, code, sentence, run_here, record_line, monkeypatch
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("i2am.models.load_pipeline", fail)
+    done = run_here(record_line())
+    assert done.code == code
+    assert sentence in one_sentence(done.err)
 
 
 def test_verbose_shows_the_traceback_before_the_sentence(run_here, record_line):
@@ -193,7 +220,7 @@ def test_verbose_shows_the_traceback_before_the_sentence(run_here, record_line):
     ids=["python", "torch"],
 )
 def test_running_out_of_memory_is_no_bug(error, run_here, record_line, monkeypatch, tmp_path):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("i2am.cli.recording._run", fail)

@@ -8,7 +8,7 @@ from PIL import Image
 from i2am.attribution import picture
 from i2am.cli import pictures
 from i2am.cli.pictures import SIDE, Scene, draw
-from i2am.cli.settings import Box, Inputs
+from i2am.cli.settings import Inputs, NamedBox
 from i2am.plots import contact_sheet, overlay
 from i2am.testing import make_maps, make_site
 
@@ -18,7 +18,7 @@ MIDDLE = make_site("mid_block", (2, 2), (5, 4))
 SINGLE = make_site("up_blocks.1", (8, 6), None)
 OTHER_HEADS = make_site("up_blocks.2", (4, 3), (5, 4), heads=3)
 
-BOX = Box("box", top=12, left=6, height=24, width=12)
+BOX = NamedBox("box", top=12, left=6, height=24, width=12)
 
 
 def image(width, height, seed):
@@ -65,7 +65,7 @@ def sheets(monkeypatch, tmp_path):
         folder.mkdir()
         files = draw(folder, maps, scene)
         assert sorted(path.name for path in folder.iterdir()) == sorted(files)
-        return dict(zip(files, seen, strict=True))
+        return dict(zip([name for name in files if "overlay" not in name], seen, strict=True))
 
     return run
 
@@ -127,6 +127,36 @@ def test_a_tile_shows_the_map_its_title_names_over_the_image_it_belongs_to(sheet
         for tile, (below, map_) in zip(drawn[name][2][1:], tiles, strict=True):
             values = picture(map_[0], below.shape[:2]).numpy()
             assert np.array_equal(tile, overlay(below, values))
+
+
+@pytest.mark.filterwarnings("ignore:preset 'official' is approximate")
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_plain_overlays_have_the_size_of_their_image_and_nothing_else_in_it(preset, tmp_path):
+    maps, over = record(COARSE, FINE), scene(preset=preset)
+    draw(tmp_path, maps, over, suffix="_both")
+    generated, reference = np.asarray(over.generated), np.asarray(over.inputs.reference)
+    for name, below, map_ in (
+        ("r2g", generated, maps.reference_to_generated(preset=preset)),
+        ("r2g_mask_votes", generated, maps.reference_to_generated(votes="mask", preset=preset)),
+        ("g2r", reference, maps.generated_to_reference(preset=preset)),
+    ):
+        pixels = np.asarray(Image.open(tmp_path / f"overlay_{name}_both.png"))
+        values = picture(map_[0], below.shape[:2], preset=preset).numpy()
+        assert np.array_equal(pixels, overlay(below, values))
+
+
+def test_mask_votes_need_reference_tokens_with_a_place(tmp_path, sheets):
+    drawn = sheets(record(SINGLE), scene())
+    assert not any("mask vote" in title for _, titles, *_ in drawn.values() for title in titles)
+    files = draw(tmp_path, record(SINGLE), scene())
+    assert [name for name in files if "overlay" in name] == ["overlay_r2g.png"]
+
+
+def test_mask_votes_are_drawn_from_the_layers_that_have_a_grid(sheets):
+    both = sheets(record(FINE, SINGLE), scene())["r2g.png"]
+    alone = sheets(record(FINE), scene())["r2g.png"]
+    assert both[1][2] == alone[1][2] == "R2G: only tokens in the reference mask vote"
+    assert np.array_equal(both[2][2], alone[2][2])
 
 
 def test_time_groups_and_heads_show_their_own_share(sheets):

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import i2am
-from i2am.attribution import picture
+from i2am.attribution import Box, picture
+from i2am.attribution.layers import tensors
 from i2am.cli.errors import ExitCode
 from i2am.models import load_pipeline
 
@@ -47,6 +48,9 @@ def test_every_file_is_written_and_listed(run_here, record_line, files, out):
         "heads.png",
         "image.png",
         "maps.safetensors",
+        "overlay_g2r.png",
+        "overlay_r2g.png",
+        "overlay_r2g_mask_votes.png",
         "overview.png",
         "r2g.png",
         "region_left.png",
@@ -60,7 +64,10 @@ def test_every_file_is_written_and_listed(run_here, record_line, files, out):
         if name.endswith(".png"):
             assert Image.open(out / name).convert("RGB").getextrema() != ((255, 255),) * 3
     assert Image.open(out / "image.png").size == (96, 128)
+    assert Image.open(out / "overlay_r2g.png").size == (96, 128)
+    assert Image.open(out / "overlay_g2r.png").size == (80, 80)
     for name, given in run["inputs"].items():
+        assert (out / given["file"]).resolve() == files / f"{name}.png"
         assert given["sha256"] == sha256((files / f"{name}.png").read_bytes()).hexdigest()
     assert run["settings"]["seed"] == 0
     assert run["versions"]["torch"] == torch.__version__
@@ -174,13 +181,49 @@ def test_size_is_honoured(run_here, record_line, out):
     assert {layer.site.generated_grid for layer in maps.layer_sums} == {(20, 15), (10, 8)}
 
 
-def test_official_preset_lets_the_class_token_vote(run_here, record_line, out):
+def test_inputs_that_change_during_the_run_are_hashed_as_they_were_read(
+    run_here, record_line, files, out, monkeypatch
+):
+    from i2am.cli import recording
+
+    before = sha256((files / "person.png").read_bytes()).hexdigest()
+    run = recording._run
+
+    def spoil(*arguments, **options):
+        (files / "person.png").unlink()
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(recording, "_run", spoil)
+    assert run_here(record_line()).code == ExitCode.DONE
+    assert strict_json(out / "run.json")["inputs"]["person"]["sha256"] == before
+
+
+def test_official_preset_lets_the_class_token_vote_and_keeps_the_keys_apart(
+    run_here, record_line, out
+):
     run_here(record_line())
     paper = i2am.load_maps(out / "maps.safetensors")
-    run_here(record_line("--overwrite", preset="official"))
+    done = run_here(record_line("--overwrite", preset="official"))
+    assert done.code == ExitCode.DONE, done.err
+    assert "approximate" not in done.err
     official = i2am.load_maps(out / "maps.safetensors")
+    for layer in official.layer_sums:
+        by_key = layer.reference_to_generated_by_key
+        # the class token is one of the voters
+        assert by_key.shape[3] == layer.site.reference_tokens + 1
+        assert torch.allclose(by_key.mean(3), layer.reference_to_generated[:, :, :, 0], rtol=1e-4)
+    assert all(layer.reference_to_generated_by_key is None for layer in paper.layer_sums)
     assert torch.equal(paper.generated_to_reference(), official.generated_to_reference())
     assert not torch.equal(paper.reference_to_generated(), official.reference_to_generated())
+
+
+def test_official_preset_keeps_no_keys_of_a_single_token(
+    run_here, record_line, out, paint_by_example_folder
+):
+    done = run_here(record_line(model=paint_by_example_folder, preset="official"))
+    assert done.code == ExitCode.DONE, done.err
+    maps = i2am.load_maps(out / "maps.safetensors")
+    assert all(layer.reference_to_generated_by_key is None for layer in maps.layer_sums)
 
 
 def test_single_token_model_has_one_direction_and_says_why(
@@ -198,17 +241,21 @@ def test_single_token_model_has_one_direction_and_says_why(
     assert "g2r.png" not in names(out)
     scores = strict_json(out / "scores.json")
     assert scores["imacs_g"]["value"] is not None
-    assert scores["imacs_r"]["value"] is None
-    assert "no reference grid" in scores["imacs_r"]["reason"]
+    assert "overlay_r2g_mask_votes.png" not in names(out)
+    for name in ("imacs_r", "imacs_g_mask_votes"):
+        assert scores[name]["value"] is None
+        assert "no reference grid" in scores[name]["reason"]
 
 
 # --dry-run
 
 
+@pytest.mark.parametrize("preset", ["paper", "official"])
 def test_dry_run_writes_nothing_and_estimates_what_stays_exactly(
-    run_here, record_line, files, out, tmp_path
+    preset, run_here, record_line, files, out, tmp_path
 ):
     options = {
+        "preset": preset,
         "reference_mask": files / "reference_mask.png",
         "region": ["a=0,0,20,20", "b=0,30,50,50"],
         "guidance_branch": "both",
@@ -224,12 +271,44 @@ def test_dry_run_writes_nothing_and_estimates_what_stays_exactly(
         sums.nbytes
         for name in ("maps", "maps_unconditional")
         for layer in i2am.load_maps(out / f"{name}.safetensors").layer_sums
-        for sums in (layer.reference_to_generated, layer.generated_to_reference)
+        for sums in tensors(layer).values()
     )
     assert estimate["stays"] == stays
     assert estimate["layers"] == 7
     assert estimate["transient"] >= estimate["stays"]
     assert estimate["available"] > 0
+    # every image as fp32: generated, person, mask, reference and its mask
+    assert estimate["images"] == 12 * (3 * 96 * 128 + 2 * 80 * 80)
+
+
+def test_the_estimate_costs_one_call_of_the_denoiser(run_here, record_line, monkeypatch):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    calls = []
+    forward = UNet2DConditionModel.forward
+
+    def count(self, sample, *arguments, **options):
+        calls.append(len(sample))
+        return forward(self, sample, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", count)
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *_, **__: pytest.fail("decoded"))
+    done = run_here(record_line("--dry-run", region="a=0,0,20,20", steps=50))
+    assert done.code == ExitCode.DONE, done.err
+    assert calls == [1]
+
+
+def test_a_region_is_as_small_as_its_numbers(run_here, record_line, monkeypatch):
+    seen = {}
+    record = i2am.record
+
+    def watch(*arguments, **options):
+        seen.update(options)
+        return record(*arguments, **options)
+
+    monkeypatch.setattr(i2am, "record", watch)
+    assert run_here(record_line(region="a=10,5,40,30")).code == ExitCode.DONE
+    assert seen["regions"] == {"a": Box(10, 5, 40, 30, (128, 96))}
 
 
 def test_dry_run_speaks_in_sentences(run_here, record_line):
@@ -259,6 +338,26 @@ def test_too_little_memory_is_refused_with_the_estimate(
     assert "not enough memory: the maps need about" in done.err
     assert "97.7 KiB are available; ask for fewer regions" in done.err
     assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"),
+    [("1000000", 1_000_000 - 700_000 + 5_000), ("600000", 0), ("max", None)],
+    ids=["limited", "exceeded", "unlimited"],
+)
+def test_the_limit_of_a_container_counts(limit, free, tmp_path, monkeypatch):
+    from i2am.cli import estimate
+
+    monkeypatch.setattr(estimate, "_CGROUP", tmp_path)
+    without = estimate.available_memory(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 695000\ninactive_file 5000\n")
+    found = estimate.available_memory(torch.device("cpu"))
+    if free is None:
+        assert found == pytest.approx(without, rel=0.5)
+    else:
+        assert found == free
 
 
 def test_available_memory_is_plausible():
