@@ -12,6 +12,8 @@ Every name is imported when it is first used: diffusers and transformers are slo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# for type checkers, who cannot follow __getattr__
+# ruff: noqa: F401
 if TYPE_CHECKING:
     from i2am.models.configuration import FULL_SIZE, CustomConfiguration
     from i2am.models.custom import CustomPipeline
@@ -21,22 +23,6 @@ if TYPE_CHECKING:
     from i2am.models.pocket import POCKET, pocket_pipeline, pocket_weights, save_pocket_weights
     from i2am.models.projection import ReferenceProjection
     from i2am.models.schedulers import CustomModelDDIMScheduler
-
-__all__ = [
-    "BUILT_IN",
-    "FULL_SIZE",
-    "POCKET",
-    "CustomConfiguration",
-    "CustomModelDDIMScheduler",
-    "CustomPipeline",
-    "PaintByExampleImageEncoder",
-    "PaintByExamplePipeline",
-    "ReferenceProjection",
-    "load_pipeline",
-    "pocket_pipeline",
-    "pocket_weights",
-    "save_pocket_weights",
-]
 
 _MODULES = {
     "BUILT_IN": "loading",
@@ -53,6 +39,8 @@ _MODULES = {
     "pocket_weights": "pocket",
     "save_pocket_weights": "pocket",
 }
+
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

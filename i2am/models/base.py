@@ -54,8 +54,8 @@ class ReferencePipeline(DiffusionPipeline):
         Raises:
             FileNotFoundError: The folder, or a file in it, is missing.
             TypeError: An option this pipeline does not have.
-            ValueError: A file is damaged, a component has another class, or its weights lack
-                keys, have extra ones or other shapes.
+            ValueError: A file is damaged, a component has another class or a configuration that
+                cannot be, or its weights lack keys, have extra ones or other shapes.
         """
         from i2am.models.folders import load_folder
 
@@ -89,9 +89,16 @@ class ReferencePipeline(DiffusionPipeline):
             ValueError: Its configuration does not say.
         """
         cells = self.unet.config.sample_size
-        if cells is None:
-            raise ValueError("unet has no sample_size in its configuration: give height and width")
-        rows, columns = (cells, cells) if isinstance(cells, int) else cells
+        match cells:
+            case int():
+                rows, columns = cells, cells
+            case (int(rows), int(columns)):
+                pass
+            case _:
+                raise ValueError(
+                    f"height and width must be given for a unet whose configuration has no size, "
+                    f"got sample_size {cells!r}"
+                )
         return rows * self.vae_scale_factor, columns * self.vae_scale_factor
 
     @property

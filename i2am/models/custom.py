@@ -62,6 +62,13 @@ class CustomPipeline(ReferencePipeline):
         trained: bool = True,
     ) -> None:
         super().__init__()
+        match reference_size:
+            case (int(), int()) if min(reference_size) > 0:
+                pass
+            case _:
+                raise ValueError(
+                    f"reference_size must be a height and a width in pixels, got {reference_size!r}"
+                )
         self.register_modules(
             vae=vae,
             image_encoder=image_encoder,

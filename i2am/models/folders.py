@@ -13,7 +13,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from i2am.models import schedulers
 from i2am.models.base import ReferencePipeline
-from i2am.models.weights import check_keys, weight_files
+from i2am.models.weights import check_keys, in_one_sentence, weight_files
 
 Pipeline = TypeVar("Pipeline", bound=ReferencePipeline)
 INDEX = "model_index.json"
@@ -62,7 +62,7 @@ def load_folder(
         if name in replacements:
             continue
         declared = index.get(name)
-        if not (isinstance(declared, list) and len(declared) == 2 and declared[1]):
+        if not (isinstance(declared, list) and len(declared) == 2 and isinstance(declared[1], str)):
             raise ValueError(f"{path / INDEX} does not declare the component {name}")
         if component_class is SchedulerMixin:
             settings[name] = _load_scheduler(path / name, declared[1])
@@ -86,15 +86,19 @@ def _load_model(
     if "from_pretrained" in vars(model_class):  # one of ours, strict by itself
         return model_class.from_pretrained(folder, dtype=dtype, variant=variant)
     dtype_name = "torch_dtype" if issubclass(model_class, ModelMixin) else "dtype"
-    model, report = model_class.from_pretrained(
-        folder,
-        variant=variant,
-        local_files_only=True,
-        use_safetensors=files[0].suffix == ".safetensors",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **{dtype_name: dtype or torch.float32},
+    what = (
+        f"{folder / 'config.json'} and {files[0].name} cannot be loaded as {model_class.__name__}"
     )
+    with in_one_sentence(what):
+        model, report = model_class.from_pretrained(
+            folder,
+            variant=variant,
+            local_files_only=True,
+            use_safetensors=files[0].suffix == ".safetensors",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **{dtype_name: dtype or torch.float32},
+        )
     check_keys(
         f"{model_class.__name__} in {folder}",
         missing=report["missing_keys"],
@@ -113,7 +117,8 @@ def _load_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ValueError(f"{folder.parent / INDEX} declares an unknown scheduler, {class_name}")
     scheduler_class: Any = found
-    return scheduler_class.from_pretrained(folder, local_files_only=True)
+    with in_one_sentence(f"{folder / 'scheduler_config.json'} cannot be loaded as {class_name}"):
+        return scheduler_class.from_pretrained(folder, local_files_only=True)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def same_size(images: ImageInput, name: str) -> tuple[int, int]:
         TypeError: Something that is no image.
         ValueError: An empty list, a wrong shape, or sizes that differ.
     """
-    found = set()
+    found: set[tuple[int, ...]] = set()
     for item in as_list(images, name):
         if isinstance(item, Image.Image):
             found.add((item.height, item.width))

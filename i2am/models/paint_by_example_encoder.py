@@ -1,6 +1,7 @@
 """Paint-by-Example's image encoder: one CLIP vector of the reference becomes one context token."""
 
 import os
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -8,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 
-from i2am.models.weights import load_strictly, read_state_dict
+from i2am.models.weights import in_one_sentence, load_strictly, read_state_dict
 
 
 class PaintByExampleMapper(nn.Module):
@@ -90,9 +91,11 @@ class PaintByExampleImageEncoder(PreTrainedModel):
 
         Raises:
             FileNotFoundError: A file is missing.
-            ValueError: A file is damaged, or tensors are missing, left over or misshapen.
+            ValueError: A file is damaged, the configuration makes no encoder, or tensors are
+                missing, left over or misshapen.
         """
-        model = cls(CLIPVisionConfig.from_pretrained(folder, local_files_only=True))
+        with in_one_sentence(f"{Path(folder, 'config.json')} cannot be loaded as {cls.__name__}"):
+            model = cls(CLIPVisionConfig.from_pretrained(folder, local_files_only=True))
         found = read_state_dict(folder, variant)
         state = {_current_name(key): values for key, values in found.items()}
         state.pop("model.embeddings.position_ids", None)

@@ -2,9 +2,9 @@
 
 import json
 import os
-import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,11 +42,9 @@ def weight_files(folder: str | os.PathLike[str], variant: str | None = None) -> 
         if (folder / name).is_file():
             files = [folder / name]
         elif index.is_file():
-            try:
+            with in_one_sentence(f"{index} is not an index of weight files"):
                 shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"{index} is not an index of weight files: {error}") from error
-            files = [folder / shard for shard in sorted(set(shards))]
+                files = [folder / shard for shard in sorted(set(shards))]
         else:
             continue
         for file in files:
@@ -84,11 +82,8 @@ def read_weight_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             return tensors, opened.metadata() or {}
-    try:
+    with in_one_sentence(f"{file} is not a file of plain tensors"):
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{file} is not a file of plain tensors: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
         raise ValueError(f"{file} must hold named tensors and nothing else")
     return content, {}
@@ -129,6 +124,24 @@ def check_keys(
     problems = [f"{name}: {_some(keys)}" for name, keys in groups.items() if keys]
     if problems:
         raise ValueError(f"the weights of the {what} do not fit; {'; '.join(problems)}")
+
+
+@contextmanager
+def in_one_sentence(what: str) -> Iterator[None]:
+    """Turns what libraries raise over bad files into one ValueError that begins with `what`.
+
+    The disk's own faults (an OSError with an errno) and a lack of memory stay what they are.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        # they raise what they like: TypeError, KeyError, OSError without errno, classes of a hub
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{what}: {type(error).__name__} {reason}") from error
 
 
 def _some(keys: list[str], limit: int = 8) -> str:

@@ -183,6 +183,8 @@ def test_full_size_has_the_published_shapes() -> None:
 @pytest.mark.parametrize(
     ("reference_size", "message"),
     [
+        (16, "reference_size must be a height and a width in pixels, got 16"),
+        ((-16, -12), r"reference_size must be a height and a width in pixels, got \(-16, -12\)"),
         ((16, 10), r"multiple of the encoder's patches of 4 pixels, got \[16, 10\]"),
         ((16, 16), r"reference_size \[16, 16\] gives 17 tokens, image_proj is made for 13"),
     ],

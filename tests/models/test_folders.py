@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from i2am import models
 from i2am.models import CustomPipeline, PaintByExamplePipeline, load_pipeline
-from i2am.models.weights import weight_files
+from i2am.models.weights import in_one_sentence, weight_files
 
 ENCODER = "image_encoder/model.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -30,7 +30,10 @@ def edit_weights(file: Path, edit) -> None:
 
 
 def edit_index(folder: Path, **entries) -> None:
-    file = folder / "model_index.json"
+    edit_json(folder / "model_index.json", **entries)
+
+
+def edit_json(file: Path, **entries) -> None:
     index = json.loads(file.read_text()) | entries
     file.write_text(json.dumps({key: value for key, value in index.items() if value != "gone"}))
 
@@ -147,9 +150,9 @@ def not_tensors(folder: Path) -> None:
     torch.save({"epoch": 3}, folder / "image_encoder/pytorch_model.bin")
 
 
-def damaged_shard_index(folder: Path) -> None:
+def damaged_shard_index(folder: Path, content: str = "{}") -> None:
     (folder / UNET).unlink()
-    (folder / f"{UNET}.index.json").write_text("{}")
+    (folder / f"{UNET}.index.json").write_text(content)
 
 
 BROKEN = {
@@ -198,6 +201,46 @@ BROKEN = {
         ValueError,
         "declares an unknown scheduler, AutoencoderKL",
     ),
+    "nameless scheduler": (
+        lambda f: edit_index(f, scheduler=["diffusers", 5]),
+        ValueError,
+        "does not declare the component scheduler",
+    ),
+    "abstract scheduler": (
+        lambda f: edit_index(f, scheduler=["diffusers", "SchedulerMixin"]),
+        ValueError,
+        "cannot be loaded as SchedulerMixin: AttributeError",
+    ),
+    "scheduler of a wrong type": (
+        lambda f: edit_json(f / "scheduler/scheduler_config.json", num_train_timesteps="many"),
+        ValueError,
+        r"scheduler_config\.json cannot be loaded as DDIMScheduler: TypeError linspace",
+    ),
+    "unet of a wrong type": (
+        lambda f: edit_json(f / "unet/config.json", block_out_channels=3, down_block_types=5),
+        ValueError,
+        r"unet.config\.json and .* cannot be loaded as UNet2DConditionModel: TypeError",
+    ),
+    "unknown block": (
+        lambda f: edit_json(f / "unet/config.json", down_block_types=["NoBlock2D"] * 2),
+        ValueError,
+        r"unet.config\.json and .* cannot be loaded as UNet2DC.*: .*NoBlock2D does not exist",
+    ),
+    "vae of a wrong type": (
+        lambda f: edit_json(f / "vae/config.json", block_out_channels=3),
+        ValueError,
+        r"vae.config\.json and .* cannot be loaded as AutoencoderKL: TypeError",
+    ),
+    "encoder of a wrong type": (
+        lambda f: edit_json(f / "image_encoder/config.json", hidden_size="wide"),
+        ValueError,
+        r"image_encoder.config\.json cannot be loaded as PaintByExampleImageEncoder: .*hidden_size",
+    ),
+    "encoder's unknown activation": (
+        lambda f: edit_json(f / "image_encoder/config.json", hidden_act="nope"),
+        ValueError,
+        r"config\.json cannot be loaded as PaintByExampleImageEncoder: KeyError 'nope'",
+    ),
     "no scheduler": (
         lambda f: rename(f, "scheduler/scheduler_config.json"),
         FileNotFoundError,
@@ -227,6 +270,11 @@ BROKEN = {
     "malicious": (malicious_bin, ValueError, r"pytorch_model\.bin is not a file of plain tensors"),
     "not tensors": (not_tensors, ValueError, "must hold named tensors and nothing else"),
     "shard index": (damaged_shard_index, ValueError, "is not an index of weight files"),
+    "shard list": (
+        lambda f: damaged_shard_index(f, '{"weight_map": {"conv_in.bias": 3}}'),
+        ValueError,
+        "is not an index of weight files: TypeError",
+    ),
     "missing tensor": (
         lambda f: edit_weights(f / ENCODER, drop("proj_out.bias", "uncond_vector")),
         ValueError,
@@ -267,6 +315,36 @@ def test_broken_folders(folder, capsys, damage, error, message) -> None:
         load_pipeline(folder)
     assert "\n" not in str(caught.value)
     assert "executed" not in capsys.readouterr().out
+
+
+CUSTOM_BROKEN = {
+    "projection of a wrong type": ("image_proj", {"width": "wide"}, "TypeError"),
+    "negative tokens": ("image_proj", {"tokens": -1}, "RuntimeError"),
+    "encoder of a wrong type": ("image_encoder", {"hidden_size": "wide"}, ".*expected int"),
+    "encoder's unknown activation": ("image_encoder", {"hidden_act": "nope"}, "KeyError 'nope'"),
+}
+
+
+@pytest.mark.parametrize(
+    ("component", "change", "message"), CUSTOM_BROKEN.values(), ids=CUSTOM_BROKEN.keys()
+)
+def test_broken_configurations_of_a_custom_model(
+    custom, tmp_path, component, change, message
+) -> None:
+    custom.save_pretrained(tmp_path)
+    edit_json(tmp_path / component / "config.json", **change)
+    found = rf"{component}.config\.json and .*\.safetensors cannot be loaded as \w+: {message}"
+    with pytest.raises(ValueError, match=found) as caught:
+        load_pipeline(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_faulty_disk_is_no_broken_configuration() -> None:
+    with pytest.raises(PermissionError), in_one_sentence("config.json"):
+        raise PermissionError(13, "denied")
+    with pytest.raises(ValueError, match=r"^config\.json: OSError no class found$"):
+        with in_one_sentence("config.json"):
+            raise OSError("no\nclass   found")
 
 
 def test_many_missing_tensors_are_counted(folder) -> None:

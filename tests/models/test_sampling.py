@@ -100,9 +100,9 @@ def test_input_kinds_agree(pipeline, inputs, run) -> None:
     arrays = {name: np.array(values) for name, values in inputs.items()}
     floats = {name: values.astype(np.float32)[None] / 255 for name, values in arrays.items()}
     tensors = {
-        "image": torch.from_numpy(floats["image"]).movedim(-1, 1) * 2 - 1,
+        "image": torch.from_numpy(floats["image"]).movedim(-1, 1),
         "mask_image": torch.from_numpy(floats["mask_image"]),
-        "reference_image": torch.from_numpy(floats["reference_image"]).movedim(-1, 1) * 2 - 1,
+        "reference_image": torch.from_numpy(floats["reference_image"]).movedim(-1, 1),
     }
     expected = run(pipeline, **arrays)
     for kind in (floats, tensors, {**inputs, "reference_image": arrays["reference_image"]}):
