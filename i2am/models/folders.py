@@ -73,7 +73,8 @@ def load_folder(
                 f"{path / INDEX} declares a {declared[1]}"
             )
         settings[name] = _load_model(component_class, path / name, torch_dtype, variant)
-    pipeline = cls(**{**settings, **replacements})
+    with in_one_sentence(f"{path} cannot be loaded as {cls.__name__}"):
+        pipeline = cls(**{**settings, **replacements})
     pipeline.register_to_config(_name_or_path=str(path))
     return pipeline
 

@@ -339,6 +339,15 @@ def test_broken_configurations_of_a_custom_model(
     assert "\n" not in str(caught.value)
 
 
+def test_a_wrong_option_in_the_index_names_the_folder(custom, tmp_path) -> None:
+    custom.save_pretrained(tmp_path)
+    edit_index(tmp_path, reference_size=[16])
+    message = r"cannot be loaded as CustomPipeline: .*reference_size must be .* got \[16\]$"
+    with pytest.raises(ValueError, match=message) as caught:
+        load_pipeline(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_a_faulty_disk_is_no_broken_configuration() -> None:
     with pytest.raises(PermissionError), in_one_sentence("config.json"):
         raise PermissionError(13, "denied")
