@@ -104,8 +104,8 @@ def estimate(
             values += rows * site.reference_tokens
         if keys is not None:
             values += keys[site.layer] * cells
-            # the scores of one half, and their softmax
-            tile = max(tile, 2 * 4 * site.heads * cells * keys[site.layer])
+            # the scores, their softmax, and the softmax without keys that nobody sees
+            tile = max(tile, halves * 3 * 4 * site.heads * cells * keys[site.layer])
         stays += 4 * time_groups * site.heads * values
     return Estimate(
         layers=len(probe.layer_sums),
