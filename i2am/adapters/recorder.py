@@ -163,6 +163,7 @@ class Recorder:
         self._seen = Observations(self.layout, self._processors)
         self._call = 0
         self._frame: Frame | None = None
+        self._rows = 0
         self._targets: list[Target] = []
         self._resolved: dict[tuple[AttentionCall, Grid], tuple[Tokens, Tokens] | None] = {}
         # whether any call had keys beside the reference tokens
@@ -178,7 +179,8 @@ class Recorder:
         sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         height, width = sample.shape[-2:] if sample.ndim == 4 else (1, sample.shape[1])
         self._frame = Frame((height, width), kwargs, rounds_up=self._rounds_up)
-        self._targets = self._branches.targets(self._call, len(sample))
+        self._rows = len(sample)
+        self._targets = self._branches.targets(self._call, self._rows)
         self._seen.denoiser_calls += 1
 
     def _close_frame(self) -> None:
@@ -208,6 +210,11 @@ class Recorder:
         tokens = self._resolved[call, size]
         if tokens is None:
             return
+        if len(query) != self._rows:
+            raise NotImplementedError(
+                f"recording attention over {len(query)} rows in a denoiser call of {self._rows} is "
+                f"not supported ({name}; do video frames lie in the batch?)"
+            )
         generated, reference = tokens
         if generated.size is None:
             raise ValueError(f"layout {self.layout.name!r} must give the generated tokens a grid")

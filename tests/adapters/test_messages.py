@@ -299,6 +299,28 @@ class TestKeyCounts:
         ):
             loop(tiny.reference())
 
+    def test_frames_in_the_batch(self, tiny, loop):
+        """A layer that folds an axis into its batch: whose rows these are nobody can tell."""
+
+        class Frames(nn.Module):
+            def __init__(self, attention):
+                super().__init__()
+                self.attention = attention
+
+            def forward(self, states, encoder_hidden_states, **options):
+                rows = len(states)
+                context = encoder_hidden_states.repeat(3, 1, 1)
+                return self.attention(states.repeat(3, 1, 1), context)[:rows]
+
+        block = loop.unet.mid_block.attentions[0].transformer_blocks[0]
+        block.attn2 = Frames(block.attn2)
+        layout = TokenLayout.cross_attention((4, 3), layers=r"attention$")
+        with (
+            i2am.record(loop, layout=layout),
+            pytest.raises(NotImplementedError, match="over 6 rows in a denoiser call of 2"),
+        ):
+            loop(tiny.reference())
+
     def test_size_changed_during_the_run(self, tiny, loop):
         loop.scheduler.set_timesteps(5)
 
