@@ -42,7 +42,9 @@ def record(
 
     Processors are installed on the layers the layout names, the scheduler is followed to count
     denoising steps, and everything is put back at the end of the block, also after an exception.
-    Of several runs in one block the last one is kept.
+    Of several runs in one block the last one is kept. A compiled denoiser is recorded like any
+    other; processors that are watched rather than replaced (IP-Adapter's, third-party ones) break
+    its graph, which ``fullgraph=True`` refuses.
 
     Args:
         pipe_or_denoiser: A ``DiffusionPipeline``, or its UNet or transformer alone.
@@ -67,12 +69,13 @@ def record(
             i2am otherwise avoids.
 
     Returns:
-        A :class:`Recorder`; after the run, ``recorder.maps()``.
+        A :class:`Recorder`; after the run, ``recorder.maps()``. Entering it raises
+        ``RuntimeError`` where the denoiser is being recorded already.
 
     Raises:
         TypeError: The argument has no UNet or transformer.
         ValueError: No layout is known, no layer matches it, or an option is out of range.
-        RuntimeError: The denoiser is being recorded already.
+        NotImplementedError: The denoiser is sharded over devices.
 
     Example:
         >>> with i2am.record(pipe) as recorder:  # doctest: +SKIP
