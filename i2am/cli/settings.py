@@ -137,19 +137,21 @@ def read_inputs(settings: Settings) -> Inputs:
         InputRejected: A file is no usable image or mask, a mask or the pose has another size than
             its image, or a region leaves the person image.
     """
-    from i2am.data.images import ImageRejected, read_image, read_mask
+    from i2am.data.images import ImageRejected, read_bytes, read_image, read_mask
 
     digests: dict[str, str] = {}
 
+    def load(name: str, path: Path) -> bytes:
+        content = read_bytes(path, name=name.replace("_", "-"))
+        digests[name] = sha256(content).hexdigest()
+        return content
+
     def read(name: str, path: Path) -> "Image":
-        image = read_image(path, name=name)
-        digests[name] = sha256(path.read_bytes()).hexdigest()
-        return image
+        return read_image(path, name=name, content=load(name, path))
 
     def mask_of(image: "Image", name: str, path: Path) -> "Image":
-        mask = read_mask(path, name=name.replace("_", "-"), size=image.size)
-        digests[name] = sha256(path.read_bytes()).hexdigest()
-        return mask
+        option, content = name.replace("_", "-"), load(name, path)
+        return read_mask(path, name=option, size=image.size, content=content)
 
     try:
         person = read("person", settings.person)

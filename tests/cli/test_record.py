@@ -3,6 +3,7 @@
 import json
 import math
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,21 +182,26 @@ def test_size_is_honoured(run_here, record_line, out):
     assert {layer.site.generated_grid for layer in maps.layer_sums} == {(20, 15), (10, 8)}
 
 
-def test_inputs_that_change_during_the_run_are_hashed_as_they_were_read(
+def test_every_input_is_read_once_so_that_its_hash_is_that_of_what_was_used(
     run_here, record_line, files, out, monkeypatch
 ):
-    from i2am.cli import recording
+    read = []
+    read_bytes = Path.read_bytes
 
-    before = sha256((files / "person.png").read_bytes()).hexdigest()
-    run = recording._run
+    def watch(path):
+        content = read_bytes(path)
+        if path.parent == files:
+            read.append(path.stem)
+            path.unlink()
+        return content
 
-    def spoil(*arguments, **options):
-        (files / "person.png").unlink()
-        return run(*arguments, **options)
-
-    monkeypatch.setattr(recording, "_run", spoil)
-    assert run_here(record_line()).code == ExitCode.DONE
-    assert strict_json(out / "run.json")["inputs"]["person"]["sha256"] == before
+    expected = {path.stem: sha256(path.read_bytes()).hexdigest() for path in files.iterdir()}
+    monkeypatch.setattr(Path, "read_bytes", watch)
+    given = {name: files / f"{name}.png" for name in ("pose", "reference_mask")}
+    assert run_here(record_line(**given)).code == ExitCode.DONE
+    assert sorted(read) == sorted(expected)
+    inputs = strict_json(out / "run.json")["inputs"]
+    assert {name: entry["sha256"] for name, entry in inputs.items()} == expected
 
 
 def test_official_preset_lets_the_class_token_vote_and_keeps_the_keys_apart(
