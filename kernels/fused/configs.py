@@ -38,9 +38,10 @@ TILES = {
     # 16 x 12 to 32 x 24 grids and image tokens: small tiles, so that 8 heads still fill a GPU
     "statistics, short": Tile(64, 64, num_warps=4, num_stages=3),
     "statistics, short, few rows": Tile(64, 64, num_warps=4, num_stages=3, maxnreg=255),
-    # from 64 x 32 tokens on there are programs enough: fewer reads of the other side
-    "statistics, long": Tile(128, 64, num_warps=8, num_stages=2),
-    "statistics, long, few rows": Tile(128, 64, num_warps=8, num_stages=2, maxnreg=255),
+    # from 64 x 32 tokens on there are programs enough: fewer reads of the other side; short steps
+    # keep two blocks of 8 warps on a multiprocessor (on gfx942 only up to 128 features)
+    "statistics, long": Tile(128, 32, num_warps=8, num_stages=3),
+    "statistics, long, few rows": Tile(128, 32, num_warps=8, num_stages=3, maxnreg=255),
     # beyond 192 features three stages would not fit the 64 KiB of gfx942
     "statistics, wide": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
     # as for the statistics, and the output has its own accumulators
@@ -101,7 +102,7 @@ def statistics(
     elif head_dim > 192:
         tile = TILES["statistics, wide"]
     else:
-        length = "long" if owners >= LONG_OWNERS else "short"
+        length = "long" if owners >= LONG_OWNERS and head_dim <= 128 else "short"
         tile = TILES[f"statistics, {length}" + (", few rows" if rows > 1 else "")]
     return StatisticsConfig(
         tile.owners,

@@ -61,7 +61,7 @@ def load_tile(
 
 @triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """``accumulator + a @ b`` in fp32."""
+    """``a @ b`` in fp32, plus ``accumulator`` if there is one."""
     if _INTERPRETED and a.dtype == tl.bfloat16:
         # the interpreter would multiply the bit patterns
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
@@ -150,6 +150,14 @@ def online_softmax(scores, running_max):
     # rows without a valid score keep a finite pivot: -inf - -inf would be NaN
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     return exponential(scores - pivot[:, None]), exponential(running_max - pivot), new_max
+
+
+@triton.jit
+def compensated_add(total, lost, x):
+    """``total + x`` and what rounding took from it so far: ``(total, lost)``, after Kahan."""
+    x -= lost
+    new_total = total + x
+    return new_total, (new_total - total) - x
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from torch import Tensor
 from i2am.kernels.fused import configs
 from i2am.kernels.fused.primitives import (
     Launch,
+    compensated_add,
     dot,
     load_tile,
     log_sum_exp,
@@ -105,8 +106,11 @@ def owner_pass(
             BLOCK_TAIL,
         )
     running_max = tl.full([BLOCK_OWNER], float("-inf"), tl.float32)
+    # thousands of tiles may come: fp32 sums over all of them keep what rounding takes
     total = tl.zeros([BLOCK_OWNER], tl.float32)
+    total_lost = tl.zeros([BLOCK_OWNER], tl.float32)
     sums = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
+    sums_lost = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
 
     for start in range(0, others, BLOCK_OTHER):
         offs_other = start + tl.arange(0, BLOCK_OTHER)
@@ -135,7 +139,9 @@ def owner_pass(
         )
         if lse_ptr is not None:
             weights, correction, running_max = online_softmax(scores, running_max)
-            total = total * correction + tl.sum(weights, 1)
+            total, total_lost = compensated_add(
+                total * correction, total_lost * correction, tl.sum(weights, 1)
+            )
         if sums_ptr is not None:
             offs_other64 = offs_other.to(tl.int64)
             other_lse = tl.load(
@@ -155,13 +161,15 @@ def owner_pass(
                     mask=mask_other[:, None] & mask_rows[None, :],
                     other=0.0,
                 )
-                sums = dot(probability, w, sums, ROW_PRECISION)
+                tile = dot(probability, w, None, ROW_PRECISION)
             else:
+                tile = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
                 for r in tl.static_range(BLOCK_ROWS):
                     w = tl.load(w_ptr, mask=mask_other & (r < rows), other=0.0)
                     row = tl.sum(probability * w[None, :], 1)
-                    sums += tl.where(offs_rows[None, :] == r, row[:, None], 0.0)
+                    tile += tl.where(offs_rows[None, :] == r, row[:, None], 0.0)
                     w_ptr += stride_weights_r
+            sums, sums_lost = compensated_add(sums, sums_lost, tile)
 
     if lse_ptr is not None:
         lse = log_sum_exp(running_max, total)

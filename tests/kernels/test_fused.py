@@ -3,6 +3,8 @@
 Triton is imported inside the tests only, after conftest has chosen between the two.
 """
 
+import math
+import os
 import subprocess
 import sys
 
@@ -18,6 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered"),
 ]
 
+# the poison needs deterministic algorithms, and those need this before cuBLAS starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,6 +130,8 @@ def test_large_logits(logits, dtype):
     assert not output.isnan().any()
 
 
+# inf - inf in the tokens past the last, which are never stored
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
 @pytest.mark.parametrize("offset", [1e4, -1e4], ids=["takes all", "takes nothing"])
 def test_one_key_takes_all_mass_or_none(offset):
     query, key, value = tokens(1, 1, 63, 37, 40, dtype=torch.float16)
@@ -292,7 +298,9 @@ def test_only_what_is_wanted_runs(wanted, expected, passes):
     assert passes == expected
     both = accumulate(**wanted | {"r2g": True, "g2r": True})
     for ours, theirs in zip(actual, both, strict=True):
-        assert ours is None or torch.equal(ours, theirs)
+        # other kernels, so maybe other roundings
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -303,15 +311,15 @@ def test_only_what_is_wanted_runs(wanted, expected, passes):
 def test_a_known_row_log_sum_exp_saves_a_pass(wanted, expected, passes):
     r2g, g2r, query_lse, key_lse = accumulate()
     passes.clear()
-    # a quarter of every share, in strided memory: what was given is what is used
-    given = torch.stack([query_lse + 4**0.5, query_lse], dim=-1)[..., 0]
+    # smaller shares, in strided memory: what was given is what is used
+    given = torch.stack([query_lse + 2.0, query_lse], dim=-1)[..., 0]
     again = accumulate(query_lse=given, **wanted)
     assert passes == expected
     assert again[2] is given
-    assert torch.equal(again[0], r2g)
-    assert torch.equal(again[3], key_lse)
+    torch.testing.assert_close(again[0], r2g, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(again[3], key_lse, rtol=1e-6, atol=1e-7)
     if again[1] is not None:
-        expected_sums = (g2r - 0.5) * torch.tensor(-(4**0.5)).exp().item() + 0.5
+        expected_sums = (g2r - 0.5) * math.exp(-2.0) + 0.5
         torch.testing.assert_close(again[1], expected_sums)
 
 
