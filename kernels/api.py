@@ -197,17 +197,19 @@ def _accumulate(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    row_lse, key_lse = module_of(Impl(impl)).accumulate(
-        query,
-        key,
-        scale=scale,
-        bias=bias,
-        query_weights=query_weights,
-        key_weights=key_weights,
-        r2g=r2g,
-        g2r=g2r,
-        query_lse=query_lse,
-    )
+    # statistics are fp32 also where the model runs under autocast
+    with torch.autocast(query.device.type, enabled=False):
+        row_lse, key_lse = module_of(Impl(impl)).accumulate(
+            query,
+            key,
+            scale=scale,
+            bias=bias,
+            query_weights=query_weights,
+            key_weights=key_weights,
+            r2g=r2g,
+            g2r=g2r,
+            query_lse=query_lse,
+        )
     # an operator must not return one of its inputs
     if query_lse is not None and row_lse is query_lse:
         row_lse = row_lse.clone()
@@ -227,7 +229,8 @@ def _(query, key, bias, query_weights, key_weights, query_lse, r2g, g2r, scale, 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
-    output, lse = module_of(Impl(impl)).attention(query, key, value, scale=scale, bias=bias)
+    with torch.autocast(query.device.type, enabled=False):
+        output, lse = module_of(Impl(impl)).attention(query, key, value, scale=scale, bias=bias)
     # the layout is part of the operator's contract: fake and real strides must agree
     return output.contiguous(), lse.contiguous()
 

@@ -706,3 +706,13 @@ def test_the_lowest_number_of_a_dtype_masks_like_minus_infinity(dtype, impl):
     assert (found.g2r[..., 3] == 0).all()
     assert (found.r2g[..., 2] == 0).all()
     assert found.query_lse[0, 0, 2] == -torch.inf
+
+
+@pytest.mark.parametrize("impl", ["reference", "streaming"])
+def test_autocast_changes_nothing(impl):
+    query, key, value = make_qkv(1, 2, 33, 21, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, found = attention_with_statistics(query, key, value, impl=impl)
+    expected_output, expected = attention_with_statistics(query, key, value, impl=impl)
+    assert torch.equal(output, expected_output)
+    assert all(map(torch.equal, found, expected))
