@@ -38,7 +38,9 @@ kernels: $(STAMP) ## compile every Triton kernel ahead of time for real GPU targ
 	$(PY) -m i2am.kernels.fused.ahead_of_time
 
 benchmark: $(STAMP) ## time the operator and a recorded UNet step
-	$(PY) -m pytest benchmarks --benchmark-only
+	@mkdir -p .benchmarks
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json
+	$(PY) benchmarks/report.py .benchmarks/latest.json .benchmarks/result.json
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) build demo .benchmarks .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
