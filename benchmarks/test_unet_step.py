@@ -22,7 +22,7 @@ import i2am
 from i2am.layouts import TokenLayout
 
 GRID, PREFIX = (37, 28), 1
-ROUNDS = {"recorded": 9, "materialised": 3}
+ROUNDS = {"recorded": 5, "materialised": 2}
 
 
 @pytest.fixture(scope="module")

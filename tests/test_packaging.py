@@ -79,7 +79,7 @@ def test_command_is_installed():
 
 def test_requirements_are_lower_bounds():
     core = [line for line in requires("i2am") if "extra ==" not in line]
-    assert len(core) == 9
+    assert {"torch", "diffusers"} <= {line.split(">=")[0] for line in core}
     for line in core:
         assert ">=" in line
         assert not any(sign in line.split(";")[0] for sign in ("==", "<", "~="))
