@@ -10,7 +10,6 @@ where the logits range too far for one exponential.
 """
 
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,7 +50,8 @@ def accumulate(
     if query_lse is not None and query.dtype == compute and not one_tile:
         row_lse.copy_(query_lse)
         trusted = bool(row_lse.abs().amax() <= TRUSTED_LSE)
-    buffer = _scratch(query, key, compute)
+    tile = min(heads * seqlen_q * seqlen_k, max(TILE_ELEMENTS, seqlen_q, seqlen_k))
+    buffer = query.new_empty(tile, dtype=compute)
     for item in range(batch):
         sweep = _Sweep(
             query=query[item].to(compute),
@@ -240,22 +240,6 @@ class _Sweep:
 
 
 _ALL = slice(None)
-_KEPT = threading.local()
-
-
-def _scratch(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for the tiles of a call, kept by each thread for its next call.
-
-    Fresh pages cost more than the arithmetic on them: a head of 3072 x 1037 touches 3000 of them.
-    """
-    (_, heads, seqlen_q, _), seqlen_k = query.shape, key.shape[2]
-    count = min(heads * seqlen_q * seqlen_k, max(TILE_ELEMENTS, seqlen_q, seqlen_k))
-    kept: Tensor | None = getattr(_KEPT, "buffer", None)
-    if kept is None or kept.numel() < count or (kept.dtype, kept.device) != (dtype, query.device):
-        # memory born in inference mode could not be written outside of it later
-        with torch.inference_mode(False):
-            kept = _KEPT.buffer = torch.empty(count, dtype=dtype, device=query.device)
-    return kept
 
 
 def _tiles(heads: int, length: int, *, against: int) -> Iterator[tuple[slice, list[slice]]]:

@@ -53,7 +53,7 @@ def install_watching(attn: Any, record: Record) -> Callable[[], None]:
     return restore
 
 
-@functools.cache  # a class is asked for once per recorded processor class
+@functools.cache  # one class for all processors of a class: they are recognised by it
 def _watching_class(base: Any) -> Any:
     """A subclass of a processor's class with the same signature, constructor and ``isinstance``."""
 
