@@ -1,13 +1,17 @@
-"""Scores of attribution maps. ``IMACS`` needs torchmetrics, imported when it is first used."""
+"""Scores of attribution maps and of the pictures they explain.
+
+``IMACS`` and ``masked_ssim`` need torchmetrics, imported when it is first used.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 from i2am.metrics.functional import Score, imacs, imacs_scores
+from i2am.metrics.pictures import masked_l1, masked_ssim
 
 if TYPE_CHECKING:
     from i2am.metrics.metric import IMACS
 
-__all__ = ["IMACS", "Score", "imacs", "imacs_scores"]
+__all__ = ["IMACS", "Score", "imacs", "imacs_scores", "masked_l1", "masked_ssim"]
 
 
 def __getattr__(name: str) -> Any:
