@@ -6,12 +6,23 @@
 from typing import TYPE_CHECKING, Any
 
 from i2am.metrics.functional import Score, imacs, imacs_scores
+from i2am.metrics.pck import centroid, pck, peak
 from i2am.metrics.pictures import masked_l1, masked_ssim
 
 if TYPE_CHECKING:
     from i2am.metrics.metric import IMACS
 
-__all__ = ["IMACS", "Score", "imacs", "imacs_scores", "masked_l1", "masked_ssim"]
+__all__ = [
+    "IMACS",
+    "Score",
+    "centroid",
+    "imacs",
+    "imacs_scores",
+    "masked_l1",
+    "masked_ssim",
+    "pck",
+    "peak",
+]
 
 
 def __getattr__(name: str) -> Any:
