@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
-Bools = NDArray[np.bool_]
-Colour = tuple[float, float, float]
+from i2am.data.paper_doll_logo import LOGOS, Array, Bools, Colour, Logo
 
 TEXTURES = (
     "plain",
@@ -26,7 +24,6 @@ TEXTURES = (
     "patchwork",
     "smooth patchwork",
 )
-LOGOS = ("ring", "cross", "triangle", "heart", "star", "bars", "letter", "crescent")
 
 SLEEVE_START = (0.185, -0.35)
 """Where the axis of the sleeve of the positive side starts."""
@@ -43,25 +40,6 @@ def sleeve_coordinates(u: Array, v: Array) -> tuple[Array, Array]:
     side -= SLEEVE_START[0]
     drop = v - SLEEVE_START[1]
     return side * along + drop * down, drop * along - side * down
-
-
-@dataclass(frozen=True)
-class Logo:
-    """One glyph on the chest: its shape, centre, radius, tilt in radians, and colour."""
-
-    shape: str
-    centre: tuple[float, float]
-    radius: float
-    tilt: float
-    colour: Colour
-
-    def covers(self, u: Array, v: Array) -> Bools:
-        """Where the glyph is, of the shape of ``u`` and ``v``."""
-        cos, sin = math.cos(self.tilt) / self.radius, math.sin(self.tilt) / self.radius
-        du, dv = u - self.centre[0], v - self.centre[1]
-        x = du * cos + dv * sin
-        y = dv * cos - du * sin
-        return _GLYPHS[self.shape](x, y)
 
 
 @dataclass(frozen=True)
@@ -111,10 +89,10 @@ class Garment:
 
     def colour(self, u: Array, v: Array) -> Array:
         """The texture without its logo: ``[3, ...]`` for coordinates of shape ``[...]``."""
-        palette = np.array(self.colours, np.float32).T.copy()
+        palette = np.array(self.colours, np.float32).T
         if self.texture == "smooth patchwork":
             return self._smooth(palette, u, v)
-        return palette[:, self._index(u, v)]
+        return palette.take(self._index(u, v), axis=1)
 
     def on_picture(self, u: Array, v: Array) -> tuple[Array, Array]:
         """The pixel coordinates (y, x) of canonical coordinates on the garment's own picture."""
@@ -154,8 +132,13 @@ class Garment:
         top, left = np.minimum(row.astype(np.intp), 3), np.minimum(column.astype(np.intp), 2)
         down, right = row - top, column - left
         corner = top * 4 + left
-        upper = palette[:, corner] * (1 - right) + palette[:, corner + 1] * right
-        lower = palette[:, corner + 4] * (1 - right) + palette[:, corner + 5] * right
+        upper = (
+            palette.take(corner, axis=1) * (1 - right) + palette.take(corner + 1, axis=1) * right
+        )
+        lower = (
+            palette.take(corner + 4, axis=1) * (1 - right)
+            + palette.take(corner + 5, axis=1) * right
+        )
         return upper * (1 - down) + lower * down
 
 
@@ -247,60 +230,3 @@ def _colour(random: np.random.Generator, light: float) -> Colour:
     if kind < 0.2:
         return (light - 0.05 + 0.1 * value,) * 3
     return colorsys.hsv_to_rgb(hue, 0.35 + 0.6 * saturation, 0.35 + 0.6 * value)
-
-
-def _ring(x: Array, y: Array) -> Bools:
-    square = x * x + y * y
-    return (square < 1) & (square > 0.3)
-
-
-def _cross(x: Array, y: Array) -> Bools:
-    x, y = np.abs(x), np.abs(y)
-    return (np.minimum(x, y) < 0.3) & (np.maximum(x, y) < 0.95)
-
-
-def _triangle(x: Array, y: Array) -> Bools:
-    return (y < 0.75) & (2 * np.abs(x) < y + 1)
-
-
-def _heart(x: Array, y: Array) -> Bools:
-    x = np.abs(x)
-    lobes = (x - 0.45) ** 2 + (y + 0.35) ** 2 < 0.27
-    return lobes | ((y > -0.35) & (x + 0.75 * y < 0.72) & (x < 0.97))
-
-
-def _star(x: Array, y: Array) -> Bools:
-    # in at least four of the five half planes through neighbouring tips
-    inside = np.zeros(x.shape, np.uint8)
-    for tip in range(5):
-        angle = math.pi / 2 + 2 * math.pi * tip / 5
-        inside += x * math.cos(angle) + y * math.sin(angle) < 0.34
-    return inside >= 4
-
-
-def _bars(x: Array, y: Array) -> Bools:
-    step = (y + 0.95) * (5 / 1.9)
-    return (np.abs(x) < 0.85) & (np.abs(y) < 0.95) & (np.floor(step) % 2 == 0)
-
-
-def _letter(x: Array, y: Array) -> Bools:
-    # an F: it has no symmetry
-    stem = (x > -0.65) & (x < -0.2)
-    arms = (x >= -0.2) & (((y < -0.5) & (x < 0.7)) | ((y > -0.15) & (y < 0.25) & (x < 0.45)))
-    return (np.abs(y) < 0.95) & (stem | arms)
-
-
-def _crescent(x: Array, y: Array) -> Bools:
-    return (x * x + y * y < 1) & ((x - 0.45) ** 2 + y * y > 0.5)
-
-
-_GLYPHS = {
-    "ring": _ring,
-    "cross": _cross,
-    "triangle": _triangle,
-    "heart": _heart,
-    "star": _star,
-    "bars": _bars,
-    "letter": _letter,
-    "crescent": _crescent,
-}
