@@ -177,9 +177,10 @@ class _Reader:
         for votes, maps in self._r2g.items():
             name = "overlay_r2g" if votes == "uniform" else f"overlay_r2g_{votes}_votes"
             yield name, self._over(generated, maps, invert=self.invert)
-        if self._g2r:
-            reference = np.asarray(self.scene.inputs.reference)
-            yield "overlay_g2r", self._over(reference, self._g2r["uniform"])
+        reference = np.asarray(self.scene.inputs.reference)
+        for row, maps in self._g2r.items():
+            name = "overlay_g2r" if row == "uniform" else f"overlay_g2r_{row}"
+            yield name, self._over(reference, maps)
 
     def time_groups(self) -> Iterator[Tile]:
         """One tile per direction and time group."""
@@ -202,7 +203,10 @@ class _Reader:
         yield Tile("generated, region in red", self._framed(self.scene.generated, box))
         if self.spatial:
             maps = self.spatial.specific_reference(box.name, preset=self.preset)
-            yield self._on_reference("G2R: only patches in the region", maps[0])
+            tile = self._on_reference("G2R: only patches in the region", maps[0])
+            if box.truth is not None:
+                tile = Tile(f"{tile.title}; ring: the true place", _ringed(tile.pixels, box.truth))
+            yield tile
 
     def _split(
         self,
@@ -252,6 +256,17 @@ class _Reader:
 def _with_reference_grid(maps: AttributionMaps) -> AttributionMaps | None:
     names = [layer.site.layer for layer in maps.layer_sums if layer.site.reference_grid]
     return maps.select(layers=names) if names else None
+
+
+def _ringed(pixels: NDArray[np.uint8], place: tuple[float, float]) -> NDArray[np.uint8]:
+    """A ring around ``place``, fractions of the height and the width."""
+    shown = Image.fromarray(pixels)
+    y, x = place[0] * shown.height, place[1] * shown.width
+    draw = ImageDraw.Draw(shown)
+    for radius, color, width in ((13, "white", 5), (12, "black", 2)):
+        corners = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(corners, outline=color, width=width)
+    return np.asarray(shown)
 
 
 def _shown(image: Image.Image) -> NDArray[np.uint8]:

@@ -68,6 +68,7 @@ FILE = click.Path(path_type=Path)
     help="Pixels to generate; by default what the model was made for (paint-by-example: of that "
     "area at most, in the person's shape).",
 )
+@click.option("--paste-back", is_flag=True, help="Keep the person's pixels outside the mask.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=Settings.device)
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default=Settings.dtype

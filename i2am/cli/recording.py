@@ -129,6 +129,7 @@ def _call(
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
         "generator": torch.Generator().manual_seed(settings.seed),
+        "paste_back": settings.paste_back,
     }
     if inputs.pose is not None:
         arguments["pose_image"] = inputs.pose
@@ -168,6 +169,7 @@ def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Pr
                 num_inference_steps=2,
                 guidance_scale=1,
                 output_type="latent",
+                paste_back=False,
                 callback_on_step_end=stop,
             )
         maps = recorder.maps()

@@ -27,6 +27,8 @@ class NamedBox:
     left: int
     height: int
     width: int
+    truth: tuple[float, float] | None = None
+    """Where it should look, where that is known: fractions of the reference's height and width."""
 
     def __str__(self) -> str:
         return f"{self.name}={self.top},{self.left},{self.height},{self.width}"
@@ -52,7 +54,8 @@ class BoxType(click.ParamType):
             )
         if found[1] in _RESERVED:
             self.fail(f"the name {found[1]!r} is taken by maps of its own.", param, ctx)
-        return NamedBox(found[1], *map(int, found.groups()[1:]))
+        top, left, height, width = map(int, found.groups()[1:])
+        return NamedBox(found[1], top, left, height, width)
 
 
 class SizeType(click.ParamType):
@@ -95,6 +98,7 @@ class Settings:
     preset: Literal["paper", "official"] = "paper"
     guidance_branch: Literal["conditional", "unconditional", "both"] = "conditional"
     size: tuple[int, int] | None = None
+    paste_back: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     overwrite: bool = False
