@@ -25,6 +25,7 @@ from accuracy.tables import tables
 
 from i2am.attribution.storage import write_atomically
 from i2am.models import POCKET, pocket_pipeline, pocket_weights
+from i2am.models.custom import CustomPipeline
 
 SPLIT = "test"
 RESULT = Path(__file__).parent / "results" / "pocket_accuracy.json"
@@ -57,14 +58,20 @@ def main(weights: Path | None, out: Path, threads: int | None, **settings: Any) 
             raise click.UsageError(f"{path} does not exist")
     if threads is not None:
         torch.set_num_threads(threads)
-    result = run(weights, **settings)
+    try:
+        trained = pocket_pipeline(weights=weights)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    result = run(trained, weights, **settings)
     write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     click.echo(tables(result))
 
 
-def run(weights: Path, *, seed: int, skip_untrained: bool, **settings: Any) -> dict[str, Any]:
+def run(
+    trained: CustomPipeline, weights: Path, *, seed: int, skip_untrained: bool, **settings: Any
+) -> dict[str, Any]:
     """Everything that is measured, as JSON values; `settings` are those of `score`."""
-    models = {"trained": pocket_pipeline(weights=weights)}
+    models = {"trained": trained}
     if not skip_untrained:
         models["untrained"] = POCKET.build(seed)
     settings["split"] = SPLIT

@@ -14,6 +14,11 @@ SCORES = {
     "r2g_share_uniform_votes": "R2G in the mask, uniform votes",
     "r2g_share_mask_votes": "R2G in the mask, garment votes",
 }
+AREA_OF = {
+    "g2r_share_on_garment": "garment",
+    "r2g_share_uniform_votes": "mask",
+    "r2g_share_mask_votes": "mask",
+}
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -52,7 +57,11 @@ def _scores(models: dict[str, Any], areas: dict[str, float]) -> list[str]:
         figures = []
         for model in models.values():
             both = [model["scores"][layer][score] for layer in (ALL, model["best_layer"])]
-            figures.append(" / ".join(f"{figure:.3f}" for figure in both))
+            shown = " / ".join(f"{figure:.3f}" for figure in both)
+            if score in AREA_OF:
+                times = " / ".join(f"{figure / areas[AREA_OF[score]]:.2f}" for figure in both)
+                shown += f" ({times} x its area)"
+            figures.append(shown)
         lines.append(_row(title, *figures))
     lines += [
         "",

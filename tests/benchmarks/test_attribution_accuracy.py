@@ -272,6 +272,7 @@ def test_a_scene_does_not_depend_on_its_batch(tmp_path, weights):
     [
         (["--weights", "missing.safetensors"], "missing.safetensors does not exist"),
         (["--weights", __file__, "-o", "missing/a.json"], "missing does not exist"),
+        (["--weights", __file__], "test_attribution_accuracy.py"),
         (["--weights", __file__, "--steps", "2"], "2 is not in the range x>=5"),
     ],
 )
