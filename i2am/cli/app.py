@@ -20,6 +20,7 @@ import i2am
 from i2am.cli.demo import demo
 from i2am.cli.errors import CommandError, ExitCode, Terminated
 from i2am.cli.record import record
+from i2am.cli.train import train
 
 log = logging.getLogger("i2am")
 
@@ -32,6 +33,7 @@ def app() -> None:
 
 app.add_command(record)
 app.add_command(demo)
+app.add_command(train)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
