@@ -1,5 +1,7 @@
 """Which pictures are drawn, what their titles say, and that they show the maps they name."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -246,6 +248,21 @@ def test_the_frame_of_a_region_surrounds_it_on_both_images(sheets):
         assert columns.min() == pytest.approx(width / 6, abs=3)
         assert columns.max() == pytest.approx(width / 2, abs=3)
         assert not red[height // 2, width // 3]
+
+
+def test_a_ring_lies_around_the_true_place_where_it_is_known(sheets):
+    region = torch.zeros(48, 36)
+    region[12:36, 6:18] = 1
+    maps = record(FINE, regions={"box": region})
+    known = sheets(maps, scene([replace(BOX, truth=(0.25, 0.75))]))["region_box.png"]
+    unknown = sheets(maps, scene([BOX]))["region_box.png"]
+    assert known[1][2] == f"{unknown[1][2]}; ring: the true place"
+    changed = (known[2][2] != unknown[2][2]).any(-1)
+    rows, columns = np.where(changed)
+    height, width = changed.shape
+    assert (rows.min() + rows.max()) / 2 == pytest.approx(height / 4, abs=1)
+    assert (columns.min() + columns.max()) / 2 == pytest.approx(width * 3 / 4, abs=1)
+    assert not changed[height // 4, width * 3 // 4]
 
 
 def test_suffix_keeps_two_halves_apart(tmp_path):

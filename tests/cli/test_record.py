@@ -50,6 +50,7 @@ def test_every_file_is_written_and_listed(run_here, record_line, files, out):
         "image.png",
         "maps.safetensors",
         "overlay_g2r.png",
+        "overlay_g2r_mask.png",
         "overlay_r2g.png",
         "overlay_r2g_mask_votes.png",
         "overview.png",
@@ -66,7 +67,8 @@ def test_every_file_is_written_and_listed(run_here, record_line, files, out):
             assert Image.open(out / name).convert("RGB").getextrema() != ((255, 255),) * 3
     assert Image.open(out / "image.png").size == (96, 128)
     assert Image.open(out / "overlay_r2g.png").size == (96, 128)
-    assert Image.open(out / "overlay_g2r.png").size == (80, 80)
+    for row in ("", "_mask"):
+        assert Image.open(out / f"overlay_g2r{row}.png").size == (80, 80)
     for name, given in run["inputs"].items():
         assert (out / given["file"]).resolve() == files / f"{name}.png"
         assert given["sha256"] == sha256((files / f"{name}.png").read_bytes()).hexdigest()
@@ -373,3 +375,15 @@ def test_available_memory_is_plausible():
     assert available is not None
     assert 1 << 24 < available < 1 << 46
     assert not math.isnan(available)
+
+
+def test_paste_back_keeps_the_person_outside_the_mask(run_here, record_line, files, out):
+    done = run_here(record_line("--paste-back", region=["left=10,5,40,30"]))
+    assert done.code == ExitCode.DONE, done.err
+    assert strict_json(out / "run.json")["settings"]["paste_back"] is True
+    size = (96, 128)
+    generated = np.asarray(Image.open(out / "image.png")).astype(int)
+    person = np.asarray(Image.open(files / "person.png").convert("RGB").resize(size)).astype(int)
+    mask = np.asarray(Image.open(files / "mask.png").convert("L").resize(size))
+    outside = np.abs(generated - person)[mask == 0].mean()
+    assert outside < 3 < np.abs(generated - person)[mask == 255].mean()
