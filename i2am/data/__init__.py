@@ -1,1 +1,31 @@
-"""Reading the world's files."""
+"""Reading the world's files, and drawing scenes whose correspondence is known.
+
+Every name is imported when it is first used: reading an image needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# for type checkers, who cannot follow __getattr__
+# ruff: noqa: F401
+if TYPE_CHECKING:
+    from i2am.data.paper_doll import PaperDolls, Scenes, render, write_viton_hd
+    from i2am.data.vitonhd import VitonHD
+
+_MODULES = {
+    "PaperDolls": "paper_doll",
+    "Scenes": "paper_doll",
+    "VitonHD": "vitonhd",
+    "render": "paper_doll",
+    "write_viton_hd": "paper_doll",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from i2am.data.paper_doll_folder import write_viton_hd
 from i2am.data.paper_doll_person import PARTS
 from i2am.data.paper_doll_scene import SIZE, SPLITS, draw_scene, garment_of, person_of
 
-__all__ = ["PARTS", "SIZE", "SPLITS", "PaperDolls", "Scenes", "render"]
+__all__ = ["PARTS", "SIZE", "SPLITS", "PaperDolls", "Scenes", "render", "write_viton_hd"]
 
 
 class Scenes(NamedTuple):

@@ -147,6 +147,8 @@ def draw_person(random: np.random.Generator, size: tuple[int, int]) -> Person:
         "chin": place(nod * 0.8, -0.66),
         "neck": place(0, -0.42),
         "chest": place(0, -0.36),
+        "collar": place(0, -0.4),
+        "pelvis": place(0, 0.42),
         "left collar": place(0.13, -0.36),
         "right collar": place(-0.13, -0.36),
     }
