@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from i2am.training.draws import Order, generator
 from i2am.training.recipe import Autoencoder
-from i2am.training.scenes import PICTURES, SceneSource
+from i2am.training.scenes import PICTURES, CachedScenes
 
 # one draw in this many: what matters most is the image, whose latents are generated
 KINDS = ("image", "image", "garment", "agnostic", "pose", "image")
@@ -24,6 +24,7 @@ class AutoencoderStage:
         scenes: Training scenes.
         held_out: Scenes for `validate`, one batch.
         seed: Seed of order and noise.
+        factor: Image pixels per latent cell along one side.
     """
 
     name = "autoencoder"
@@ -32,10 +33,12 @@ class AutoencoderStage:
         self,
         vae: AutoencoderKL,
         recipe: Autoencoder,
-        scenes: SceneSource,
+        scenes: CachedScenes,
         held_out: Mapping[str, Tensor],
         seed: int,
+        factor: int,
     ) -> None:
+        self.factor = factor
         self.module: nn.Module = _RoundTrip(vae)
         self.vae, self.recipe, self.optimisation = vae, recipe, recipe.optimisation
         self.scenes, self.held_out, self.seed = scenes, held_out, seed
@@ -47,13 +50,15 @@ class AutoencoderStage:
         """Reconstruction and divergence of one batch."""
         plan = self.optimisation
         place = ((step * plan.accumulate + micro) * world + rank) * plan.batch
-        scenes = self.scenes.read(self.order(place, plan.batch))
-        kinds = [KINDS[(place + row) % len(KINDS)] for row in range(plan.batch)]
-        pictures = torch.stack([scenes[kind][row] for row, kind in enumerate(kinds)])
+        pictures = torch.cat(
+            [
+                self.scenes.read([scene], [kind := KINDS[(place + row) % len(KINDS)]])[kind]
+                for row, scene in enumerate(self.order(place, plan.batch))
+            ]
+        )
         draws = generator(self.seed, self.name, step, micro, rank)
         device = self.vae.device
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        size = (side // factor for side in pictures.shape[-2:])
+        size = (side // self.factor for side in pictures.shape[-2:])
         noise = torch.randn(plan.batch, self.vae.config.latent_channels, *size, generator=draws)
         pictures = pictures.to(device) * 2 - 1
         with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
@@ -75,10 +80,12 @@ class AutoencoderStage:
 
 def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
     """Mean peak signal-to-noise ratio in dB of pictures ``[batch, 3, height, width]`` in [0, 1]."""
-    wanted = pictures.to(vae.device)
-    restored = vae.decode(vae.encode(wanted * 2 - 1).latent_dist.mode()).sample
-    error = ((restored / 2 + 0.5).clamp(0, 1) - wanted).square().mean(dim=(1, 2, 3))
-    return float((-10 / math.log(10) * error.clamp_min(1e-10).log()).mean())
+    ratios = []
+    for wanted in pictures.to(vae.device).split(8):
+        restored = vae.decode(vae.encode(wanted * 2 - 1).latent_dist.mode()).sample
+        error = ((restored / 2 + 0.5).clamp(0, 1) - wanted).square().mean(dim=(1, 2, 3))
+        ratios.append(-10 / math.log(10) * error.clamp_min(1e-10).log())
+    return float(torch.cat(ratios).mean())
 
 
 @torch.no_grad()

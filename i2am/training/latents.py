@@ -30,12 +30,12 @@ class LatentScenes:
     def __len__(self) -> int:
         return len(self.arrays["image"])
 
-    def read(self, indices: Iterable[int]) -> dict[str, Tensor]:
-        """One batch, fp32."""
+    def read(self, indices: Iterable[int], names: Iterable[str] = ()) -> dict[str, Tensor]:
+        """One batch, fp32; only what is named, where anything is."""
         picked = np.asarray(list(indices))
         batch = {}
-        for name, values in self.arrays.items():
-            rows = values[picked]
+        for name in names or self.arrays:
+            rows = self.arrays[name][picked]
             if name in ENCODED:
                 batch[name] = torch.from_numpy(rows).float()
             else:

@@ -12,7 +12,7 @@ from transformers import Dinov2Model
 from i2am.models.custom import CustomPipeline
 from i2am.models.projection import ReferenceProjection
 from i2am.training.draws import Order, generator
-from i2am.training.latents import LatentScenes
+from i2am.training.latents import ENCODED, LatentScenes
 from i2am.training.recipe import Denoiser
 from i2am.training.trainable import select_parameters
 
@@ -92,7 +92,11 @@ class DenoiserStage:
             )
         self._open = ExitStack()
         self._variation: Any = None
+        self._needed = [*ENCODED, "garment", "mask"]
         if recipe.attention_tv:
+            if "garment_region" not in scenes.arrays:
+                raise ValueError("attention_tv needs scenes with a garment_region, got none")
+            self._needed.append("garment_region")
             from i2am.training.attention_tv import AttentionTotalVariation
 
             self._variation = self._open.enter_context(
@@ -114,7 +118,7 @@ class DenoiserStage:
         plan, recipe = self.optimisation, self.recipe
         device = self.pipeline.unet.device
         place = ((step * plan.accumulate + micro) * world + rank) * plan.batch
-        batch = self.scenes.read(self.order(place, plan.batch))
+        batch = self.scenes.read(self.order(place, plan.batch), self._needed)
         draws = generator(self.seed, self.name, step, micro, rank)
         noise = torch.randn(batch["image"].shape, generator=draws).to(device)
         timesteps = draw_timesteps(plan.batch, recipe.noisy, draws).to(device)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from i2am.attribution.storage import write_atomically
@@ -21,12 +20,12 @@ from i2am.training.latents import cached_latents, encode
 from i2am.training.loop import Intervals, optimise
 from i2am.training.objective import DenoiserStage
 from i2am.training.recipe import Recipe, differences
-from i2am.training.scenes import PaperDollScenes, SceneSource, cached_scenes
+from i2am.training.scenes import FolderScenes, PaperDollScenes, SceneSource, cached_scenes
 from i2am.training.start import starting_pipeline
 
 log = logging.getLogger(__name__)
 RECIPE = "recipe.json"
-HELD_OUT = 64
+HELD_OUT = 32
 PANELS = 8
 WHITENING_BATCHES = 16
 
@@ -155,12 +154,8 @@ def open_scenes(recipe: Recipe, size: tuple[int, int]) -> tuple[SceneSource, Sce
             raise ValueError(f"paper-doll draws images of {SIZE}, the model is made for {size}")
         assert recipe.scenes is not None
         return PaperDollScenes(recipe.scenes), PaperDollScenes(HELD_OUT, "test")
-    from i2am.training.scenes import FolderScenes
-
-    return (
-        FolderScenes(Path(recipe.data), "train", size, recipe.scenes),
-        FolderScenes(Path(recipe.data), "test", size, HELD_OUT),
-    )
+    folder = Path(recipe.data)
+    return FolderScenes(folder, "train", size, recipe.scenes), FolderScenes(folder, "test", size)
 
 
 def save_folder(final: Path, write: Callable[[Path], object]) -> None:
@@ -189,7 +184,12 @@ def _autoencoder(
     final = out / "autoencoder" / "final"
     if not final.is_dir():
         stage = AutoencoderStage(
-            pipeline.vae, recipe.autoencoder, scenes, held_out, seed=recipe.seed
+            pipeline.vae,
+            recipe.autoencoder,
+            scenes,
+            held_out,
+            seed=recipe.seed,
+            factor=pipeline.vae_scale_factor,
         )
         folder = out / stage.name
         if not optimise(stage, accelerator, folder, intervals, progress=progress):
@@ -203,7 +203,7 @@ def _autoencoder(
             save_folder(final, pipeline.vae.save_pretrained)
         accelerator.wait_for_everyone()
     # as it was saved, whether this run or an earlier one did
-    vae = AutoencoderKL.from_pretrained(final).eval().to(accelerator.device)
+    vae = type(pipeline.vae).from_pretrained(final).eval().to(accelerator.device)
     pipeline.register_modules(vae=vae)
     return True
 
@@ -221,7 +221,8 @@ def _panels(
 
         held_out = render(range(PANELS), split="test")
     else:
-        return None
+        folder_scenes = FolderScenes(Path(recipe.data), "test", pipeline.configured_size)
+        held_out = folder_scenes.read(range(min(PANELS, len(folder_scenes))))
     from i2am.training.validation import validate
 
     return lambda step: validate(pipeline, held_out, folder, step=step)

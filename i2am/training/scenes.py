@@ -59,6 +59,42 @@ class PaperDollScenes:
         return {name: getattr(scenes, name).float() for name in self.names}
 
 
+class FolderScenes:
+    """Scenes of a folder in VITON-HD layout, each person with the garment it wears.
+
+    Args:
+        folder: Its root.
+        split: "train" or "test".
+        size: (height, width) of all pictures in pixels.
+        count: How many of its first scenes to use, None for all.
+
+    Raises:
+        FileNotFoundError: A file that the list of pairs names is missing.
+        ValueError: There are fewer scenes than `count`, or the list is malformed.
+    """
+
+    names = (*PICTURES, "mask")
+
+    def __init__(
+        self, folder: Path, split: str, size: tuple[int, int], count: int | None = None
+    ) -> None:
+        from i2am.data.vitonhd import VitonHD
+
+        self.items = VitonHD(folder, split, size)
+        if count is not None and count > len(self.items):
+            raise ValueError(f"scenes must be at most {len(self.items)} for {folder}, got {count}")
+        self.count = len(self.items) if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The scenes at `indices` as one batch."""
+        items = [self.items[index] for index in indices]
+        names = [*self.names, *(["garment_region"] if "garment_region" in items[0] else [])]
+        return {name: torch.stack([item[name] for item in items]) for name in names}
+
+
 class CachedScenes:
     """Scenes that lie in memory-mapped uint8 arrays, one file per name.
 
@@ -72,10 +108,10 @@ class CachedScenes:
     def __len__(self) -> int:
         return len(self.arrays["image"])
 
-    def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The scenes at `indices` as one batch."""
+    def read(self, indices: Sequence[int], names: Iterable[str] = ()) -> dict[str, Tensor]:
+        """The scenes at `indices` as one batch; only what is named, where anything is."""
         picked = np.asarray(indices)
-        return {name: from_bytes(values[picked]) for name, values in self.arrays.items()}
+        return {name: from_bytes(self.arrays[name][picked]) for name in names or self.arrays}
 
 
 def cached_scenes(
