@@ -27,7 +27,8 @@ class ReferencePipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "image_encoder->unet->vae"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
-    component_classes: ClassVar[dict[str, type]] = {}
+    component_classes: ClassVar[dict[str, type | tuple[type, ...]]] = {}
+    """What each component may be; several classes where there is a choice."""
     guidance_order: ClassVar[tuple[str, str]] = ("unconditional", "conditional")
 
     _guidance_scale: float = 1.0
@@ -79,7 +80,8 @@ class ReferencePipeline(DiffusionPipeline):
     @property
     def vae_scale_factor(self) -> int:
         """Image pixels per latent cell along one side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        factor = getattr(self.vae, "spatial_compression_ratio", None)
+        return int(factor or 2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def configured_size(self) -> tuple[int, int]:

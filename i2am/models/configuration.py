@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from transformers import Dinov2Config, Dinov2Model
 
 from i2am.models.custom import CustomPipeline
+from i2am.models.pocket_autoencoder import PocketAutoencoder
 from i2am.models.projection import ReferenceProjection
 from i2am.models.schedulers import CustomModelDDIMScheduler
 
@@ -26,13 +27,14 @@ class CustomConfiguration:
     """Everything that fixes a custom model but its weights.
 
     Args:
-        vae: Arguments of `AutoencoderKL`.
+        vae: Arguments of `vae_class`.
         image_encoder: Arguments of `Dinov2Config`.
         image_proj: Arguments of `ReferenceProjection`.
         unet: Arguments of `UNet2DConditionModel`.
         scheduler: Class of the scheduler.
         scheduler_options: Its arguments.
         reference_size: (height, width) of the reference in pixels.
+        vae_class: Class of the autoencoder.
     """
 
     vae: Mapping[str, Any]
@@ -42,6 +44,7 @@ class CustomConfiguration:
     scheduler: type[SchedulerMixin]
     scheduler_options: Mapping[str, Any]
     reference_size: tuple[int, int]
+    vae_class: type[AutoencoderKL] | type[PocketAutoencoder] = AutoencoderKL
 
     def build(self, seed: int = 0) -> CustomPipeline:
         """A pipeline with default-initialised weights, in evaluation mode, `trained` False.
@@ -51,7 +54,7 @@ class CustomConfiguration:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             modules = {
-                "vae": AutoencoderKL(**self.vae),
+                "vae": self.vae_class(**self.vae),
                 "image_encoder": Dinov2Model(Dinov2Config(**self.image_encoder)),
                 "image_proj": ReferenceProjection(**self.image_proj),
                 "unet": UNet2DConditionModel(**self.unet),

@@ -10,6 +10,7 @@ from transformers import Dinov2Model
 
 from i2am.models.base import ReferencePipeline
 from i2am.models.inputs import ImageInput, common_batch, fit, read_images, read_person
+from i2am.models.pocket_autoencoder import PocketAutoencoder
 from i2am.models.projection import ReferenceProjection
 from i2am.models.sampling import Callback, Generators, Sampling
 
@@ -42,8 +43,8 @@ class CustomPipeline(ReferencePipeline):
     """
 
     model_cpu_offload_seq = "image_encoder->image_proj->unet->vae"
-    component_classes: ClassVar[dict[str, type]] = {
-        "vae": AutoencoderKL,
+    component_classes: ClassVar[dict[str, type | tuple[type, ...]]] = {
+        "vae": (AutoencoderKL, PocketAutoencoder),
         "image_encoder": Dinov2Model,
         "image_proj": ReferenceProjection,
         "unet": UNet2DConditionModel,
@@ -53,7 +54,7 @@ class CustomPipeline(ReferencePipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | PocketAutoencoder,
         image_encoder: Dinov2Model,
         image_proj: ReferenceProjection,
         unet: UNet2DConditionModel,

@@ -67,12 +67,15 @@ def load_folder(
         if component_class is SchedulerMixin:
             settings[name] = _load_scheduler(path / name, declared[1])
             continue
-        if declared[1] != component_class.__name__:
+        choices = component_class if isinstance(component_class, tuple) else (component_class,)
+        chosen = [choice for choice in choices if choice.__name__ == declared[1]]
+        if not chosen:
+            known = " or a ".join(choice.__name__ for choice in choices)
             raise ValueError(
-                f"{name} of a {cls.__name__} must be a {component_class.__name__}, "
+                f"{name} of a {cls.__name__} must be a {known}, "
                 f"{path / INDEX} declares a {declared[1]}"
             )
-        settings[name] = _load_model(component_class, path / name, torch_dtype, variant)
+        settings[name] = _load_model(chosen[0], path / name, torch_dtype, variant)
     with in_one_sentence(f"{path} cannot be loaded as {cls.__name__}"):
         pipeline = cls(**{**settings, **replacements})
     pipeline.register_to_config(_name_or_path=str(path))

@@ -11,19 +11,20 @@ from torch import nn
 
 from i2am.models.configuration import STABLE_DIFFUSION_BETAS, CustomConfiguration
 from i2am.models.custom import CustomPipeline
+from i2am.models.pocket_autoencoder import PocketAutoencoder
 from i2am.models.weights import load_strictly, read_weight_file
 
 POCKET = CustomConfiguration(
-    # three blocks: 4 times smaller along each side, 32 x 24 latents
+    # 4 times smaller along each side, 32 x 24 latents
     vae={
-        "block_out_channels": (16, 32, 64),
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "layers_per_block": 1,
         "latent_channels": 4,
-        "norm_num_groups": 16,
-        "sample_size": 128,
+        "width": 64,
+        "fine_width": 48,
+        "encoder_blocks": 2,
+        "decoder_blocks": 3,
+        "fine_blocks": 3,
     },
+    vae_class=PocketAutoencoder,
     # 16 x 12 patches and the class token: 193 tokens
     image_encoder={
         "hidden_size": 96,

@@ -231,17 +231,17 @@ POCKET_RECIPE = Recipe(
     scenes=12288,
     autoencoder=Autoencoder(
         optimisation=Optimisation(
-            steps=3000,
+            steps=4000,
             batch=8,
-            learning_rate=2e-3,
-            warmup=100,
+            learning_rate=3e-3,
+            warmup=50,
             final_rate=0.02,
             weight_decay=0.0,
             ema=(0.99, 0.998),
         ),
     ),
     denoiser=Denoiser(
-        optimisation=Optimisation(steps=10_000, batch=16),
+        optimisation=Optimisation(steps=7000, batch=16),
         noisy=0.5,
         outside=0.25,
         inside=1.0,

@@ -183,6 +183,8 @@ def _autoencoder(
     assert recipe.autoencoder is not None
     final = out / "autoencoder" / "final"
     if not final.is_dir():
+        if accelerator.device.type == "cpu":
+            pipeline.vae.to(memory_format=torch.channels_last)
         stage = AutoencoderStage(
             pipeline.vae,
             recipe.autoencoder,
@@ -200,6 +202,8 @@ def _autoencoder(
                 for row in range(min(WHITENING_BATCHES, len(scenes) // 16 or 1))
             ]
             whiten(pipeline.vae, [batch.to(pipeline.vae.device) for batch in pictures])
+            # safetensors takes contiguous tensors only
+            pipeline.vae.to(memory_format=torch.contiguous_format)
             save_folder(final, pipeline.vae.save_pretrained)
         accelerator.wait_for_everyone()
     # as it was saved, whether this run or an earlier one did
