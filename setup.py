@@ -43,6 +43,7 @@ setup(
         "i2am.metrics",
         "i2am.models",
         "i2am.plots",
+        "i2am.training",
     ],
     package_dir={
         "i2am": "i2am",
@@ -52,7 +53,7 @@ setup(
     package_data={
         "i2am": ["py.typed"],
         "i2am.kernels": ["README.md"],
-        "i2am.models": ["**/*.json", "**/*.safetensors"],
+        "i2am.models": ["**/*.json", "*.md", "**/*.safetensors"],
     },
     include_package_data=False,
     install_requires=[
@@ -73,7 +74,7 @@ setup(
         "plots": ["matplotlib>=3.9"],
         "export": ["pyarrow>=17", "zarr>=3.1"],
         "space": ["gradio>=6.0"],
-        "demo": ["scikit-image>=0.24"],
+        "train": ["accelerate>=1.0", "torchmetrics>=1.8"],
         "test": TEST,
         "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"],
     },
