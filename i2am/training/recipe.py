@@ -80,7 +80,7 @@ class Autoencoder:
     optimisation: Optimisation
     squared: float = 2.0
     edges: float = 0.5
-    kl: float = 1e-4
+    kl: float = 1e-3
     precision: str = "bf16"
 
     def __post_init__(self) -> None:
@@ -231,9 +231,9 @@ POCKET_RECIPE = Recipe(
     scenes=12288,
     autoencoder=Autoencoder(
         optimisation=Optimisation(
-            steps=4000,
+            steps=3600,
             batch=8,
-            learning_rate=3e-3,
+            learning_rate=1.5e-3,
             warmup=50,
             final_rate=0.02,
             weight_decay=0.0,
@@ -241,7 +241,7 @@ POCKET_RECIPE = Recipe(
         ),
     ),
     denoiser=Denoiser(
-        optimisation=Optimisation(steps=7000, batch=16),
+        optimisation=Optimisation(steps=7500, batch=16),
         noisy=0.5,
         outside=0.25,
         inside=1.0,
