@@ -10,16 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from i2am.attribution import weights
 from i2am.attribution.direction import Direction
-from i2am.attribution.grid import (
-    Box,
-    Grid,
-    Patch,
-    Region,
-    as_regions,
-    mask_weights,
-    region_weights,
-)
+from i2am.attribution.grid import Box, Grid, Patch, Region, as_regions
+from i2am.attribution.weights import as_batch, own_mask
 from i2am.kernels import Impl, accumulate_attention_statistics
 
 UNIFORM = "uniform"
@@ -120,8 +114,8 @@ class Accumulator:
                     f"regions must not be called {name!r}, which is a weight row's name"
                 )
         self.time_groups = time_groups
-        self.mask = _as_batch("mask", mask)
-        self.reference_mask = _as_batch("reference_mask", reference_mask)
+        self.mask = as_batch("mask", mask)
+        self.reference_mask = as_batch("reference_mask", reference_mask)
         self.keep_keys = keep_keys
         self.impl = impl
         self.unresolved = unresolved
@@ -219,10 +213,10 @@ class Accumulator:
             resolved._layers[name] = _Layer(
                 layer.site,
                 layer.reference,
-                _own_mask(layer.key_weights[:, :, None], self.reference_mask, samples, 1)[:, :, 0],
-                _own_mask(layer.query_weights[:, :, None], self.mask, samples, 1)[:, :, 0],
-                None if r2g is None else _own_mask(r2g, self.reference_mask, samples, 3).clone(),
-                None if g2r is None else _own_mask(g2r, self.mask, samples, 3).clone(),
+                own_mask(layer.key_weights[:, :, None], self.reference_mask, samples, 1)[:, :, 0],
+                own_mask(layer.query_weights[:, :, None], self.mask, samples, 1)[:, :, 0],
+                None if r2g is None else own_mask(r2g, self.reference_mask, samples, 3).clone(),
+                None if g2r is None else own_mask(g2r, self.mask, samples, 3).clone(),
                 layer.voters,
                 None if layer.by_key is None else layer.by_key[rows].clone(),
             )
@@ -268,8 +262,18 @@ class Accumulator:
         statistics = torch.promote_types(query.dtype, torch.float32)
         # tensors born in inference mode could not be updated outside of it later
         with torch.inference_mode(False):
-            key_weights = self._votes(site, seqlen_k, reference, voters, batch)
-            query_weights = self._rows(site, batch)
+            samples = None if self.unresolved else batch
+            key_weights = weights.votes(
+                seqlen_k,
+                reference,
+                voters,
+                grid=grid,
+                mask=self.reference_mask,
+                samples=samples,
+            )
+            query_weights = weights.rows(
+                site.generated_grid, self.regions.values(), mask=self.mask, samples=samples
+            )
             shape = (batch, self.time_groups, heads)
             r2g = g2r = by_key = None
             voters = reference if voters is None else voters
@@ -297,57 +301,6 @@ class Accumulator:
                 by_key,
             )
 
-    def _votes(
-        self,
-        site: AttentionSite,
-        seqlen_k: int,
-        reference: slice | Tensor,
-        voters: slice | Tensor | None,
-        batch: int,
-    ) -> Tensor:
-        uniform = torch.zeros(1, 1, seqlen_k)
-        uniform[..., reference if voters is None else voters] = 1
-        votes = [uniform / uniform.sum()]
-        if self.reference_mask is not None:
-            if site.reference_grid is None:
-                # a placeholder, so that the votes axis is the same on every layer
-                inside = torch.ones(len(self.reference_mask), site.reference_tokens)
-            else:
-                inside = mask_weights(self.reference_mask, site.reference_grid).cpu()
-            masked = torch.zeros(len(inside), 1, seqlen_k)
-            masked[..., reference] = (inside / inside.sum(-1, keepdim=True))[:, None]
-            votes.append(self._per_sample(masked, batch))
-        return _stack(votes)
-
-    def _rows(self, site: AttentionSite, batch: int) -> Tensor:
-        height, width = site.generated_grid
-        rows = [torch.full((1, 1, height * width), 1 / (height * width))]
-        if self.mask is not None:
-            inside = mask_weights(self.mask, site.generated_grid).cpu()[:, None]
-            rows.append(self._per_sample(inside / (height * width), batch))
-        for region in self.regions.values():
-            rows.append(region_weights(region, site.generated_grid).cpu()[None, None])
-        return _stack(rows)
-
-    def _per_sample(self, weights: Tensor, batch: int) -> Tensor:
-        """``[masks, 1, n]`` to one row per sample, or to all masks as rows while unresolved."""
-        if self.unresolved:
-            return weights.transpose(0, 1)
-        return weights[_mask_of_sample(len(weights), batch)]
-
-
-def _as_batch(name: str, mask: Tensor | None) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.ndim not in (2, 3):
-        raise ValueError(
-            f"{name} must be [height, width] or [batch, height, width], got {list(mask.shape)}"
-        )
-    mask = mask if mask.ndim == 3 else mask[None]
-    if bool((mask.flatten(1).amax(1) <= 0).any()):
-        raise ValueError(f"{name} must cover something, got one that is 0 everywhere")
-    return mask
-
 
 def _softmax_over_queries(
     query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None
@@ -363,31 +316,3 @@ def _softmax_over_queries(
     # a key that no query may attend to spreads nothing: its softmax would be NaN
     unseen = scores.isneginf().all(-2, keepdim=True)
     return scores.softmax(-2).masked_fill(unseen, 0)
-
-
-def _mask_of_sample(masks: int, samples: int) -> Tensor:
-    """Sample-major like diffusers: several images per prompt share a mask, one after the other."""
-    if samples % masks != 0:
-        raise ValueError(f"masks must be one per sample or divide them, got {masks} for {samples}")
-    return torch.arange(samples) // (samples // masks)
-
-
-def _stack(weights: list[Tensor]) -> Tensor:
-    batch = max(len(weight) for weight in weights)
-    return torch.cat([weight.expand(batch, -1, -1) for weight in weights], dim=1)
-
-
-def _own_mask(sums: Tensor, mask: Tensor | None, samples: int, axis: int) -> Tensor:
-    """Keep, of the rows for every mask of the batch (after the uniform one), each sample's own."""
-    masks = 0 if mask is None else len(mask)
-    if masks < 2:
-        return sums
-    own = 1 + _mask_of_sample(masks, samples).to(sums.device)
-    rest = sums.narrow(axis, 1 + masks, sums.shape[axis] - 1 - masks)
-    sums = sums.expand(samples, *sums.shape[1:])
-    index = own.view(-1, *[1] * (sums.ndim - 1))
-    shape = list(sums.shape)
-    shape[axis] = 1
-    chosen = sums.gather(axis, index.expand(shape))
-    rest = rest.expand(samples, *rest.shape[1:])
-    return torch.cat([sums.narrow(axis, 0, 1), chosen, rest], dim=axis)
