@@ -8,10 +8,19 @@ from typing import Any
 
 import click
 
-from i2am.cli.errors import InputRejected, OutputConflict
+from i2am.cli.errors import CommandError, ExitCode, InputRejected, OutputConflict, Terminated
 
 DATA = "paper-doll"
 POCKET = "pocket"
+
+
+class Stopped(CommandError):
+    """A signal arrived."""
+
+    def __init__(self, out: Path, stop: BaseException) -> None:
+        super().__init__(f"stopped; the same command goes on from the last checkpoint in {out}")
+        interrupted = isinstance(stop, KeyboardInterrupt)
+        self.code = ExitCode.INTERRUPTED if interrupted else ExitCode.TERMINATED
 
 
 @click.command(short_help="Train the custom model; stopped at any moment, it resumes.")
@@ -93,7 +102,6 @@ def train(
         ) from None
     import torch
 
-    from i2am.cli.errors import ExitCode
     from i2am.training.loop import Intervals
     from i2am.training.recipe import PAPER_RECIPE, POCKET_RECIPE, with_changes
     from i2am.training.run import RecipeConflict
@@ -126,5 +134,7 @@ def train(
         raise OutputConflict(str(error)) from error
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         raise InputRejected(str(error)) from error
+    except (KeyboardInterrupt, Terminated) as stop:
+        raise Stopped(out, stop) from None
     click.echo(json.dumps({"pipeline": None if pipeline is None else str(pipeline)}))
     return ExitCode.INCOMPLETE if pipeline is None else ExitCode.DONE

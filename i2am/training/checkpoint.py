@@ -6,14 +6,18 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from i2am.models.weights import in_one_sentence
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -51,10 +55,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     partial = folder / f".{final.name}.partial"
     partial.mkdir()
     try:
-        for name, tensors in checkpoint.tensors.items():
-            plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            save_file(plain, partial / f"{name}.safetensors")
-        torch.save(checkpoint.optimiser, partial / OPTIMISER)
+        with _disk_faults(final):
+            for name, tensors in checkpoint.tensors.items():
+                plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                save_file(plain, partial / f"{name}.safetensors")
+            torch.save(dict(checkpoint.optimiser), partial / OPTIMISER)
         hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         state = {"step": checkpoint.step, "notes": dict(checkpoint.notes), "sha256": hashes}
         (partial / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -100,10 +105,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         file = path / name
         if not file.is_file() or _sha256(file) != expected:
             raise ValueError(f"checkpoint {path} is damaged: {name} is not what was written")
-    tensors = {
-        Path(name).stem: load_file(path / name) for name in hashes if name.endswith(".safetensors")
-    }
-    optimiser = torch.load(path / OPTIMISER, map_location="cpu", weights_only=True)
+    with in_one_sentence(f"checkpoint {path} is damaged"):
+        files = [name for name in hashes if name.endswith(".safetensors")]
+        tensors = {Path(name).stem: load_file(path / name) for name in files}
+        optimiser = torch.load(path / OPTIMISER, map_location="cpu", weights_only=True)
     return Checkpoint(step, tensors, optimiser, notes)
 
 
@@ -114,6 +119,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _disk_faults(path: Path) -> Iterator[None]:
+    # a full disk is a SafetensorError in one library and a RuntimeError in the other
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _remove(path: Path) -> None:

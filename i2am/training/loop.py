@@ -158,8 +158,10 @@ def optimise(
             if average is not None:
                 average.update(step)
             done = step + 1
-            if done % intervals.log == 0 or done == end:
-                values = {name: float(value) for name, value in numbers.items()}
+            saving = done % intervals.checkpoint == 0 or done == end
+            if saving or done % intervals.log == 0:
+                # before it is saved: a checkpoint of NaN would be resumed for ever
+                values = _averaged(numbers, accelerator)
                 _check_finite(values, stage.name, step)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
                 if record is not None:
@@ -167,7 +169,7 @@ def optimise(
                     rate = learning_rate(plan, step)
                     record.write({"step": done, **values, "lr": rate, "seconds_per_step": seconds})
             bar.update()
-            if done % intervals.checkpoint == 0 or done == end:
+            if saving:
                 save(done)
             if intervals.validate and (done % intervals.validate == 0 or done == plan.steps):
                 metrics = {}
@@ -241,6 +243,13 @@ def _validate(
             return stage.validate(done)
     finally:
         module.train()
+
+
+def _averaged(numbers: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """Plain numbers, each the mean over all processes."""
+    values = torch.stack([value.detach().float().reshape(()) for value in numbers.values()])
+    reduced = accelerator.reduce(values, reduction="mean")
+    return dict(zip(numbers, reduced.tolist(), strict=True))
 
 
 def _check_finite(values: Mapping[str, float], name: str, step: int) -> None:

@@ -1,0 +1,150 @@
+"""Checkpoints: back to the bit, never a damaged one, whole ones whenever the writer is killed."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from i2am.training.checkpoint import Checkpoint, last_checkpoint, read_checkpoint, save_checkpoint
+
+
+def _checkpoint(step: int) -> Checkpoint:
+    weight = torch.nn.Parameter(torch.randn(3, 5, generator=torch.Generator().manual_seed(step)))
+    optimiser = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    optimiser.step()
+    # a transposed tensor is not contiguous, which safetensors refuses
+    tensors = {"model": {"weight": weight, "turned": weight.T}, "ema": {"weight": weight * 2}}
+    return Checkpoint(step, tensors, optimiser.state_dict(), {"scaler": {"scale": 2.0}})
+
+
+def _assert_same(found: Checkpoint, wanted: Checkpoint) -> None:
+    assert found.step == wanted.step
+    assert found.notes == wanted.notes
+    assert found.tensors.keys() == wanted.tensors.keys()
+    for file, tensors in wanted.tensors.items():
+        assert found.tensors[file].keys() == tensors.keys()
+        for name, values in tensors.items():
+            assert torch.equal(found.tensors[file][name], values)
+    assert found.optimiser["param_groups"] == wanted.optimiser["param_groups"]
+    for name, values in wanted.optimiser["state"][0].items():
+        assert torch.equal(found.optimiser["state"][0][name], values)
+
+
+def test_back_to_the_bit(tmp_path) -> None:
+    assert last_checkpoint(tmp_path / "none") is None
+    save_checkpoint(tmp_path, _checkpoint(20), keep=2)
+    found = last_checkpoint(tmp_path)
+    assert found is not None
+    _assert_same(found, _checkpoint(20))
+
+
+def test_the_last_ones_are_kept(tmp_path) -> None:
+    for step in (5, 10, 15, 20):
+        save_checkpoint(tmp_path, _checkpoint(step), keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-00000015", "checkpoint-00000020"]
+    # the same step again replaces it
+    save_checkpoint(tmp_path, _checkpoint(20), keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-00000015", "checkpoint-00000020"]
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("damage", [_flip, _cut, Path.unlink], ids=["flipped", "cut", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt"])
+def test_a_damaged_one_is_passed_over(tmp_path, caplog, name, damage) -> None:
+    for step in (5, 10):
+        save_checkpoint(tmp_path, _checkpoint(step), keep=2)
+    damage(tmp_path / "checkpoint-00000010" / name)
+    found = last_checkpoint(tmp_path)
+    assert found is not None
+    _assert_same(found, _checkpoint(5))
+    assert f"checkpoint-00000010 is damaged: {name}" in caplog.text
+    # and a new one can be written in its place
+    save_checkpoint(tmp_path, _checkpoint(10), keep=2)
+    assert last_checkpoint(tmp_path).step == 10
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 10}', None])
+def test_without_a_state_it_is_none(tmp_path, text) -> None:
+    path = save_checkpoint(tmp_path, _checkpoint(10), keep=2)
+    if text is None:
+        (path / "state.json").unlink()
+    else:
+        (path / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"has no readable state.json"):
+        read_checkpoint(path)
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_a_pickle_is_never_run(tmp_path) -> None:
+    path = save_checkpoint(tmp_path, _checkpoint(10), keep=2)
+    torch.save({"state": print}, path / "optimizer.pt")
+    state = json.loads((path / "state.json").read_text())
+    data = (path / "optimizer.pt").read_bytes()
+    state["sha256"]["optimizer.pt"] = hashlib.sha256(data).hexdigest()
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="is damaged: UnpicklingError Weights only load failed"):
+        read_checkpoint(path)
+
+
+def test_a_failed_write_leaves_the_earlier_ones(tmp_path, monkeypatch) -> None:
+    save_checkpoint(tmp_path, _checkpoint(5), keep=1)
+
+    def full(*_: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint-00000010 cannot be written.*No space left"):
+        save_checkpoint(tmp_path, _checkpoint(10), keep=1)
+    assert os.listdir(tmp_path) == ["checkpoint-00000005"]
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from i2am.training.checkpoint import Checkpoint, save_checkpoint
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+for step in range(int(sys.argv[2]), 10**6):
+    tensors = {"model": {"weight": torch.full((50_000,), float(step))}}
+    save_checkpoint(folder, Checkpoint(step, tensors, {"state": {}, "param_groups": []}, {}), keep=2)
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_moment_a_whole_one_is_left(tmp_path) -> None:
+    step = 0
+    for wait in (0.05, 0.11, 0.16, 0.23):
+        with subprocess.Popen(
+            [sys.executable, "-P", "-c", WRITER, str(tmp_path), str(step)],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as writer:
+            assert writer.stdout.readline() == "ready\n"
+            first = int(writer.stdout.readline())
+            time.sleep(wait)
+            writer.send_signal(signal.SIGKILL)
+            printed = [first, *map(int, writer.stdout.read().split())]
+        found = last_checkpoint(tmp_path)
+        # what was reported as written is there; what was being written may be
+        assert found.step in (printed[-1], printed[-1] + 1)
+        assert torch.equal(
+            found.tensors["model"]["weight"], torch.full((50_000,), float(found.step))
+        )
+        step = found.step + 1
