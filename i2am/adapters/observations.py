@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from i2am.attribution.accumulator import LayerSums
+from i2am.attribution.sums import LayerSums
 from i2am.layouts.token_layout import TokenLayout
 
 

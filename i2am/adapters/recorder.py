@@ -15,11 +15,12 @@ from i2am.adapters.hooks import around_calls
 from i2am.adapters.inputs import versions
 from i2am.adapters.observations import Observations
 from i2am.adapters.sites import LISTENERS, Site
-from i2am.attribution.accumulator import Accumulator, AttentionSite, LayerSums
+from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Grid, describe_regions
 from i2am.attribution.layers import apply
 from i2am.attribution.maps import AttributionMaps
+from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout, Tokens
 
 

@@ -1,6 +1,6 @@
 """Attribution maps: what is accumulated, on which grids, and how it is read, drawn and stored."""
 
-from i2am.attribution.accumulator import Accumulator, AttentionSite, LayerSums
+from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import (
     Box,
@@ -17,6 +17,7 @@ from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.postprocess import normalize, picture, threshold
 from i2am.attribution.presets import OFFICIAL, PAPER, Preset, get_preset
 from i2am.attribution.storage import load_maps, save_maps
+from i2am.attribution.sums import AttentionSite, LayerSums
 
 __all__ = [
     "OFFICIAL",

@@ -12,42 +12,15 @@ from torch import Tensor
 
 from i2am.attribution import weights
 from i2am.attribution.direction import Direction
-from i2am.attribution.grid import Box, Grid, Patch, Region, as_regions
+from i2am.attribution.grid import Box, Patch, Region, as_regions
+from i2am.attribution.resized import ResizedSums
+from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.attribution.weights import as_batch, own_mask
 from i2am.kernels import Impl, accumulate_attention_statistics
 
 UNIFORM = "uniform"
 MASK = "mask"
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """Where attention was recorded and what its tokens stand for."""
-
-    layer: str
-    """Path of the attention module in the denoiser."""
-    heads: int
-    generated_grid: Grid
-    """``(height, width)`` of the query tokens, row-major."""
-    reference_grid: Grid | None
-    """``(height, width)`` of the reference tokens, row-major; ``None`` where they have no place."""
-    reference_tokens: int
-    causal: bool = True
-    """False for a single reference token: attention to it is 1 whatever query and key are."""
-
-
-@dataclass(frozen=True)
-class LayerSums:
-    """Raw fp32 sums of one layer over the recorded evaluations of each time group."""
-
-    site: AttentionSite
-    reference_to_generated: Tensor | None
-    """``[samples, time_groups, heads, votes, h, w]``"""
-    generated_to_reference: Tensor | None
-    """``[samples, time_groups, heads, rows, h_I, w_I]``: reference tokens only, while ``P`` is
-    normalized over all keys; ``None`` without a reference grid."""
-    reference_to_generated_by_key: Tensor | None = None
-    """``[samples, time_groups, heads, voters, h, w]``: ``C`` of each voter, on request only."""
+SUMS = ("native", "resized")
 
 
 @dataclass
@@ -57,7 +30,7 @@ class _Layer:
     key_weights: Tensor  # [B or 1, U, N]
     query_weights: Tensor  # [B or 1, R, M]
     r2g: Tensor | None  # [B, T, H, U, M]
-    g2r: Tensor | None  # [B, T, H, R, N]
+    g2r: Tensor | None  # [B, T, H, R, N]; T is 1 where sums are resized
     voters: slice | Tensor
     by_key: Tensor | None  # [B, T, H, M, voters]
 
@@ -81,13 +54,15 @@ class Accumulator:
             placeholder, equal to the uniform ones, and :class:`AttributionMaps` refuses to read it.
         keep_keys: Also keep ``C`` of each voting key, computed as published code does it: memory
             O(seqlen_q * seqlen_k), for parity checks only.
+        sums: ``"native"`` keeps every layer on its own grid; ``"resized"`` adds all layers up on
+            the finest grid of the first evaluation, so that what stays does not grow with them.
         impl: Implementation of the statistics; see :mod:`i2am.kernels`.
         unresolved: See above.
 
     Raises:
         ValueError: ``time_groups`` is below 1, no direction is given, a region has a reserved name
-            or is none (see :func:`as_regions`), or a mask is not ``[(batch,) height, width]`` or
-            is 0 everywhere.
+            or is none (see :func:`as_regions`), a mask is not ``[(batch,) height, width]`` or is 0
+            everywhere, ``sums`` is unknown, or keys are to be kept of resized sums.
     """
 
     def __init__(
@@ -99,6 +74,7 @@ class Accumulator:
         mask: Tensor | None = None,
         reference_mask: Tensor | None = None,
         keep_keys: bool = False,
+        sums: str = "native",
         impl: Impl | str | None = None,
         unresolved: bool = False,
     ) -> None:
@@ -113,13 +89,22 @@ class Accumulator:
                 raise ValueError(
                     f"regions must not be called {name!r}, which is a weight row's name"
                 )
+        if sums not in SUMS:
+            raise ValueError(f"sums must be one of {', '.join(SUMS)}, got {sums!r}")
+        if keep_keys and sums == "resized":
+            raise ValueError("keep_keys needs sums='native', got 'resized'")
         self.time_groups = time_groups
         self.mask = as_batch("mask", mask)
         self.reference_mask = as_batch("reference_mask", reference_mask)
         self.keep_keys = keep_keys
+        self.sums = sums
         self.impl = impl
         self.unresolved = unresolved
         self._layers: dict[str, _Layer] = {}
+        # all layers of the first evaluation must be seen before their finest grid is known; until
+        # then each has sums of its own, which are for this time group
+        self._resized: ResizedSums | None = None
+        self._first_group = 0
 
     @property
     def votes(self) -> tuple[str, ...]:
@@ -171,19 +156,23 @@ class Accumulator:
             query_lse: Row log-sum-exp where the attention call returned it.
 
         Raises:
-            ValueError: The call does not fit the site, or the site changed since the first call.
+            ValueError: The call does not fit the site, the site changed since the first call, or
+                layers to be added up have different numbers of heads.
         """
         layer = self._layers.get(site.layer)
+        if self.sums == "resized" and layer is not None and self._resized is None:
+            self._begin_resizing()
         if layer is None:
             layer = self._allocate(site, query, key, reference, voters)
             self._layers[site.layer] = layer
         elif layer.site != site:
             raise ValueError(f"{site.layer} changed during the run, from {layer.site} to {site}")
+        slot = group if self.sums == "native" else 0
         accumulate_attention_statistics(
             query,
             key,
-            r2g=None if layer.r2g is None else layer.r2g[:, group],
-            g2r=None if layer.g2r is None else layer.g2r[:, group],
+            r2g=None if layer.r2g is None else layer.r2g[:, slot],
+            g2r=None if layer.g2r is None else layer.g2r[:, slot],
             scale=scale,
             bias=bias,
             query_weights=layer.query_weights,
@@ -194,6 +183,10 @@ class Accumulator:
         if layer.by_key is not None:
             over_queries = _softmax_over_queries(query, key, scale, bias)
             layer.by_key[:, group] += over_queries[..., layer.voters]
+        if self._resized is not None:
+            self._move(layer, group)
+        elif self.sums == "resized":
+            self._first_group = group
 
     def resolve(self, rows: slice) -> "Accumulator":
         """The rows of an unresolved recording that are samples, each with its own masks."""
@@ -204,8 +197,10 @@ class Accumulator:
             mask=self.mask,
             reference_mask=self.reference_mask,
             keep_keys=self.keep_keys,
+            sums=self.sums,
             impl=self.impl,
         )
+        resolved._first_group = self._first_group
         samples = len(range(self.samples or 0)[rows])
         for name, layer in self._layers.items():
             r2g = layer.r2g if layer.r2g is None else layer.r2g[rows]
@@ -223,8 +218,38 @@ class Accumulator:
         return resolved
 
     def layers(self) -> list[LayerSums]:
-        """Views of the sums on their grids, in the order in which layers were first seen."""
+        """The sums on their grids, in the order in which layers were first seen, as views; or the
+        mean of the resized ones, as one layer.
+
+        Raises:
+            ValueError: Layers to be added up have different numbers of heads.
+        """
+        if self.sums == "resized" and self._layers:
+            if self._resized is None:
+                self._begin_resizing()
+            assert self._resized is not None
+            return [self._resized.mean()]
         return [self._sums(layer) for layer in self._layers.values()]
+
+    def _begin_resizing(self) -> None:
+        """Move what the first evaluation left; from now on layers of one shape share their sums."""
+        layers = list(self._layers.values())
+        self._resized = ResizedSums.like([self._sums(layer) for layer in layers], self.time_groups)
+        for layer in layers:
+            self._move(layer, self._first_group)
+        shared: dict[tuple[str, torch.Size], Tensor] = {}
+        for layer in layers:
+            if layer.r2g is not None:
+                layer.r2g = shared.setdefault(("r2g", layer.r2g.shape), layer.r2g)
+            if layer.g2r is not None:
+                layer.g2r = shared.setdefault(("g2r", layer.g2r.shape), layer.g2r)
+
+    def _move(self, layer: _Layer, group: int) -> None:
+        assert self._resized is not None
+        self._resized.add(self._sums(layer), group)
+        for sums in (layer.r2g, layer.g2r):
+            if sums is not None:
+                sums.zero_()
 
     def _sums(self, layer: _Layer) -> LayerSums:
         generated = layer.site.generated_grid
@@ -274,7 +299,7 @@ class Accumulator:
             query_weights = weights.rows(
                 site.generated_grid, self.regions.values(), mask=self.mask, samples=samples
             )
-            shape = (batch, self.time_groups, heads)
+            shape = (batch, self.time_groups if self.sums == "native" else 1, heads)
             r2g = g2r = by_key = None
             voters = reference if voters is None else voters
             if Direction.REFERENCE_TO_GENERATED in self.directions:

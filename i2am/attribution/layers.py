@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from i2am.attribution.accumulator import LayerSums
 from i2am.attribution.direction import Direction
+from i2am.attribution.sums import LayerSums
 
 SUMS = (
     "reference_to_generated",

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from i2am.attribution.accumulator import LayerSums
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Grid, Patch
 from i2am.attribution.layers import apply, check_layers, recorded, tensors, without_grid
@@ -17,12 +16,14 @@ from i2am.attribution.merging import check_mergeable, concatenate, merge_provena
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import (
     LayerWeighting,
+    check_resized,
     kept_axes,
     layers_of,
     missing_for_official,
     reduce_layers,
     region_name,
 )
+from i2am.attribution.sums import LayerSums
 
 PerAxes = str | Iterable[str]
 
@@ -340,9 +341,10 @@ class AttributionMaps:
                 reference = _count(site.reference_tokens, "token")
             else:
                 reference = _by(site.reference_grid)
+            merged = f", mean of {_count(len(site.merged), 'layer')}" if site.merged else ""
             lines.append(
                 f"  {site.layer}: {_by(site.generated_grid)} from {reference}, "
-                f"{_count(site.heads, 'head')}{'' if site.causal else ', causal=False'}"
+                f"{_count(site.heads, 'head')}{merged}{'' if site.causal else ', causal=False'}"
             )
         return "\n".join(lines)
 
@@ -389,9 +391,11 @@ class AttributionMaps:
         preset: Preset,
         layer_weighting: LayerWeighting,
     ) -> Tensor:
+        kept = kept_axes(per)
+        check_resized(self.layer_sums, per=kept, preset=preset, layer_weighting=layer_weighting)
         return reduce_layers(
             [sums(layer) for layer in layers_of(self.layer_sums, preset)],
-            per=kept_axes(per),
+            per=kept,
             size=size,
             preset=preset,
             layer_weighting=layer_weighting,

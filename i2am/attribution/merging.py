@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from i2am.attribution.accumulator import LayerSums
 from i2am.attribution.layers import tensors
+from i2am.attribution.sums import LayerSums
 
 if TYPE_CHECKING:
     from i2am.attribution.maps import AttributionMaps

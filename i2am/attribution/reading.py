@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from i2am.attribution.accumulator import LayerSums
 from i2am.attribution.grid import Box, Grid, Patch, resize
 from i2am.attribution.presets import Preset
+from i2am.attribution.sums import LayerSums
 
 Axis = Literal["time", "layer", "head"]
 LayerWeighting = Literal["paper", "area"]
@@ -35,16 +35,40 @@ def layers_of(layers: Sequence[LayerSums], preset: Preset) -> list[LayerSums]:
     Raises:
         ValueError: If none does.
     """
-    counted = [
-        layer
-        for layer in layers
-        if preset.mid_block or not {"mid_block", "middle_block"} & {*layer.site.layer.split(".")}
-    ]
+    counted = [layer for layer in layers if preset.mid_block or not _in_mid_block(layer.site.layer)]
     if not counted:
         raise ValueError(
             f"preset {preset.name!r} leaves out the mid block, and every layer here is in it"
         )
     return counted
+
+
+def check_resized(
+    layers: Iterable[LayerSums],
+    *,
+    per: frozenset[str],
+    preset: Preset,
+    layer_weighting: LayerWeighting,
+) -> None:
+    """Refuses readings that need the layers apart, where they were added up while recording.
+
+    Raises:
+        ValueError: If `layers` hold resized sums, and layers are kept, weighted by area, resized
+            other than bilinearly or left out.
+    """
+    merged = [name for layer in layers for name in layer.site.merged]
+    leaves_out = not preset.mid_block and any(map(_in_mid_block, merged))
+    resizes = preset.clamp_after_grid_resize or preset.grid_resize != "bilinear"
+    for what, refused in {
+        "per='layer'": "layer" in per,
+        "layer_weighting='area'": layer_weighting == "area",
+        f"preset {preset.name!r}": resizes or leaves_out,
+    }.items():
+        if merged and refused:
+            raise ValueError(
+                f"{what} needs the layers apart, record(sums='native'); these maps were recorded "
+                "with sums='resized'"
+            )
 
 
 def region_name(
@@ -160,6 +184,10 @@ def reduce_layers(
     if averaged := [axis for axis in ("layer", "head") if axis not in per]:
         result = result.mean([AXES.index(axis) + 1 for axis in averaged], keepdim=True)
     return result.squeeze([i for i, axis in enumerate(AXES, start=1) if axis not in per])
+
+
+def _in_mid_block(layer: str) -> bool:
+    return bool({"mid_block", "middle_block"} & {*layer.split(".")})
 
 
 def _words(numbers: Sequence[int]) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from i2am.attribution.accumulator import AttentionSite, LayerSums
 from i2am.attribution.layers import SUMS, apply, tensors
 from i2am.attribution.maps import AttributionMaps
+from i2am.attribution.sums import AttentionSite, LayerSums
 
 SCHEMA = 1
 """Version of the file layout that is written, and the newest that can be read."""

@@ -74,6 +74,24 @@ def test_every_implementation_for_the_cpu(tiny, oracle, impl):
     oracle.assert_maps(maps, calls, groups=groups, rows=oracle.last(1), reference=REFERENCE)
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_resized_sums_give_the_same_time_and_head_maps(tiny, samples):
+    loop = tiny.loop(3)
+    reference = tiny.reference(samples)
+    found = []
+    for sums in ("native", "resized"):
+        with i2am.record(loop, layout=PATCHES, time_groups=3, sums=sums) as recorder:
+            image = loop(reference)
+        found.append((image, recorder.maps()))
+    (plain, native), (same, resized) = found
+    assert torch.equal(plain, same)
+    assert resized.layer_sums[0].site.merged == native.layers
+    for per in ((), "time", ("time", "head")):
+        for name in ("reference_to_generated", "generated_to_reference"):
+            expected = getattr(native, name)(per)
+            torch.testing.assert_close(getattr(resized, name)(per), expected, rtol=3e-6, atol=0)
+
+
 def test_one_direction_only(tiny, oracle):
     loop = tiny.loop()
     both, calls = record_and_list(oracle, loop, tiny.reference())

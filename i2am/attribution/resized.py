@@ -1,0 +1,119 @@
+"""Sums of all layers on one grid per direction: what stays does not grow with the layers.
+
+Resizing is linear, so resizing what each call adds gives the same maps as adding first and resizing
+when they are read. What is lost is the layer axis.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from i2am.attribution.grid import Grid, resize
+from i2am.attribution.sums import AttentionSite, LayerSums
+
+RESIZED = "resized"
+"""What the one layer of such a recording is called."""
+
+
+@dataclass
+class ResizedSums:
+    """Bilinearly resized sums of several layers, on the finest grid among them.
+
+    Added in the order of the calls, so that equal runs give equal bits.
+
+    Attributes:
+        sites: What was added, in the order in which it was first seen.
+        generated_grid: Grid of R2G.
+        reference_grid: Grid of G2R; ``None`` where a layer has none, and then there is no G2R.
+        r2g: ``[samples, time_groups, heads, votes, h, w]``.
+        g2r: ``[samples, time_groups, heads, rows, h_I, w_I]``.
+    """
+
+    sites: dict[str, AttentionSite]
+    generated_grid: Grid
+    reference_grid: Grid | None
+    r2g: Tensor | None
+    g2r: Tensor | None
+
+    @classmethod
+    def like(cls, layers: Sequence[LayerSums], time_groups: int) -> "ResizedSums":
+        """Zeros for sums ``[samples, 1, heads, ?, h, w]`` of layers, which are not added yet.
+
+        Raises:
+            ValueError: The layers differ in their number of heads.
+        """
+        sites = {layer.site.layer: layer.site for layer in layers}
+        _check_heads(sites.values())
+        generated = max((site.generated_grid for site in sites.values()), key=math.prod)
+        places = [site.reference_grid for site in sites.values()]
+        known = [place for place in places if place is not None]
+        reference = max(known, key=math.prod) if len(known) == len(places) else None
+
+        def zeros(sums: Tensor | None, grid: Grid | None) -> Tensor | None:
+            if sums is None or grid is None:
+                return None
+            # tensors born in inference mode could not be updated outside of it later
+            with torch.inference_mode(False):
+                return sums.new_zeros((len(sums), time_groups, *sums.shape[2:4], *grid))
+
+        first = layers[0]
+        return cls(
+            sites,
+            generated,
+            reference,
+            zeros(first.reference_to_generated, generated),
+            zeros(first.generated_to_reference, reference),
+        )
+
+    def add(self, layer: LayerSums, group: int) -> None:
+        """Add sums ``[samples, 1, heads, ?, h, w]`` of a layer to a time group.
+
+        Raises:
+            ValueError: The layer is new, and has another number of heads or no reference grid.
+        """
+        site = layer.site
+        if site.layer not in self.sites:
+            self.sites[site.layer] = site
+            _check_heads(self.sites.values())
+            if site.reference_grid is None and self.g2r is not None:
+                raise ValueError(
+                    f"sums='resized' needs a reference grid of every layer or of none from the "
+                    f"first evaluation on, and {site.layer}, which came later, has none"
+                )
+        if self.r2g is not None and layer.reference_to_generated is not None:
+            self.r2g[:, group] += resize(layer.reference_to_generated[:, 0], self.generated_grid)
+        if self.g2r is not None and layer.generated_to_reference is not None:
+            assert self.reference_grid is not None
+            self.g2r[:, group] += resize(layer.generated_to_reference[:, 0], self.reference_grid)
+
+    def mean(self) -> LayerSums:
+        """The mean over the layers, as one layer whose site says which they are."""
+        sites = list(self.sites.values())
+        grid = self.reference_grid
+        site = AttentionSite(
+            RESIZED,
+            heads=sites[0].heads,
+            generated_grid=self.generated_grid,
+            reference_grid=grid,
+            reference_tokens=max(site.reference_tokens for site in sites),
+            causal=all(site.causal for site in sites),
+            merged=tuple(self.sites),
+        )
+        if grid is not None:
+            site = replace(site, reference_tokens=math.prod(grid))
+        r2g, g2r = self.r2g, self.g2r
+        return LayerSums(
+            site,
+            None if r2g is None else r2g / len(sites),
+            None if g2r is None else g2r / len(sites),
+        )
+
+
+def _check_heads(sites: Iterable[AttentionSite]) -> None:
+    heads = {site.heads: site.layer for site in sites}
+    if len(heads) > 1:
+        found = ", ".join(f"{count} ({layer})" for count, layer in sorted(heads.items()))
+        raise ValueError(f"sums='resized' needs layers with one number of heads, got {found}")

@@ -1,0 +1,39 @@
+"""What is kept of a layer: its sums, and where they were recorded."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from i2am.attribution.grid import Grid
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Where attention was recorded and what its tokens stand for."""
+
+    layer: str
+    """Path of the attention module in the denoiser."""
+    heads: int
+    generated_grid: Grid
+    """``(height, width)`` of the query tokens, row-major."""
+    reference_grid: Grid | None
+    """``(height, width)`` of the reference tokens, row-major; ``None`` where they have no place."""
+    reference_tokens: int
+    causal: bool = True
+    """False for a single reference token: attention to it is 1 whatever query and key are."""
+    merged: tuple[str, ...] = ()
+    """Layers whose resized sums these are (``sums="resized"``); empty for a layer by itself."""
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """Raw fp32 sums of one layer over the recorded evaluations of each time group."""
+
+    site: AttentionSite
+    reference_to_generated: Tensor | None
+    """``[samples, time_groups, heads, votes, h, w]``"""
+    generated_to_reference: Tensor | None
+    """``[samples, time_groups, heads, rows, h_I, w_I]``: reference tokens only, while ``P`` is
+    normalized over all keys; ``None`` without a reference grid."""
+    reference_to_generated_by_key: Tensor | None = None
+    """``[samples, time_groups, heads, voters, h, w]``: ``C`` of each voter, on request only."""
