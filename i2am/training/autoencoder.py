@@ -78,6 +78,7 @@ class AutoencoderStage:
         return {f"psnr_{kind}": psnr(self.vae, self.held_out[kind]) for kind in PICTURES}
 
 
+@torch.no_grad()
 def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
     """Mean peak signal-to-noise ratio in dB of pictures ``[batch, 3, height, width]`` in [0, 1]."""
     ratios = []

@@ -150,8 +150,7 @@ def cached_arrays(
     Returns:
         Memory-mapped arrays by name.
     """
-    marker = folder / READY
-    if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")) != dict(key):
+    if not _finished(folder / READY, key):
         shutil.rmtree(folder, ignore_errors=True)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -174,6 +173,13 @@ def cached_arrays(
         write_atomically(partial / READY, json.dumps(dict(key)).encode())
         os.rename(partial, folder)
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+
+
+def _finished(marker: Path, key: Mapping[str, object]) -> bool:
+    try:
+        return bool(json.loads(marker.read_text(encoding="utf-8")) == dict(key))
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def chunks(source: SceneSource, workers: int) -> Iterator[dict[str, Tensor]]:

@@ -1,5 +1,7 @@
 """The exponential moving average against its closed form."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
@@ -32,9 +34,9 @@ def test_lending_restores_the_weights_after_an_exception() -> None:
     weight = nn.Parameter(torch.ones(2))
     average = AveragedWeights({"weight": weight}, (0.0, 0.0), steps=1)
     average.load({"weight": torch.full((2,), 7.0)})
-    with pytest.raises(RuntimeError, match="broken"), average.applied():
+    with suppress(RuntimeError), average.applied():
         assert weight.tolist() == [7.0, 7.0]
-        raise RuntimeError("broken")
+        raise RuntimeError
     assert weight.tolist() == [1.0, 1.0]
     average.keep()
     assert weight.tolist() == [7.0, 7.0]

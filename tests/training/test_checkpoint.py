@@ -123,7 +123,8 @@ folder = Path(sys.argv[1])
 print("ready", flush=True)
 for step in range(int(sys.argv[2]), 10**6):
     tensors = {"model": {"weight": torch.full((50_000,), float(step))}}
-    save_checkpoint(folder, Checkpoint(step, tensors, {"state": {}, "param_groups": []}, {}), keep=2)
+    checkpoint = Checkpoint(step, tensors, {"state": {}, "param_groups": []}, {})
+    save_checkpoint(folder, checkpoint, keep=2)
     print(step, flush=True)
 """
 

@@ -159,7 +159,7 @@ def test_attention_total_variation_is_added(make) -> None:
 
 
 def test_an_unknown_prediction_is_refused(make) -> None:
-    with pytest.raises(ValueError, match="prediction_type must be one of epsilon, .* got 'flow'"):
+    with pytest.raises(ValueError, match=r"prediction_type must be one of epsilon, .* got 'flow'"):
         make("flow")
 
 
