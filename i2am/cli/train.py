@@ -107,6 +107,10 @@ def train(
     from i2am.training.run import RecipeConflict
     from i2am.training.run import train as run
 
+    if quiet:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
     try:

@@ -85,7 +85,10 @@ def train(
     show = progress and accelerator.is_main_process
     with accelerator.main_process_first():
         if recipe.autoencoder is not None:
-            key = {"scenes": len(scenes), "sample": _fingerprint(scenes.read([0, 1]))}
+            key = {
+                "scenes": len(scenes),
+                "sample": _fingerprint(scenes.read(range(min(2, len(scenes))))),
+            }
             scenes = cached_scenes(scenes, out / "cache" / "scenes", key, workers, progress=show)
     held = held_out.read(range(min(HELD_OUT, len(held_out))))
     if recipe.autoencoder is not None:
