@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -27,7 +28,7 @@ class ReferencePipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "image_encoder->unet->vae"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
-    component_classes: ClassVar[dict[str, type | tuple[type, ...]]] = {}
+    component_classes: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}
     """What each component may be; several classes where there is a choice."""
     guidance_order: ClassVar[tuple[str, str]] = ("unconditional", "conditional")
 

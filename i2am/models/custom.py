@@ -1,5 +1,6 @@
 """The paper's custom model: every patch of the reference is a key of every cross-attention."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -43,7 +44,7 @@ class CustomPipeline(ReferencePipeline):
     """
 
     model_cpu_offload_seq = "image_encoder->image_proj->unet->vae"
-    component_classes: ClassVar[dict[str, type | tuple[type, ...]]] = {
+    component_classes: ClassVar[Mapping[str, type | tuple[type, ...]]] = {
         "vae": (AutoencoderKL, PocketAutoencoder),
         "image_encoder": Dinov2Model,
         "image_proj": ReferenceProjection,

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +110,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors = {Path(name).stem: load_file(path / name) for name in files}
         optimiser = torch.load(path / OPTIMISER, map_location="cpu", weights_only=True)
     return Checkpoint(step, tensors, optimiser, notes)
+
+
+def save_folder(final: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a folder that appears complete or not at all."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write(partial)
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(partial, final)
+    sync(final.parent)
 
 
 def sync(path: Path) -> None:

@@ -1,11 +1,10 @@
 """The optimisation loop that both stages share: schedule, averages, checkpoints, log lines."""
 
-import json
 import logging
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from i2am.attribution.storage import write_atomically
 from i2am.training.averaging import AveragedWeights
 from i2am.training.checkpoint import Checkpoint, last_checkpoint, save_checkpoint
+from i2am.training.journal import Journal
 from i2am.training.recipe import Optimisation
 
 log = logging.getLogger(__name__)
@@ -127,7 +126,7 @@ def optimise(
     average = None if plan.ema is None else AveragedWeights(parameters, plan.ema, plan.steps)
     start = _resume(folder, parameters, prepared, average, accelerator)
     end = min(plan.steps, intervals.stop_after or plan.steps)
-    record = _Log(folder / "log.jsonl", start) if accelerator.is_main_process else None
+    record = Journal(folder / "log.jsonl", start) if accelerator.is_main_process else None
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
@@ -257,23 +256,3 @@ def _check_finite(values: Mapping[str, float], name: str, step: int) -> None:
         raise FloatingPointError(
             f"the loss of the {name} is {values['loss']} at step {step}; lower --learning-rate"
         )
-
-
-class _Log:
-    """JSON lines; lines of steps behind `start`, which will be made again, are dropped."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                # the last line of a killed run may be half a line
-                with suppress(ValueError, KeyError):
-                    if json.loads(line)["step"] <= start:
-                        kept.append(line + "\n")
-        write_atomically(path, "".join(kept).encode())
-        self.path = path
-
-    def write(self, values: Mapping[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(dict(values)) + "\n")

@@ -1,33 +1,36 @@
 """A training from its recipe to a pipeline on disk, in an output folder that can be resumed."""
 
-import hashlib
 import logging
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
-from torch import Tensor
+from torch import Tensor, nn
 
 from i2am.attribution.storage import write_atomically
 from i2am.models.custom import CustomPipeline
 from i2am.training.autoencoder import AutoencoderStage, whiten
-from i2am.training.checkpoint import sync
+from i2am.training.checkpoint import save_folder, sync
 from i2am.training.latents import cached_latents, encode
-from i2am.training.loop import Intervals, optimise
+from i2am.training.loop import Intervals, Stage, optimise
 from i2am.training.objective import DenoiserStage
 from i2am.training.recipe import Recipe, differences
-from i2am.training.scenes import FolderScenes, PaperDollScenes, SceneSource, cached_scenes
+from i2am.training.scenes import (
+    CachedScenes,
+    FolderScenes,
+    PaperDollScenes,
+    SceneSource,
+    cached_scenes,
+    fingerprint,
+)
 from i2am.training.start import starting_pipeline
 
 log = logging.getLogger(__name__)
 RECIPE = "recipe.json"
 HELD_OUT = 32
 PANELS = 8
-WHITENING_BATCHES = 16
+WHITENING_SCENES = 256
 
 
 class RecipeConflict(Exception):
@@ -64,11 +67,7 @@ def train(
         ValueError: Model and data do not fit.
     """
     intervals = intervals or Intervals()
-    accelerator = Accelerator(
-        mixed_precision=recipe.denoiser.precision,
-        step_scheduler_with_optimizer=False,
-        dataloader_config=DataLoaderConfiguration(),
-    )
+    accelerator = Accelerator(mixed_precision=recipe.denoiser.precision)
     if accelerator.is_main_process:
         _claim(out, recipe)
     accelerator.wait_for_everyone()
@@ -80,61 +79,12 @@ def train(
     pipeline = starting_pipeline(recipe)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(accelerator.device)
-    size = pipeline.configured_size
-    scenes, held_out = open_scenes(recipe, size)
     show = progress and accelerator.is_main_process
-    with accelerator.main_process_first():
-        if recipe.autoencoder is not None:
-            key = {
-                "scenes": len(scenes),
-                "sample": _fingerprint(scenes.read(range(min(2, len(scenes))))),
-            }
-            scenes = cached_scenes(scenes, out / "cache" / "scenes", key, workers, progress=show)
-    held = held_out.read(range(min(HELD_OUT, len(held_out))))
-    if recipe.autoencoder is not None:
-        whole = _autoencoder(recipe, pipeline, accelerator, scenes, held, out, intervals, show)
-        if not whole:
-            return None
-
-    key = {
-        "scenes": len(scenes),
-        "sample": _fingerprint(scenes.read([0])),
-        "vae": _fingerprint(pipeline.vae.state_dict()),
-    }
-    with accelerator.main_process_first():
-        latents = cached_latents(
-            pipeline, scenes, out / "cache" / "latents", key=key, workers=workers, progress=show
-        )
-    for module in (pipeline.unet, pipeline.image_encoder, pipeline.image_proj):
-        if accelerator.device.type == "cpu":
-            module.to(memory_format=torch.channels_last)
-    stage = DenoiserStage(
-        pipeline,
-        recipe.denoiser,
-        latents,
-        encode(pipeline, held),
-        recipe.seed,
-        panels=_panels(recipe, pipeline, out / "panels"),
-    )
-    try:
-        folder = out / stage.name
-        whole = optimise(stage, accelerator, folder, intervals, progress=progress)
-    finally:
-        stage.close()
-    if not whole:
+    run = _Run(recipe, out, intervals, accelerator, workers=workers, progress=show)
+    if not run.train(pipeline):
         return None
     if accelerator.is_main_process:
-        pipeline.register_to_config(trained=True)
-        for module in (pipeline.unet, pipeline.image_encoder, pipeline.image_proj):
-            module.to(memory_format=torch.contiguous_format)
-        if recipe.model == "pocket":
-            from i2am.models.pocket import save_pocket_weights
-
-            partial = out / ".pocket.safetensors.partial"
-            save_pocket_weights(pipeline, partial)
-            sync(partial)
-            partial.replace(out / "pocket.safetensors")
-        save_folder(final, pipeline.save_pretrained)
+        _save(pipeline, recipe, out)
     accelerator.wait_for_everyone()
     return final
 
@@ -161,58 +111,106 @@ def open_scenes(recipe: Recipe, size: tuple[int, int]) -> tuple[SceneSource, Sce
     return FolderScenes(folder, "train", size, recipe.scenes), FolderScenes(folder, "test", size)
 
 
-def save_folder(final: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a folder that appears complete or not at all."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
-    for path in [*partial.rglob("*"), partial]:
-        sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(partial, final)
-    sync(final.parent)
+class _Run:
+    """What both stages are done with."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        intervals: Intervals,
+        accelerator: Accelerator,
+        *,
+        workers: int,
+        progress: bool,
+    ) -> None:
+        self.recipe, self.out, self.intervals = recipe, out, intervals
+        self.accelerator, self.workers, self.progress = accelerator, workers, progress
+
+    def train(self, pipeline: CustomPipeline) -> bool:
+        """Trains `pipeline` in place; False when it was left unfinished."""
+        scenes, test_scenes = open_scenes(self.recipe, pipeline.configured_size)
+        held_out = test_scenes.read(range(min(HELD_OUT, len(test_scenes))))
+        if self.recipe.autoencoder is not None:
+            first = range(min(2, len(scenes)))
+            key = {"scenes": len(scenes), "sample": fingerprint(scenes.read(first))}
+            folder = self.out / "cache" / "scenes"
+            with self.accelerator.main_process_first():
+                scenes = cached_scenes(scenes, folder, key, self.workers, progress=self.progress)
+            if not self._autoencoder(pipeline, scenes, held_out):
+                return False
+        return self._denoiser(pipeline, scenes, held_out)
+
+    def _autoencoder(
+        self, pipeline: CustomPipeline, scenes: CachedScenes, held_out: dict[str, Tensor]
+    ) -> bool:
+        recipe, accelerator = self.recipe.autoencoder, self.accelerator
+        assert recipe is not None
+        final = self.out / "autoencoder" / "final"
+        if not final.is_dir():
+            vae, seed = pipeline.vae, self.recipe.seed
+            self._arrange(vae, training=True)
+            factor = pipeline.vae_scale_factor
+            stage = AutoencoderStage(vae, recipe, scenes, held_out, seed=seed, factor=factor)
+            if not self._optimise(stage):
+                return False
+            if accelerator.is_main_process:
+                batches = torch.arange(min(WHITENING_SCENES, len(scenes))).split(16)
+                pictures = [scenes.read(batch.tolist(), ["image"])["image"] for batch in batches]
+                whiten(vae, [batch.to(vae.device) * 2 - 1 for batch in pictures])
+                self._arrange(vae, training=False)
+                save_folder(final, vae.save_pretrained)
+            accelerator.wait_for_everyone()
+        # as it was saved, whether this run or an earlier one did
+        vae = type(pipeline.vae).from_pretrained(final).eval().to(accelerator.device)
+        pipeline.register_modules(vae=vae)
+        return True
+
+    def _denoiser(
+        self, pipeline: CustomPipeline, scenes: SceneSource, held_out: dict[str, Tensor]
+    ) -> bool:
+        key = {
+            "scenes": len(scenes),
+            "sample": fingerprint(scenes.read([0])),
+            "vae": fingerprint(pipeline.vae.state_dict()),
+        }
+        folder, workers = self.out / "cache" / "latents", self.workers
+        with self.accelerator.main_process_first():
+            latents = cached_latents(
+                pipeline, scenes, folder, key=key, workers=workers, progress=self.progress
+            )
+        panels = _panels(self.recipe, pipeline, self.out / "panels")
+        encoded, seed = encode(pipeline, held_out), self.recipe.seed
+        stage = DenoiserStage(pipeline, self.recipe.denoiser, latents, encoded, seed, panels)
+        self._arrange(stage.module, training=True)
+        try:
+            whole = self._optimise(stage)
+        finally:
+            stage.close()
+        self._arrange(stage.module, training=False)
+        return whole
+
+    def _optimise(self, stage: Stage) -> bool:
+        folder = self.out / stage.name
+        return optimise(stage, self.accelerator, folder, self.intervals, progress=self.progress)
+
+    def _arrange(self, module: nn.Module, *, training: bool) -> None:
+        # faster convolutions on a CPU; safetensors takes contiguous tensors only
+        if self.accelerator.device.type == "cpu":
+            layout = torch.channels_last if training else torch.contiguous_format
+            module.to(memory_format=layout)  # type: ignore[call-overload]
 
 
-def _autoencoder(
-    recipe: Recipe,
-    pipeline: CustomPipeline,
-    accelerator: Accelerator,
-    scenes: SceneSource,
-    held_out: dict[str, Tensor],
-    out: Path,
-    intervals: Intervals,
-    progress: bool,
-) -> bool:
-    assert recipe.autoencoder is not None
-    final = out / "autoencoder" / "final"
-    if not final.is_dir():
-        if accelerator.device.type == "cpu":
-            pipeline.vae.to(memory_format=torch.channels_last)
-        stage = AutoencoderStage(
-            pipeline.vae,
-            recipe.autoencoder,
-            scenes,
-            held_out,
-            seed=recipe.seed,
-            factor=pipeline.vae_scale_factor,
-        )
-        folder = out / stage.name
-        if not optimise(stage, accelerator, folder, intervals, progress=progress):
-            return False
-        if accelerator.is_main_process:
-            pictures = [
-                scenes.read(range(16 * row, 16 * row + 16))["image"] * 2 - 1
-                for row in range(min(WHITENING_BATCHES, len(scenes) // 16 or 1))
-            ]
-            whiten(pipeline.vae, [batch.to(pipeline.vae.device) for batch in pictures])
-            # safetensors takes contiguous tensors only
-            pipeline.vae.to(memory_format=torch.contiguous_format)
-            save_folder(final, pipeline.vae.save_pretrained)
-        accelerator.wait_for_everyone()
-    # as it was saved, whether this run or an earlier one did
-    vae = type(pipeline.vae).from_pretrained(final).eval().to(accelerator.device)
-    pipeline.register_modules(vae=vae)
-    return True
+def _save(pipeline: CustomPipeline, recipe: Recipe, out: Path) -> None:
+    pipeline.register_to_config(trained=True)
+    if recipe.model == "pocket":
+        from i2am.models.pocket import save_pocket_weights
+
+        partial = out / ".pocket.safetensors.partial"
+        save_pocket_weights(pipeline, partial)
+        sync(partial)
+        partial.replace(out / "pocket.safetensors")
+    save_folder(out / "pipeline", pipeline.save_pretrained)
 
 
 def _panels(
@@ -226,7 +224,7 @@ def _panels(
     if recipe.data == "paper-doll":
         from i2am.data.paper_doll import render
 
-        held_out = render(range(PANELS), split="test")
+        held_out = render(range(PANELS), split="test")._asdict()
     else:
         folder_scenes = FolderScenes(Path(recipe.data), "test", pipeline.configured_size)
         held_out = folder_scenes.read(range(min(PANELS, len(folder_scenes))))
@@ -252,11 +250,3 @@ def _claim(out: Path, recipe: Recipe) -> None:
             f"output folder {out} holds a training with another {', '.join(names)}; "
             f"name another folder"
         )
-
-
-def _fingerprint(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Training scenes from either source, as batches of fp32 tensors, and a cache of them on disk."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -195,6 +196,15 @@ def to_bytes(values: Tensor) -> np.ndarray:
 def from_bytes(values: np.ndarray) -> Tensor:
     """The inverse of `to_bytes`, fp32."""
     return torch.from_numpy(values).float().div_(255)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of named tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Chunks(Dataset[dict[str, Tensor]]):
