@@ -128,17 +128,6 @@ def optimise(
     end = min(plan.steps, intervals.stop_after or plan.steps)
     record = Journal(folder / "log.jsonl", start) if accelerator.is_main_process else None
 
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            tensors: dict[str, Mapping[str, Tensor]] = {"model": parameters}
-            if average is not None:
-                tensors["ema"] = average.averages
-            scaler = getattr(accelerator, "scaler", None)
-            notes = {"scaler": scaler.state_dict()} if scaler is not None else {}
-            checkpoint = Checkpoint(step, tensors, prepared.state_dict(), notes)
-            save_checkpoint(folder, checkpoint, keep=intervals.keep)
-        accelerator.wait_for_everyone()
-
     bar = tqdm(
         total=plan.steps,
         initial=start,
@@ -169,7 +158,10 @@ def optimise(
                     record.write({"step": done, **values, "lr": rate, "seconds_per_step": seconds})
             bar.update()
             if saving:
-                save(done)
+                if accelerator.is_main_process:
+                    checkpoint = _checkpoint(done, parameters, prepared, average, accelerator)
+                    save_checkpoint(folder, checkpoint, keep=intervals.keep)
+                accelerator.wait_for_everyone()
             if intervals.validate and (done % intervals.validate == 0 or done == plan.steps):
                 metrics = {}
                 if accelerator.is_main_process:
@@ -209,6 +201,21 @@ def _step(
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return sums
+
+
+def _checkpoint(
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: Any,
+    average: AveragedWeights | None,
+    accelerator: Accelerator,
+) -> Checkpoint:
+    tensors: dict[str, Mapping[str, Tensor]] = {"model": parameters}
+    if average is not None:
+        tensors["ema"] = average.averages
+    scaler = getattr(accelerator, "scaler", None)
+    notes = {} if scaler is None else {"scaler": scaler.state_dict()}
+    return Checkpoint(step, tensors, optimiser.state_dict(), notes)
 
 
 def _resume(
