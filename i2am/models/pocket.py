@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
+from i2am.attribution.storage import write_atomically
 from i2am.models.configuration import STABLE_DIFFUSION_BETAS, CustomConfiguration
 from i2am.models.custom import CustomPipeline
 from i2am.models.pocket_autoencoder import PocketAutoencoder
@@ -125,4 +126,4 @@ def save_pocket_weights(
         "vae": {name: pipeline.vae.config[name] for name in ("scaling_factor", "shift_factor")},
         "scheduler": {"prediction_type": pipeline.scheduler.config.prediction_type},
     }
-    save_file(state, path, metadata={SETTINGS: json.dumps(settings)})
+    write_atomically(path, save(state, metadata={SETTINGS: json.dumps(settings)}))

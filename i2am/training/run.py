@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from i2am.attribution.storage import write_atomically
 from i2am.models.custom import CustomPipeline
 from i2am.training.autoencoder import AutoencoderStage, whiten
-from i2am.training.checkpoint import save_folder, sync
+from i2am.training.checkpoint import save_folder
 from i2am.training.latents import cached_latents, encode
 from i2am.training.loop import Intervals, Stage, optimise
 from i2am.training.objective import DenoiserStage
@@ -206,10 +206,7 @@ def _save(pipeline: CustomPipeline, recipe: Recipe, out: Path) -> None:
     if recipe.model == "pocket":
         from i2am.models.pocket import save_pocket_weights
 
-        partial = out / ".pocket.safetensors.partial"
-        save_pocket_weights(pipeline, partial)
-        sync(partial)
-        partial.replace(out / "pocket.safetensors")
+        save_pocket_weights(pipeline, out / "pocket.safetensors")
     save_folder(out / "pipeline", pipeline.save_pretrained)
 
 
