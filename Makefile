@@ -14,14 +14,14 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python;
 STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint kernels benchmark clean
+.PHONY: help setup demo test lint kernels benchmark accuracy clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 18
 
 setup: $(STAMP) ## a virtual environment in .venv with pinned packages
 
-demo: $(STAMP) ## record the pocket model on photographs; pictures in demo/
+demo: $(STAMP) ## dress drawn people with the pocket model and record it; pictures in demo/
 	$(PY) -m i2am demo --overwrite -o demo
 
 test: lint ## formatter, linter, types, then every test (fast ones: pytest -m "not slow")
@@ -41,6 +41,9 @@ benchmark: $(STAMP) ## time the operator and a recorded UNet step
 	@mkdir -p .benchmarks
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json
 	$(PY) benchmarks/report.py .benchmarks/latest.json .benchmarks/result.json
+
+accuracy: $(STAMP) ## score the pocket model's attribution against the truth
+	$(VENV)/bin/python benchmarks/attribution_accuracy.py
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) build demo .benchmarks .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
