@@ -83,7 +83,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(tiny: Path, viton: Path) -> Callable[..., Recipe]:
     """Makes a recipe of a few steps; arguments replace numbers of the schedule or the denoiser."""
 

@@ -129,6 +129,7 @@ for step in range(int(sys.argv[2]), 10**6):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_whole_one_is_left(tmp_path) -> None:
     step = 0
     for wait in (0.05, 0.11, 0.16, 0.23):

@@ -151,7 +151,7 @@ def test_attention_total_variation_is_added(make) -> None:
     error = plain.loss(plain.networks, 0, 0, 0, 1)[0]
     stage = make(attention_tv=0.5)
     loss, numbers = stage.loss(stage.networks, 0, 0, 0, 1)
-    assert float(numbers["attention_tv"]) > 0
+    assert numbers["attention_tv"].item() > 0
     torch.testing.assert_close(loss, error + numbers["attention_tv"])
     stage.close()
     with pytest.raises(ValueError, match="attention_tv needs scenes with a garment_region"):

@@ -49,10 +49,12 @@ def _without_time(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k != "seconds_per_step"} for line in lines]
 
 
-@pytest.fixture
-def uninterrupted(recipe, tmp_path) -> Path:
-    _train(recipe(), tmp_path / "uninterrupted")
-    return tmp_path / "uninterrupted"
+@pytest.fixture(scope="module")
+def uninterrupted(recipe, tmp_path_factory) -> Path:
+    """A training from beginning to end, not to be changed."""
+    out = tmp_path_factory.mktemp("training") / "uninterrupted"
+    _train(recipe(), out)
+    return out
 
 
 def test_a_finished_training(uninterrupted, recipe) -> None:
@@ -102,6 +104,7 @@ def test_resumed_from_the_one_before_a_torn_checkpoint(uninterrupted, recipe, tm
     assert not list((out / "denoiser").glob(".checkpoint*"))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(uninterrupted, recipe, tmp_path) -> None:
     out = tmp_path / "killed"
     out.mkdir()
