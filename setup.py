@@ -74,7 +74,7 @@ setup(
         "plots": ["matplotlib>=3.9"],
         "export": ["pyarrow>=17", "zarr>=3.1"],
         "space": ["gradio>=6.0"],
-        "train": ["accelerate>=1.0", "torchmetrics>=1.8"],
+        "train": ["accelerate>=1.0", "torchmetrics>=1.8", "tqdm>=4.60"],
         "test": TEST,
         "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"],
     },

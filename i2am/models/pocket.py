@@ -126,4 +126,4 @@ def save_pocket_weights(
         "vae": {name: pipeline.vae.config[name] for name in ("scaling_factor", "shift_factor")},
         "scheduler": {"prediction_type": pipeline.scheduler.config.prediction_type},
     }
-    write_atomically(path, save(state, metadata={SETTINGS: json.dumps(settings)}))
+    write_atomically(Path(path), save(state, metadata={SETTINGS: json.dumps(settings)}))
