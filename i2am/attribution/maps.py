@@ -23,6 +23,7 @@ from i2am.attribution.reading import (
     reduce_layers,
     region_name,
 )
+from i2am.attribution.summary import summary
 from i2am.attribution.sums import LayerSums
 
 PerAxes = str | Iterable[str]
@@ -326,27 +327,7 @@ class AttributionMaps:
     # Inside
 
     def __repr__(self) -> str:
-        sums = [held for layer in self.layer_sums for held in tensors(layer).values()]
-        mebibytes = sum(held.nbytes for held in sums) / 2**20
-        lines = [
-            f"AttributionMaps: {_count(self.n_samples, 'sample')}, "
-            f"{_count(self.time_groups, 'time group')}, {_count(len(self.layers), 'layer')}, "
-            f"{mebibytes:.1f} MiB, guidance {self.provenance.get('guidance', 'unknown')}",
-            f"  directions: {', '.join(self.directions)}",
-            f"  votes: {', '.join(self.votes)}; rows: {', '.join(self.rows)}",
-        ]
-        for layer in self.layer_sums:
-            site = layer.site
-            if site.reference_grid is None:
-                reference = _count(site.reference_tokens, "token")
-            else:
-                reference = _by(site.reference_grid)
-            merged = f", mean of {_count(len(site.merged), 'layer')}" if site.merged else ""
-            lines.append(
-                f"  {site.layer}: {_by(site.generated_grid)} from {reference}, "
-                f"{_count(site.heads, 'head')}{merged}{'' if site.causal else ', causal=False'}"
-            )
-        return "\n".join(lines)
+        return summary(self)
 
     def _read_row(
         self,
@@ -403,11 +384,3 @@ class AttributionMaps:
 
     def _with(self, layers: Sequence[LayerSums]) -> "AttributionMaps":
         return type(self)(layers, votes=self.votes, rows=self.rows, provenance=self.provenance)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _by(grid: Grid) -> str:
-    return f"{grid[0]}x{grid[1]}"

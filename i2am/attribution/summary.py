@@ -1,0 +1,48 @@
+"""What ``repr`` says of maps: axes, memory, and one line per layer."""
+
+from typing import TYPE_CHECKING
+
+from i2am.attribution.grid import Grid
+from i2am.attribution.layers import tensors
+from i2am.attribution.sums import AttentionSite
+
+if TYPE_CHECKING:
+    from i2am.attribution.maps import AttributionMaps
+
+
+def summary(maps: "AttributionMaps") -> str:
+    """A few lines about maps, for people."""
+    sums = [held for layer in maps.layer_sums for held in tensors(layer).values()]
+    mebibytes = sum(held.nbytes for held in sums) / 2**20
+    head = (
+        f"AttributionMaps: {_count(maps.n_samples, 'sample')}, "
+        f"{_count(maps.time_groups, 'time group')}, {_count(len(maps.layers), 'layer')}, "
+        f"{mebibytes:.1f} MiB, guidance {maps.provenance.get('guidance', 'unknown')}"
+    )
+    lines = [
+        head,
+        f"  directions: {', '.join(maps.directions)}",
+        f"  votes: {', '.join(maps.votes)}; rows: {', '.join(maps.rows)}",
+        *(f"  {_line(layer.site)}" for layer in maps.layer_sums),
+    ]
+    return "\n".join(lines)
+
+
+def _line(site: AttentionSite) -> str:
+    if site.reference_grid is None:
+        reference = _count(site.reference_tokens, "token")
+    else:
+        reference = _by(site.reference_grid)
+    merged = f", mean of {_count(len(site.merged), 'layer')}" if site.merged else ""
+    return (
+        f"{site.layer}: {_by(site.generated_grid)} from {reference}, "
+        f"{_count(site.heads, 'head')}{merged}{'' if site.causal else ', causal=False'}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _by(grid: Grid) -> str:
+    return f"{grid[0]}x{grid[1]}"
