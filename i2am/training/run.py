@@ -68,6 +68,9 @@ def train(
     """
     intervals = intervals or Intervals()
     accelerator = Accelerator(mixed_precision=recipe.denoiser.precision)
+    pipeline = starting_pipeline(recipe)
+    scenes = open_scenes(recipe, pipeline.configured_size)
+    # after everything that may be refused: a wrong input leaves nothing behind
     if accelerator.is_main_process:
         _claim(out, recipe)
     accelerator.wait_for_everyone()
@@ -75,13 +78,11 @@ def train(
     if final.is_dir():
         log.info("%s is finished already", out)
         return final
-
-    pipeline = starting_pipeline(recipe)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(accelerator.device)
     show = progress and accelerator.is_main_process
     run = _Run(recipe, out, intervals, accelerator, workers=workers, progress=show)
-    if not run.train(pipeline):
+    if not run.train(pipeline, *scenes):
         return None
     if accelerator.is_main_process:
         _save(pipeline, recipe, out)
@@ -127,9 +128,10 @@ class _Run:
         self.recipe, self.out, self.intervals = recipe, out, intervals
         self.accelerator, self.workers, self.progress = accelerator, workers, progress
 
-    def train(self, pipeline: CustomPipeline) -> bool:
+    def train(
+        self, pipeline: CustomPipeline, scenes: SceneSource, test_scenes: SceneSource
+    ) -> bool:
         """Trains `pipeline` in place; False when it was left unfinished."""
-        scenes, test_scenes = open_scenes(self.recipe, pipeline.configured_size)
         held_out = test_scenes.read(range(min(HELD_OUT, len(test_scenes))))
         if self.recipe.autoencoder is not None:
             first = range(min(2, len(scenes)))

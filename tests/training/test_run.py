@@ -226,6 +226,8 @@ def test_what_does_not_fit_is_refused(recipe, tmp_path) -> None:
             _train(case, tmp_path / str(number))
     with pytest.raises(FileNotFoundError, match=r"train_pairs.txt is missing"):
         _train(replace(good, data=str(tmp_path)), tmp_path / "data")
+    # what was refused left no folder behind
+    assert not [path for path in tmp_path.iterdir() if (path / "recipe.json").exists()]
 
 
 def test_intervals() -> None:
