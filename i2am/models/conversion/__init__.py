@@ -1,0 +1,1 @@
+"""Published checkpoints, translated into folders in diffusers layout."""
