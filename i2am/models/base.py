@@ -1,4 +1,4 @@
-"""What the reference-guided inpainting pipelines share: latents, the denoising loop, the result."""
+"""What the reference-guided inpainting pipelines share: the denoising loop and the result."""
 
 import inspect
 import os
@@ -9,21 +9,21 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from i2am.models.inputs import ImageInput, per_sample
-from i2am.models.sampling import HALVES, Generators, Sampling
+from i2am.models.latents import LatentSpace
+from i2am.models.sampling import HALVES, Sampling
 
 if TYPE_CHECKING:
     from i2am.layouts import TokenLayout
 
 
-class ReferencePipeline(DiffusionPipeline):
+class ReferencePipeline(LatentSpace, DiffusionPipeline):
     """Base of the pipelines that paint part of an image after a reference image.
 
     A subclass names its components and its guidance order, and writes ``__call__`` from the pieces
-    below.
+    below: it prepares its inputs and hands them to `run`.
     """
 
     model_cpu_offload_seq = "image_encoder->unet->vae"
@@ -31,6 +31,10 @@ class ReferencePipeline(DiffusionPipeline):
     component_classes: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}
     """What each component may be; several classes where there is a choice."""
     guidance_order: ClassVar[tuple[str, str]] = ("unconditional", "conditional")
+    """Order of the halves in one batch, or of the calls."""
+    guidance_in_one_batch: ClassVar[bool] = True
+    """False calls the UNet once per half; the conditional half must come first then, as the
+    recorder takes calls in that order."""
 
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
@@ -79,32 +83,6 @@ class ReferencePipeline(DiffusionPipeline):
         return True
 
     @property
-    def vae_scale_factor(self) -> int:
-        """Image pixels per latent cell along one side."""
-        factor = getattr(self.vae, "spatial_compression_ratio", None)
-        return int(factor or 2 ** (len(self.vae.config.block_out_channels) - 1))
-
-    @property
-    def configured_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the UNet was made for.
-
-        Raises:
-            ValueError: Its configuration does not say.
-        """
-        cells = self.unet.config.sample_size
-        match cells:
-            case int():
-                rows, columns = cells, cells
-            case (int(rows), int(columns)):
-                pass
-            case _:
-                raise ValueError(
-                    f"height and width must be given for a unet whose configuration has no size, "
-                    f"got sample_size {cells!r}"
-                )
-        return rows * self.vae_scale_factor, columns * self.vae_scale_factor
-
-    @property
     def guidance_scale(self) -> float:
         """Guidance scale of the current run; 1 or less means without guidance."""
         return self._guidance_scale
@@ -124,18 +102,6 @@ class ReferencePipeline(DiffusionPipeline):
         """Set ``pipe._interrupt = True`` in a step callback to leave out the remaining steps."""
         return self._interrupt
 
-    def check_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width), if the VAE can encode it.
-
-        Raises:
-            ValueError: A side is not a positive multiple of the VAE's scale factor.
-        """
-        factor = self.vae_scale_factor
-        for name, side in (("height", height), ("width", width)):
-            if side < factor or side % factor:
-                raise ValueError(f"{name} must be a positive multiple of {factor}, got {side}")
-        return height, width
-
     def run(
         self,
         sampling: Sampling,
@@ -148,8 +114,13 @@ class ReferencePipeline(DiffusionPipeline):
         latents: Tensor | None,
         paste_onto: tuple[Tensor, Tensor] | None,
         return_dict: bool,
+        start_from: Tensor | None = None,
+        hints: Mapping[str, Tensor] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """From prepared inputs to images; every input has one entry or `batch` of them.
+
+        Random numbers are drawn in this order: starting noise, VAE posterior of `start_from`,
+        those of `encoded`, those of `hints`, and what the scheduler draws in its steps.
 
         Args:
             sampling: The settings of the run.
@@ -161,6 +132,10 @@ class ReferencePipeline(DiffusionPipeline):
             latents: Starting noise instead of a drawn one.
             paste_onto: Image and keep mask to put into the result, or None.
             return_dict: False returns a tuple.
+            start_from: Images ``[batch, 3, height, width]`` in [-1, 1] whose noised latents are the
+                start instead of noise alone, see `noised`.
+            hints: Images ``[batch, 3, height, width]`` in [-1, 1] by the UNet's keyword argument
+                that takes their latents; encoded once, the same in every step and half.
 
         Raises:
             ValueError: A part does not fit the others; see the methods below.
@@ -171,13 +146,19 @@ class ReferencePipeline(DiffusionPipeline):
         # before the noise is drawn: its scale may depend on the timesteps
         self.scheduler.set_timesteps(sampling.num_inference_steps, device=device)
         start = self.prepare_latents(batch * repeats, size, sampling.generator, latents)
+        if start_from is not None:
+            start = self.noised(self.encode_image(start_from, batch, sampling), start)
         conditions = [self.encode_image(images, batch, sampling) for images in encoded]
         conditions += [per_sample(values, batch, repeats).to(conditions[0]) for values in plain]
+        options = {
+            name: self.encode_image(images, batch, sampling)
+            for name, images in (hints or {}).items()
+        }
         states = {
             half: per_sample(tokens, batch, repeats).to(device=device, dtype=self.unet.dtype)
             for half, tokens in zip(HALVES, context, strict=True)
         }
-        result = self.denoise(start, torch.cat(conditions, dim=1), states, sampling)
+        result = self.denoise(start, torch.cat(conditions, dim=1), states, sampling, options)
         if sampling.output_type != "latent":
             result = self.decode_latents(result)
             if paste_onto is not None:
@@ -189,62 +170,13 @@ class ReferencePipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
-    def prepare_latents(
-        self, samples: int, size: tuple[int, int], generator: Generators, latents: Tensor | None
-    ) -> Tensor:
-        """The starting noise ``[samples, channels, height / factor, width / factor]``.
-
-        Raises:
-            ValueError: Not one generator per sample, or given latents of another shape.
-        """
-        if isinstance(generator, list) and len(generator) != samples:
-            raise ValueError(
-                f"generator must be one generator or a list of {samples}, one per image to "
-                f"generate, got {len(generator)}"
-            )
-        factor = self.vae_scale_factor
-        channels = self.vae.config.latent_channels
-        shape = (samples, channels, size[0] // factor, size[1] // factor)
-        device, dtype = self._execution_device, self.unet.dtype
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {list(shape)}, got {list(latents.shape)}")
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
-
-    def encode_image(self, images: Tensor, batch: int, sampling: Sampling) -> Tensor:
-        """Scaled VAE latents, one per sample; sample-major when several images are asked for.
-
-        Args:
-            images: ``[1 or batch, 3, height, width]`` in [-1, 1].
-            batch: Number of inputs; each becomes `sampling.num_images_per_prompt` samples.
-            sampling: Its `vae_posterior` chooses between the posterior's mode and a draw from it,
-                made per sample with its `generator`.
-        """
-        config = self.vae.config
-        pixels = images.to(device=self._execution_device, dtype=self.vae.dtype)
-        posterior = self.vae.encode(pixels).latent_dist
-        moments = per_sample(posterior.parameters, batch, sampling.num_images_per_prompt)
-        posterior = type(posterior)(moments)
-        if sampling.vae_posterior == "mode":
-            latents = posterior.mode()
-        else:
-            latents = posterior.sample(sampling.generator)
-        latents = (latents - (config.shift_factor or 0)) * config.scaling_factor
-        return latents.to(self.unet.dtype)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images ``[samples, 3, height, width]``, about [-1, 1]."""
-        config = self.vae.config
-        latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0)
-        return self.vae.decode(latents, return_dict=False)[0]
-
     def denoise(
         self,
         latents: Tensor,
         conditions: Tensor,
         context: dict[str, Tensor],
         sampling: Sampling,
+        options: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Runs the scheduler, whose timesteps are set, from noise to clean latents.
 
@@ -253,6 +185,7 @@ class ReferencePipeline(DiffusionPipeline):
             conditions: What the UNet sees behind the latents, ``[samples, more channels, h, w]``.
             context: Cross-attention context per half of guidance, ``[samples, tokens, width]``.
             sampling: The settings of the run.
+            options: Further keyword arguments of the UNet, one entry per sample.
 
         Raises:
             ValueError: The UNet wants another number of channels, or the scheduler ignores `eta`.
@@ -262,7 +195,7 @@ class ReferencePipeline(DiffusionPipeline):
             raise ValueError(
                 f"unet must take {given} input channels, its configuration has {wanted}"
             )
-        options = self._step_options(sampling)
+        step_options = self._step_options(sampling)
         steps = sampling.num_inference_steps
         self._guidance_scale, self._interrupt = sampling.guidance_scale, False
         timesteps = self.scheduler.timesteps
@@ -275,9 +208,9 @@ class ReferencePipeline(DiffusionPipeline):
             for index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                prediction = self._predict(latents, conditions, context, timestep)
+                prediction = self._predict(latents, conditions, context, timestep, options or {})
                 latents = self.scheduler.step(
-                    prediction, timestep, latents, **options, return_dict=False
+                    prediction, timestep, latents, **step_options, return_dict=False
                 )[0]
                 if sampling.callback_on_step_end is not None:
                     names = sampling.callback_on_step_end_tensor_inputs
@@ -295,21 +228,27 @@ class ReferencePipeline(DiffusionPipeline):
         conditions: Tensor,
         context: dict[str, Tensor],
         timestep: Tensor,
+        options: Mapping[str, Tensor],
     ) -> Tensor:
+        """The guided prediction of one step."""
         sample = torch.cat([self.scheduler.scale_model_input(latents, timestep), conditions], dim=1)
         order = self.guidance_order if self.do_classifier_free_guidance else ("conditional",)
-        states = torch.cat([context[half] for half in order])
-        output = self.unet(
-            torch.cat([sample] * len(order)),
-            timestep,
-            encoder_hidden_states=states,
-            return_dict=False,
-        )[0]
-        half = dict(zip(order, output.chunk(len(order)), strict=True))
+        calls = [order] if self.guidance_in_one_batch else [(half,) for half in order]
+        predicted: dict[str, Tensor] = {}
+        for halves in calls:
+            copies = len(halves)
+            output = self.unet(
+                torch.cat([sample] * copies),
+                timestep,
+                encoder_hidden_states=torch.cat([context[half] for half in halves]),
+                return_dict=False,
+                **{name: torch.cat([values] * copies) for name, values in options.items()},
+            )[0]
+            predicted.update(zip(halves, output.chunk(copies), strict=True))
         if len(order) == 1:
-            return half["conditional"]
-        difference = half["conditional"] - half["unconditional"]
-        return half["unconditional"] + self.guidance_scale * difference
+            return predicted["conditional"]
+        difference = predicted["conditional"] - predicted["unconditional"]
+        return predicted["unconditional"] + self.guidance_scale * difference
 
     def _step_options(self, sampling: Sampling) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
