@@ -253,6 +253,7 @@ class Recorder:
             "denoiser": type(self._network).__name__,
             "scheduler": None if clock.scheduler is None else type(clock.scheduler).__name__,
             "layout": self.layout.name,
+            "note": self.layout.note or None,
             "prefix_votes": self.layout.prefix_votes if self._beside_reference else None,
             "guidance_order": list(self.layout.guidance_order),
             "guidance": branch,

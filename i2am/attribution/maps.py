@@ -134,7 +134,7 @@ class AttributionMaps:
             size: Grid of the result; by default the finest generated grid.
             votes: Which reference tokens vote: all alike, or by the recorded reference mask.
             preset: ``"paper"``, ``"official"`` or a :class:`Preset`. Official leaves out the mid
-                block, also from the layer axis.
+                block and, of StableVITON's warp blocks, all but number 4, also from the layer axis.
             layer_weighting: ``"paper"`` averages layers as they are, so coarse ones weigh more;
                 ``"area"`` multiplies each by its number of cells first.
 

@@ -11,8 +11,7 @@ class Preset:
     """One choice per switch; build your own with ``dataclasses.replace(PAPER, mid_block=False)``.
 
     Some switches belong to the recording and cannot be changed when maps are read: the published
-    code lets prefix tokens (CLS) vote in R2G, which needs a recording whose votes include them. It
-    also reads StableVITON's G2R from one warp block only: ``maps.select(layers=...)``.
+    code lets prefix tokens (CLS) vote in R2G, which needs a recording whose votes include them.
 
     Attributes:
         name: What the preset is called.
@@ -20,6 +19,9 @@ class Preset:
         clamp_after_grid_resize: Clamp at 0 after that, per head and key and before any mean over
             them; not linear, so the exact result needs sums kept per head and key.
         mid_block: Whether layers of the middle block count.
+        warp_blocks: Which of StableVITON's warp blocks count, by number; None counts all. The
+            published code reads block 4 alone (32 x 24 at 512 x 384), and per time group the
+            three of that grid, ``dataclasses.replace(OFFICIAL, warp_blocks=(3, 4, 5))``.
         invert_single_token: Draw and score ``1 - map`` for R2G of layers with one reference token.
         query_mask: Weight the generated patches of IMACS_r by the inpainting mask (eq 17).
         reference_mask_product: Multiply G2R maps by the reference mask before normalizing.
@@ -32,6 +34,7 @@ class Preset:
     grid_resize: ResizeMode
     clamp_after_grid_resize: bool
     mid_block: bool
+    warp_blocks: tuple[int, ...] | None
     invert_single_token: bool
     query_mask: bool
     reference_mask_product: bool
@@ -44,6 +47,7 @@ PAPER = Preset(
     grid_resize="bilinear",
     clamp_after_grid_resize=False,
     mid_block=True,
+    warp_blocks=None,
     invert_single_token=False,
     query_mask=True,
     reference_mask_product=False,
@@ -55,6 +59,7 @@ OFFICIAL = Preset(
     grid_resize="bicubic",
     clamp_after_grid_resize=True,
     mid_block=False,
+    warp_blocks=(4,),
     invert_single_token=True,
     query_mask=False,
     reference_mask_product=True,

@@ -1,5 +1,6 @@
 """Reduces per-layer sums to one map tensor: which axes stay, which are averaged, on which grid."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,10 +36,11 @@ def layers_of(layers: Sequence[LayerSums], preset: Preset) -> list[LayerSums]:
     Raises:
         ValueError: If none does.
     """
-    counted = [layer for layer in layers if preset.mid_block or not _in_mid_block(layer.site.layer)]
+    counted = [layer for layer in layers if _counts(layer.site.layer, preset)]
     if not counted:
         raise ValueError(
-            f"preset {preset.name!r} leaves out the mid block, and every layer here is in it"
+            f"preset {preset.name!r} leaves out every layer here: "
+            f"{', '.join(layer.site.layer for layer in layers)}"
         )
     return counted
 
@@ -57,7 +59,7 @@ def check_resized(
             other than bilinearly or left out.
     """
     merged = [name for layer in layers for name in layer.site.merged]
-    leaves_out = not preset.mid_block and any(map(_in_mid_block, merged))
+    leaves_out = not all(_counts(name, preset) for name in merged)
     resizes = preset.clamp_after_grid_resize or preset.grid_resize != "bilinear"
     for what, refused in {
         "per='layer'": "layer" in per,
@@ -186,8 +188,11 @@ def reduce_layers(
     return result.squeeze([i for i, axis in enumerate(AXES, start=1) if axis not in per])
 
 
-def _in_mid_block(layer: str) -> bool:
-    return bool({"mid_block", "middle_block"} & {*layer.split(".")})
+def _counts(layer: str, preset: Preset) -> bool:
+    if not preset.mid_block and {"mid_block", "middle_block"} & {*layer.split(".")}:
+        return False
+    warp = re.match(r"warp_blocks\.(\d+)\.", layer)
+    return not warp or preset.warp_blocks is None or int(warp[1]) in preset.warp_blocks
 
 
 def _words(numbers: Sequence[int]) -> str:

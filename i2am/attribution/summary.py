@@ -25,6 +25,8 @@ def summary(maps: "AttributionMaps") -> str:
         f"  votes: {', '.join(maps.votes)}; rows: {', '.join(maps.rows)}",
         *(f"  {_line(layer.site)}" for layer in maps.layer_sums),
     ]
+    if note := maps.provenance.get("note"):
+        lines.append(f"  note: {note}")
     return "\n".join(lines)
 
 

@@ -126,9 +126,11 @@ class TokenLayout:
         resolve: ``(call, frame) -> (generated, reference)`` token ranges of the query and the key
             sequence; ``None`` for a call that is not to be recorded.
         layers: Regular expression searched in the paths of the attention modules.
-        guidance_order: Order of the classifier-free guidance parts in one batch.
+        guidance_order: Order of the classifier-free guidance parts in one batch. Parts that come
+            as calls of their own are told apart by their order, conditional first.
         prefix_votes: Let all keys of the call, prefix tokens included, share the uniform R2G vote
             (preset ``official``) instead of the reference tokens alone.
+        note: What a reader of the maps has to know of these tokens, kept with the result.
 
     Raises:
         ValueError: ``guidance_order`` does not contain ``"conditional"``.
@@ -139,6 +141,7 @@ class TokenLayout:
     layers: str = CROSS_ATTENTION_LAYERS
     guidance_order: tuple[str, ...] = (UNCONDITIONAL, CONDITIONAL)
     prefix_votes: bool = False
+    note: str = ""
 
     def __post_init__(self) -> None:
         if CONDITIONAL not in self.guidance_order:
@@ -157,7 +160,8 @@ class TokenLayout:
         Args:
             grid: ``(height, width)`` of the reference patches.
             prefix: Tokens before them.
-            **options: ``layers``, ``guidance_order``, ``prefix_votes`` of :class:`TokenLayout`.
+            **options: ``layers``, ``guidance_order``, ``prefix_votes``, ``note`` of
+                :class:`TokenLayout`.
 
         Raises:
             ValueError: The grid is empty or ``prefix`` negative.
@@ -175,10 +179,27 @@ class TokenLayout:
 
     @staticmethod
     def same_grid(layers: str = CROSS_ATTENTION_LAYERS, **options: Any) -> "TokenLayout":
-        """Keys are a feature map on the query's own grid (StableVITON's warp blocks)."""
+        """Keys are a feature map on the query's own grid."""
         from i2am.layouts.cross_attention import same_grid
 
         return same_grid(layers, **options)
+
+    @staticmethod
+    def stableviton(*, unet_layers: bool = False, **options: Any) -> "TokenLayout":
+        """The warp blocks of StableVITON, whose keys are a feature map on the query's own grid.
+
+        Those keys mix garment and person: the spatial encoder that makes them sees the garment's
+        latents and the whole noisy input of the UNet. The cross-attentions inside the spatial
+        encoder, to the image token, and self-attentions are never recorded.
+
+        Args:
+            unet_layers: Record the UNet's cross-attentions to its single image token too: R2G
+                only, not causal.
+            **options: Those of :class:`TokenLayout`.
+        """
+        from i2am.layouts.stableviton import warp_blocks
+
+        return warp_blocks(unet_layers=unet_layers, **options)
 
     @staticmethod
     def ip_adapter(grid: Grid | None = None, prefix: int = 0, **options: Any) -> "TokenLayout":

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from i2am.attribution import (
+    OFFICIAL,
     PAPER,
     AttributionMaps,
     Box,
@@ -266,6 +267,32 @@ def test_an_exact_official_reading_warns_of_nothing(sites, size, recording):
         maps.reference_to_generated(size=size, preset="official")
 
 
+def warp_maps(numbers, **recording):
+    names = [f"warp_blocks.{number}.transformer_blocks.0.attn2" for number in numbers]
+    return record([make_site(name, (4, 3), (4, 3)) for name in names], **recording)
+
+
+def test_the_official_preset_reads_one_warp_block():
+    maps = warp_maps([0, 3, 4, 5, 14])
+    alone = maps.select(layers="warp_blocks.4.*")
+    for preset in ("official", replace(PAPER, warp_blocks=(4,))):
+        for name in ("reference_to_generated", "generated_to_reference"):
+            expected = getattr(alone, name)("time", preset=preset)
+            assert torch.equal(getattr(maps, name)("time", preset=preset), expected)
+    per_time = replace(OFFICIAL, warp_blocks=(3, 4, 5))
+    assert maps.generated_to_reference("layer", preset=per_time).shape[1] == 3
+    assert maps.generated_to_reference("layer").shape[1] == 5
+
+
+def test_warp_blocks_without_the_official_one_are_refused():
+    with pytest.raises(ValueError, match=r"leaves out every layer here: warp_blocks\.0\..*, warp_"):
+        warp_maps([0, 14]).generated_to_reference(preset="official")
+    resized = warp_maps([3, 4], sums="resized")
+    with pytest.raises(ValueError, match="preset 'mine' needs the layers apart"):
+        resized.generated_to_reference(preset=replace(PAPER, name="mine", warp_blocks=(4,)))
+    assert resized.generated_to_reference().shape == (SAMPLES, 4, 3)
+
+
 def test_switches_can_be_mixed(maps):
     own = replace(PAPER, mid_block=False)
     chosen = maps.select(layers=["down*", "up*"])
@@ -319,6 +346,8 @@ def test_properties_and_repr(maps):
     assert "reference_to_generated, generated_to_reference" in text
     assert "down_blocks.0.attn2: 8x6 from 5x4, 2 heads\n" in text
     assert "up_blocks.0.attn2: 4x3 from 1 token, 2 heads, causal=False" in text
+    assert "note" not in text
+    assert repr(record(provenance={"note": "mixed"})).endswith("\n  note: mixed")
     # 2 samples x 2 groups x 2 heads x (48 + 20 + 12) fp32
     assert f"{2 * 2 * 2 * (48 + 20 + 12) * 4 / 2**20:.1f} MiB" in text
 
@@ -413,7 +442,7 @@ ONE_WAY = {"directions": [R2G]}
         (
             {},
             lambda m: m.select(layers="mid*").reference_to_generated(preset="official"),
-            "leaves out the mid block",
+            "preset 'official' leaves out every layer here: mid_block.attn2$",
         ),
     ],
 )

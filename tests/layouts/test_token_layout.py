@@ -121,6 +121,30 @@ class TestFamilies:
         assert layout.matches("warp_flow_blks.3.attn2")
         assert not layout.matches(LAYER)
 
+    WARP = "warp_blocks.3.transformer_blocks.0.attn2"
+    MID = "mid_block.attentions.0.transformer_blocks.0.attn2"
+
+    @pytest.mark.parametrize("unet_layers", [False, True])
+    def test_stableviton_layers(self, unet_layers):
+        layout = TokenLayout.stableviton(unet_layers=unet_layers)
+        assert layout.matches(self.WARP)
+        assert layout.matches("warp_blocks.12.transformer_blocks.0.attn2")
+        for name in (LAYER, self.MID, LAYER.replace("down", "up")):
+            assert layout.matches(name) == unet_layers
+            assert not layout.matches(f"spatial_encoder.{name}")
+        for name in (LAYER, self.WARP):
+            assert not layout.matches(name.replace("attn2", "attn1"))
+        assert "mix garment and person" in layout.note
+
+    def test_stableviton_tokens(self):
+        layout = TokenLayout.stableviton(unet_layers=True)
+        for queries, grid in ((48, (8, 6)), (12, (4, 3)), (1, (1, 1))):
+            made = call(queries, queries, layer=self.WARP)
+            generated, reference = layout.resolve(made, self.FRAME)
+            assert generated == reference == Tokens(0, queries, grid)
+            generated, reference = layout.resolve(call(queries, 1), self.FRAME)
+            assert (generated.size, reference.size, reference.count) == (grid, None, 1)
+
     def test_ip_adapter_tokens(self):
         layout = TokenLayout.ip_adapter()
         assert layout.resolve(call(48, 77), self.FRAME) is None  # the text
@@ -141,13 +165,31 @@ class TestFamilies:
             (TokenLayout.single_token(), call(48, 2), "single reference token, got 2 keys"),
             (TokenLayout.same_grid(), call(48, 12), "as many keys as queries, got 12 and 48"),
             (
+                TokenLayout.stableviton(),
+                call(48, 1, layer="warp_blocks.0.transformer_blocks.0.attn2"),
+                "as many keys as queries, got 1 and 48 in warp_blocks.0",
+            ),
+            (
+                TokenLayout.stableviton(),
+                call(48, 48),
+                "single reference token, got 48 keys in down",
+            ),
+            (
                 TokenLayout.ip_adapter((4, 4), prefix=1, image=1),
                 call(48, 17, 1),
                 r"images of 1 \+ 16 tokens and image 1 among them, got 17 keys",
             ),
             (TokenLayout.ip_adapter((4, 4)), call(48, 17, 1), r"images of 0 \+ 16 tokens"),
         ],
-        ids=["cross_attention", "single_token", "same_grid", "missing image", "wrong multiple"],
+        ids=[
+            "cross_attention",
+            "single_token",
+            "same_grid",
+            "stableviton warp",
+            "stableviton unet",
+            "missing image",
+            "wrong multiple",
+        ],
     )
     def test_other_key_counts_are_refused(self, layout, made, message):
         with pytest.raises(ValueError, match=message):
@@ -182,14 +224,16 @@ class TestTokenLayout:
             lambda **options: TokenLayout.cross_attention((4, 3), **options),
             TokenLayout.single_token,
             TokenLayout.same_grid,
+            TokenLayout.stableviton,
             TokenLayout.ip_adapter,
         ],
-        ids=["cross_attention", "single_token", "same_grid", "ip_adapter"],
+        ids=["cross_attention", "single_token", "same_grid", "stableviton", "ip_adapter"],
     )
     def test_options_of_every_family(self, make):
         order = ("conditional", "unconditional")
-        layout = make(layers="attn1$", guidance_order=order, prefix_votes=True)
+        layout = make(layers="attn1$", guidance_order=order, prefix_votes=True, note="mixed")
         assert layout.layers == "attn1$"
+        assert layout.note == "mixed"
         assert layout.guidance_order == order
         assert layout.prefix_votes
         plain = make()
