@@ -56,7 +56,10 @@ def write_viton_hd(folder: str | Path, *, train: int, test: int) -> None:
     Scene i is person ``0000i_00`` with the garment of the same name. The pairs of the training
     split, and the first columns of both, are paired; the second column of the test split names
     the next scene's garment. Pictures are JPEG files of 128 x 96 pixels, with the losses of that;
-    the flow is not written, the layout has no place for it.
+    the flow is not written, the layout has no place for it. What it does is: ``cloth-warp`` and
+    ``cloth-warp-mask`` hold the garment's picture moved by it, on black, as a faultless warp
+    network would; in the test split also ``unpaired-cloth-warp`` and its mask, of the garment in
+    the second column.
 
     Args:
         folder: New or empty. It is complete or not there at all.
@@ -82,9 +85,9 @@ def write_viton_hd(folder: str | Path, *, train: int, test: int) -> None:
         partial.mkdir()
         for split, count in (("train", train), ("test", test)):
             stems = [_stem(index) for index in range(count)]
-            for index in range(count):
-                _write_scene(partial / split, split, index)
             shift = 1 if split == "test" else 0
+            for index in range(count):
+                _write_scene(partial / split, split, index, (index + shift) % count)
             pairs = zip(stems, stems[shift:] + stems[:shift], strict=True)
             text = "".join(f"{person}.jpg {garment}.jpg\n" for person, garment in pairs)
             (partial / f"{split}_pairs.txt").write_text(text, encoding="utf-8")
@@ -103,7 +106,7 @@ def _stem(index: int) -> str:
     return f"{index:05d}_00"
 
 
-def _write_scene(folder: Path, split: str, index: int) -> None:
+def _write_scene(folder: Path, split: str, index: int, other: int) -> None:
     from PIL import Image
 
     person = person_of(split, index)
@@ -118,6 +121,9 @@ def _write_scene(folder: Path, split: str, index: int) -> None:
     }
     if split == "train":
         files["gt_cloth_warped_mask"] = Image.fromarray(_bytes(scene["garment_region"]))
+    files |= _warps("cloth-warp", scene)
+    if split == "test":
+        files |= _warps("unpaired-cloth-warp", draw_scene(person, garment_of(split, other)))
     labels = np.array([_LIP[part] for part in PARTS], np.uint8)[scene["parts"]]
     files["image-parse-v3"] = _parse(labels)
     files["image-parse-agnostic-v3.2"] = _parse(np.where(scene["mask"] > 0, np.uint8(0), labels))
@@ -134,6 +140,24 @@ def _write_scene(folder: Path, split: str, index: int) -> None:
     (folder / "openpose_json").mkdir(exist_ok=True)
     pose = folder / "openpose_json" / f"{stem}_keypoints.json"
     pose.write_text(json.dumps(_keypoints(person)), encoding="utf-8")
+
+
+def _warps(name: str, scene: dict[str, NDArray]) -> dict[str, "Image"]:
+    """The garment's picture, moved to where the person wears it, and the mask of that."""
+    import torch
+    from PIL import Image
+
+    region = scene["garment_region"]
+    # (y, x) as fractions to (x, y) in [-1, 1], which has the same idea of a pixel's centre
+    places = np.nan_to_num(scene["flow"][::-1] * 2 - 1).transpose(1, 2, 0)
+    moved = torch.nn.functional.grid_sample(
+        torch.from_numpy(scene["garment"])[None],
+        torch.from_numpy(np.ascontiguousarray(places))[None],
+        padding_mode="border",
+        align_corners=False,
+    )
+    picture = moved[0].numpy() * region
+    return {name: _rgb(picture), f"{name}-mask": Image.fromarray(_bytes(region))}
 
 
 def _bytes(values: NDArray) -> NDArray[np.uint8]:

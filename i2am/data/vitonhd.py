@@ -13,6 +13,9 @@ from i2am.data.images import ImageRejected, read_image
 Pairs = Literal["paired", "unpaired"]
 
 
+_MASKS = ("mask", "garment_mask", "garment_region", "warped_mask")
+
+
 class _Pair(NamedTuple):
     person: str  # stems of file names
     garment: str
@@ -30,6 +33,10 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
       at 128 of 255 in their own size, then resized, so edges are soft.
     - ``garment_region``: the same, for pairs of a person and its own garment where the data set
       has a folder ``gt_cloth_warped_mask``: VITON-HD has it in its training split only.
+    - With `warps`: ``warped`` ``[3, height, width]``, the garment as a warp network has laid it on
+      the person, and ``warped_mask`` ``[height, width]``, of the folders ``cloth-warp`` and
+      ``cloth-warp-mask``, for unpaired garments ``unpaired-cloth-warp`` and
+      ``unpaired-cloth-warp-mask``, all under the person's name.
 
     Pictures are resized bilinearly with a filter as wide as the reduction.
 
@@ -39,11 +46,13 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
         size: Height and width of everything in an item.
         pairs: ``"paired"`` takes each person's own garment, whatever the second column says;
             ``"unpaired"`` takes the garment of the second column.
+        warps: Whether items hold the warped garment, as DCI-VTON needs it.
 
     Raises:
         ValueError: If split, size or pairs is none of these, a line of the pairs is not two file
             names, or there is no line.
-        FileNotFoundError: If the list of pairs or a file that one of its lines needs is missing.
+        FileNotFoundError: If the list of pairs, a file that one of its lines needs or a folder of
+            warped garments is missing.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
         size: tuple[int, int] = (512, 384),
         *,
         pairs: Pairs = "paired",
+        warps: bool = False,
     ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split must be train or test, got {split!r}")
@@ -68,6 +78,15 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
         self._agnostic = next((name for name in names if (root / name).is_dir()), names[0])
         self._has_pose = (root / "image-densepose").is_dir()
         self._has_region = pairs == "paired" and (root / "gt_cloth_warped_mask").is_dir()
+        self._warps = None
+        if warps:
+            self._warps = "cloth-warp" if pairs == "paired" else "unpaired-cloth-warp"
+            for folder in (root / self._warps, root / f"{self._warps}-mask"):
+                if not folder.is_dir():
+                    raise FileNotFoundError(
+                        f"{folder} is missing: garments are warped by a network such as PF-AFN, "
+                        "which is not part of i2am"
+                    )
         self._check_files()
 
     def __len__(self) -> int:
@@ -89,7 +108,7 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
         item = {}
         for name, path in self._files(pair).items():
             try:
-                is_mask = name in ("mask", "garment_mask", "garment_region")
+                is_mask = name in _MASKS
                 item[name] = _read(path, name, self.size, is_mask=is_mask)
             except ImageRejected as error:
                 raise ImageRejected(f"{error} ({pair.place})") from error
@@ -109,6 +128,9 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
             files["pose"] = self._root / "image-densepose" / person
         if self._has_region:
             files["garment_region"] = self._root / "gt_cloth_warped_mask" / person
+        if self._warps is not None:
+            files["warped"] = self._root / self._warps / person
+            files["warped_mask"] = self._root / f"{self._warps}-mask" / person
         return files
 
     def _check_files(self) -> None:

@@ -14,6 +14,8 @@ PLACES = {
     "agnostic-v3.2": ".jpg",
     "cloth": ".jpg",
     "cloth-mask": ".jpg",
+    "cloth-warp": ".jpg",
+    "cloth-warp-mask": ".jpg",
     "image": ".jpg",
     "image-densepose": ".jpg",
     "image-parse-agnostic-v3.2": ".png",
@@ -36,7 +38,11 @@ def read(path):
 def test_every_file_has_its_place(root):
     expected = {"train_pairs.txt", "test_pairs.txt"}
     for split, count in (("train", 2), ("test", 3)):
-        places = PLACES | ({"gt_cloth_warped_mask": ".jpg"} if split == "train" else {})
+        more = {
+            "train": ["gt_cloth_warped_mask"],
+            "test": ["unpaired-cloth-warp", "unpaired-cloth-warp-mask"],
+        }
+        places = PLACES | dict.fromkeys(more[split], ".jpg")
         for folder, ending in places.items():
             expected |= {f"{split}/{folder}/{i:05d}_00{ending}" for i in range(count)}
     found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
@@ -65,6 +71,29 @@ def test_kinds_and_polarity(root):
     assert np.array_equal(read(root / f"train/cloth-mask/{stem}.jpg") >= 128, garment)
     region = read(root / f"train/gt_cloth_warped_mask/{stem}.jpg") >= 128
     assert np.array_equal(region, scene.garment_region[0].numpy() > 0)
+
+
+@pytest.mark.parametrize(
+    ("split", "name", "garments"),
+    [
+        ("train", "cloth-warp", [0, 1]),
+        ("test", "cloth-warp", [0, 1, 2]),
+        ("test", "unpaired-cloth-warp", [1, 2, 0]),
+    ],
+)
+def test_warped_garments_lie_on_the_person(root, split, name, garments):
+    scenes = render(range(len(garments)), split=split, garments=garments)
+    for index in range(len(garments)):
+        stem = f"{index:05d}_00.jpg"
+        region = scenes.garment_region[index].numpy() > 0
+        assert np.array_equal(read(root / split / f"{name}-mask" / stem) >= 128, region)
+        warped = read(root / split / name / stem) / 255
+        worn = scenes.image[index].permute(1, 2, 0).numpy()
+        # drawn twice, sampled once and compressed: textures of few pixels are not the same to the
+        # level, but anything moved or of another garment is far off
+        assert np.abs(warped - worn)[region].mean() < 0.06
+        assert np.abs(np.roll(warped, 6, axis=0) - worn)[region].mean() > 0.07
+        assert warped[~region].mean() < 0.03
 
 
 def test_parse_has_the_labels_of_lip(root):
@@ -127,10 +156,10 @@ def test_an_empty_folder_is_filled(tmp_path):
 def test_after_a_failure_nothing_is_left(tmp_path, monkeypatch):
     whole = paper_doll_folder._write_scene
 
-    def fail(folder, split, index):
+    def fail(folder, split, index, other):
         if index == 1:
             raise OSError("disk full")
-        whole(folder, split, index)
+        whole(folder, split, index, other)
 
     monkeypatch.setattr(paper_doll_folder, "_write_scene", fail)
     with pytest.raises(OSError, match="disk full"):

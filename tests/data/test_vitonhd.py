@@ -62,6 +62,35 @@ def test_unpaired_takes_the_second_column(written):
     assert "garment_region" not in VitonHD(written, "train", SIZE, pairs="unpaired")[0]
 
 
+@pytest.mark.parametrize("pairs", ["paired", "unpaired"])
+def test_warped_garments_are_those_of_the_pairs(written, pairs):
+    data = VitonHD(written, "test", SIZE, pairs=pairs, warps=True)
+    garments = [0, 1, 2] if pairs == "paired" else [1, 2, 0]
+    region = render(range(3), split="test", garments=garments).garment_region
+    for index, item in enumerate(data):
+        assert torch.equal(item["warped_mask"], region[index])
+        stem = f"0000{index}_00.jpg"
+        folder = "cloth-warp" if pairs == "paired" else "unpaired-cloth-warp"
+        expected = np.asarray(Image.open(written / "test" / folder / stem)) / np.float32(255)
+        assert np.array_equal(item["warped"].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["cloth-warp", "cloth-warp-mask"])
+def test_a_missing_folder_of_warped_garments_says_what_makes_them(root, name):
+    shutil.rmtree(root / "train" / name)
+    VitonHD(root, size=SIZE)
+    with pytest.raises(FileNotFoundError, match=rf"{name} is missing: garments are warped by a"):
+        VitonHD(root, size=SIZE, warps=True)
+    with pytest.raises(FileNotFoundError, match=r"unpaired-cloth-warp is missing"):
+        VitonHD(root, size=SIZE, pairs="unpaired", warps=True)
+
+
+def test_a_missing_warped_garment_is_named_with_its_line(root):
+    (root / "train/cloth-warp/00001_00.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"cloth-warp/00001_00\.jpg is missing, line 2 of"):
+        VitonHD(root, size=SIZE, warps=True)
+
+
 def test_size_is_height_and_width(written):
     item = VitonHD(written, "train", (64, 40))[1]
     assert item["image"].shape == item["garment"].shape == (3, 64, 40)
