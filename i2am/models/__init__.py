@@ -1,6 +1,6 @@
 """Reference-guided pipelines on diffusers and transformers building blocks.
 
-Both are called with ``image=, mask_image=, reference_image=`` and know their token layout:
+All are called with ``image=, mask_image=, reference_image=`` and know their token layout:
 
     pipe = i2am.models.load_pipeline("pocket")
     with i2am.record(pipe) as recorder:
@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from i2am.models.configuration import FULL_SIZE, CustomConfiguration
     from i2am.models.custom import CustomPipeline
+    from i2am.models.dci_vton import DCIVTONPipeline
     from i2am.models.loading import BUILT_IN, load_pipeline
     from i2am.models.paint_by_example import PaintByExamplePipeline
     from i2am.models.paint_by_example_encoder import PaintByExampleImageEncoder
     from i2am.models.pocket import POCKET, pocket_pipeline, pocket_weights, save_pocket_weights
     from i2am.models.projection import ReferenceProjection
     from i2am.models.schedulers import CustomModelDDIMScheduler
+    from i2am.models.stableviton import StableVITONPipeline
+    from i2am.models.stableviton_unet import StableVITONUNet
 
 _MODULES = {
     "BUILT_IN": "loading",
@@ -31,9 +34,12 @@ _MODULES = {
     "CustomConfiguration": "configuration",
     "CustomModelDDIMScheduler": "schedulers",
     "CustomPipeline": "custom",
+    "DCIVTONPipeline": "dci_vton",
     "PaintByExampleImageEncoder": "paint_by_example_encoder",
     "PaintByExamplePipeline": "paint_by_example",
     "ReferenceProjection": "projection",
+    "StableVITONPipeline": "stableviton",
+    "StableVITONUNet": "stableviton_unet",
     "load_pipeline": "loading",
     "pocket_pipeline": "pocket",
     "pocket_weights": "pocket",

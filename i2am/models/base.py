@@ -11,8 +11,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from i2am.models.inputs import ImageInput, per_sample
+from i2am.models.inputs import ImageInput, per_sample, resize_antialiased
 from i2am.models.latents import LatentSpace
+from i2am.models.samplers import Samplers
 from i2am.models.sampling import HALVES, Sampling
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ class ReferencePipeline(LatentSpace, DiffusionPipeline):
     guidance_in_one_batch: ClassVar[bool] = True
     """False calls the UNet once per half; the conditional half must come first then, as the
     recorder takes calls in that order."""
+
+    samplers: ClassVar[Samplers] = {}
+    """The published settings by name, see `use_sampler`."""
+    needs: ClassVar[tuple[str, ...]] = ("image", "mask_image", "reference_image")
+    """Images that a call cannot do without."""
+    agnostic_replaces_person: ClassVar[bool] = False
+    """Whether `agnostic_image` stands in for `image` and `mask_image` instead of joining them."""
 
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
@@ -72,6 +80,34 @@ class ReferencePipeline(LatentSpace, DiffusionPipeline):
     def default_size(self, image: ImageInput) -> tuple[int, int]:
         """(height, width) generated for `image` when none is asked for."""
         raise NotImplementedError
+
+    def default_output_size(self, image: ImageInput) -> tuple[int, int]:
+        """(height, width) of the images made from `image` when no size is asked for."""
+        return self.default_size(image)
+
+    def use_sampler(self, name: str) -> dict[str, Any]:
+        """Sets the scheduler of a published setting and returns the call's arguments for it.
+
+        The noise schedule and the prediction type of the weights stay.
+
+        Args:
+            name: ``"paper"``, the settings of the I2AM paper, or ``"official"``, those of the
+                system's own published code.
+
+        Returns:
+            ``num_inference_steps``, ``guidance_scale`` and ``eta``.
+
+        Raises:
+            ValueError: There is no setting of that name.
+
+        Example:
+            >>> pipe(person, mask, garment, **pipe.use_sampler("paper"))  # doctest: +SKIP
+        """
+        if name not in self.samplers:
+            raise ValueError(f"sampler must be one of {', '.join(self.samplers)}, got {name!r}")
+        sampler = self.samplers[name]
+        self.register_modules(scheduler=sampler.build(self.scheduler))
+        return sampler.arguments()
 
     def attribution_layout(self) -> "TokenLayout":
         """Where the reference tokens stand in the recorded layers, and the order of guidance."""
@@ -115,12 +151,14 @@ class ReferencePipeline(LatentSpace, DiffusionPipeline):
         paste_onto: tuple[Tensor, Tensor] | None,
         return_dict: bool,
         start_from: Tensor | None = None,
+        encoded_behind: list[Tensor] | None = None,
         hints: Mapping[str, Tensor] | None = None,
+        output_size: tuple[int, int] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """From prepared inputs to images; every input has one entry or `batch` of them.
 
         Random numbers are drawn in this order: starting noise, VAE posterior of `start_from`,
-        those of `encoded`, those of `hints`, and what the scheduler draws in its steps.
+        those of `encoded`, `encoded_behind` and `hints`, and what the scheduler draws in its steps.
 
         Args:
             sampling: The settings of the run.
@@ -134,8 +172,10 @@ class ReferencePipeline(LatentSpace, DiffusionPipeline):
             return_dict: False returns a tuple.
             start_from: Images ``[batch, 3, height, width]`` in [-1, 1] whose noised latents are the
                 start instead of noise alone, see `noised`.
+            encoded_behind: As `encoded`, for what the UNet sees behind `plain`.
             hints: Images ``[batch, 3, height, width]`` in [-1, 1] by the UNet's keyword argument
                 that takes their latents; encoded once, the same in every step and half.
+            output_size: (height, width) that the images are resized to in the end, not latents.
 
         Raises:
             ValueError: A part does not fit the others; see the methods below.
@@ -150,6 +190,9 @@ class ReferencePipeline(LatentSpace, DiffusionPipeline):
             start = self.noised(self.encode_image(start_from, batch, sampling), start)
         conditions = [self.encode_image(images, batch, sampling) for images in encoded]
         conditions += [per_sample(values, batch, repeats).to(conditions[0]) for values in plain]
+        conditions += [
+            self.encode_image(images, batch, sampling) for images in encoded_behind or ()
+        ]
         options = {
             name: self.encode_image(images, batch, sampling)
             for name, images in (hints or {}).items()
@@ -164,6 +207,8 @@ class ReferencePipeline(LatentSpace, DiffusionPipeline):
             if paste_onto is not None:
                 image, keep = (per_sample(part, batch, repeats).to(result) for part in paste_onto)
                 result = image * keep + result * (1 - keep)
+            if output_size is not None:
+                result = resize_antialiased(result.float().clamp(-1, 1), output_size)
             result = VaeImageProcessor().postprocess(
                 result.float(), output_type=sampling.output_type
             )

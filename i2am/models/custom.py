@@ -9,6 +9,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import Dinov2Model
 
+from i2am.models import samplers
 from i2am.models.base import ReferencePipeline
 from i2am.models.inputs import ImageInput, common_batch, fit, read_images, read_person
 from i2am.models.pocket_autoencoder import PocketAutoencoder
@@ -52,6 +53,8 @@ class CustomPipeline(ReferencePipeline):
         "scheduler": SchedulerMixin,
     }
     guidance_order = ("conditional", "unconditional")
+    samplers = samplers.CUSTOM
+    agnostic_replaces_person = True
 
     def __init__(
         self,

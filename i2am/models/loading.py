@@ -15,7 +15,9 @@ BUILT_IN = {"pocket": ("i2am.models.pocket", "pocket_pipeline")}
 # _class_name in model_index.json -> module of the class
 PIPELINES = {
     "CustomPipeline": "i2am.models.custom",
+    "DCIVTONPipeline": "i2am.models.dci_vton",
     "PaintByExamplePipeline": "i2am.models.paint_by_example",
+    "StableVITONPipeline": "i2am.models.stableviton",
 }
 
 

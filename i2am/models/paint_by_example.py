@@ -1,37 +1,19 @@
 """Paint-by-Example: inpainting after a reference that enters as a single CLIP token."""
 
 from math import isqrt, prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from PIL import Image
 from torch import Tensor
 
-from i2am.models.base import ReferencePipeline
-from i2am.models.inputs import (
-    ImageInput,
-    OneInput,
-    as_list,
-    common_batch,
-    read_images,
-    read_person,
-    resize_antialiased,
-    same_size,
-)
-from i2am.models.paint_by_example_encoder import PaintByExampleImageEncoder
+from i2am.models import samplers
+from i2am.models.inputs import ImageInput, common_batch, read_person, same_size
 from i2am.models.sampling import Callback, Generators, Sampling
-
-if TYPE_CHECKING:
-    from i2am.layouts import TokenLayout
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from i2am.models.single_token import SingleTokenPipeline
 
 
-class PaintByExamplePipeline(ReferencePipeline):
+class PaintByExamplePipeline(SingleTokenPipeline):
     """Paints the masked region of an image after an example.
 
     The UNet's 9 input channels are the noisy latents, the VAE latents of the masked image (grey
@@ -46,23 +28,7 @@ class PaintByExamplePipeline(ReferencePipeline):
         scheduler: Any diffusers scheduler; the published ones are PNDM (its PLMS) and DDIM.
     """
 
-    component_classes: ClassVar[dict[str, type]] = {
-        "vae": AutoencoderKL,
-        "image_encoder": PaintByExampleImageEncoder,
-        "unet": UNet2DConditionModel,
-        "scheduler": SchedulerMixin,
-    }
-    guidance_order = ("unconditional", "conditional")
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        image_encoder: PaintByExampleImageEncoder,
-        unet: UNet2DConditionModel,
-        scheduler: SchedulerMixin,
-    ) -> None:
-        super().__init__()
-        self.register_modules(vae=vae, image_encoder=image_encoder, unet=unet, scheduler=scheduler)
+    samplers = samplers.PAINT_BY_EXAMPLE
 
     def default_size(self, image: ImageInput) -> tuple[int, int]:
         """(height, width) generated when none is asked for.
@@ -81,38 +47,6 @@ class PaintByExamplePipeline(ReferencePipeline):
             height, width = isqrt(area * height // width), isqrt(area * width // height)
         factor = self.vae_scale_factor
         return max(height // factor, 1) * factor, max(width // factor, 1) * factor
-
-    def attribution_layout(self) -> "TokenLayout":
-        """One reference token without a place in the reference, unconditional half first."""
-        from i2am.layouts import TokenLayout
-
-        return TokenLayout.single_token(guidance_order=self.guidance_order)
-
-    def encode_reference(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Conditional and unconditional context, each ``[batch, 1, context width]``.
-
-        Args:
-            pixels: What `reference_pixels` returns.
-        """
-        pixels = pixels.to(device=self._execution_device, dtype=self.image_encoder.dtype)
-        return self.image_encoder(pixels)
-
-    def reference_pixels(self, reference_image: ImageInput) -> Tensor:
-        """The encoder's input ``[batch, 3, side, side]``: squashed to a square, normalised."""
-        side = self.image_encoder.config.image_size
-        squares: list[OneInput] = [
-            # PIL's own resampling of 8-bit images, as the published code
-            item.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-            if isinstance(item, Image.Image)
-            else item
-            for item in as_list(reference_image, "reference_image")
-        ]
-        images = [
-            resize_antialiased(image[None], (side, side), "bicubic").clamp(-1, 1)
-            for image in read_images(squares, "reference_image")
-        ]
-        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        return ((torch.cat(images) + 1) / 2 - mean) / std
 
     @torch.no_grad()
     def __call__(
@@ -203,16 +137,13 @@ class PaintByExamplePipeline(ReferencePipeline):
         person, keep = read_person(image, mask_image, size)
         pixels = self.reference_pixels(reference)
         batch = common_batch(image=len(person), reference_image=len(pixels))
-        cells = (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
-        # bilinear without antialiasing, as the published code: values between 0 and 1 at the rim
-        keep_latents = F.interpolate(keep, size=cells, mode="bilinear", align_corners=False)
         return self.run(
             sampling,
             batch=batch,
             size=size,
             context=self.encode_reference(pixels),
             encoded=[person * keep],
-            plain=[keep_latents],
+            plain=[self.keep_latents(keep)],
             latents=latents,
             paste_onto=(person, keep) if paste_back else None,
             return_dict=return_dict,

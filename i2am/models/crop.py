@@ -1,0 +1,77 @@
+"""Cutting the object out of a reference image, whatever kind of image it is."""
+
+import math
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from i2am.models.inputs import ImageInput, OneInput, as_list, common_batch, read_masks
+
+
+def crop_to_object(
+    images: ImageInput, masks: ImageInput, enlargement: float, *, name: str, mask_name: str
+) -> list[OneInput]:
+    """The box around the object of each mask, somewhat enlarged, cut out of each image.
+
+    Args:
+        images: What `i2am.models.inputs.read_images` takes; results are of the same kind.
+        masks: What `read_masks` takes, above 0.5 on the object; one, or one per image.
+        enlargement: By how much of its half extent the box grows to each side, at least 0. It
+            ends where the image does.
+        name: What the caller calls the images, for error messages.
+        mask_name: The same for the masks.
+
+    Raises:
+        TypeError: Something that is no image or mask.
+        ValueError: A mask is empty or has another size than its image, the counts differ, or
+            the enlargement is negative or not finite.
+    """
+    if not 0 <= enlargement < math.inf:
+        raise ValueError(
+            f"crop_enlargement must be a finite number of at least 0, got {enlargement}"
+        )
+    singles = [single for item in as_list(images, name) for single in _unbatched(item)]
+    read = read_masks(masks, mask_name)
+    count = common_batch(**{name: len(singles), mask_name: len(read)})
+    crops: list[OneInput] = []
+    for index in range(count):
+        image, mask = singles[index % len(singles)], read[index % len(read)][0] > 0.5
+        size = _size(image)
+        if size != tuple(mask.shape):
+            raise ValueError(
+                f"{mask_name} must have the size of {name}, {size[0]} x {size[1]} (height x "
+                f"width), got {mask.shape[0]} x {mask.shape[1]}"
+            )
+        if not mask.any():
+            raise ValueError(f"{mask_name} must be white somewhere, it is all black")
+        top, bottom = _span(mask.any(dim=1), enlargement)
+        left, right = _span(mask.any(dim=0), enlargement)
+        if isinstance(image, Image.Image):
+            crops.append(image.crop((left, top, right, bottom)))
+        elif isinstance(image, np.ndarray):
+            crops.append(image[top:bottom, left:right])
+        else:
+            crops.append(image[..., top:bottom, left:right])
+    return crops
+
+
+def _unbatched(item: OneInput) -> list[OneInput]:
+    if isinstance(item, Image.Image) or item.ndim != 4:
+        return [item]
+    return list(item)
+
+
+def _size(image: OneInput) -> tuple[int, int]:
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.shape[-2:]
+    return height, width
+
+
+def _span(occupied: Tensor, enlargement: float) -> tuple[int, int]:
+    """First cell and the one behind the last of the enlarged interval."""
+    found = occupied.nonzero()[:, 0]
+    first, end = int(found[0]), int(found[-1]) + 1
+    margin = (end - first) / 2 * enlargement
+    return max(round(first - margin), 0), min(round(end + margin), len(occupied))
