@@ -1,6 +1,13 @@
 """Every test run: one thread; without a GPU Triton's interpreter, and `gpu` tests skipped."""
 
+import gzip
+import json
 import os
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,3 +29,80 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+# Checkpoints with the names of the published ones, and reproducible random numbers in them
+
+
+@pytest.fixture(scope="session")
+def published_keys() -> Callable[[str], dict[str, tuple[tuple[int, ...], str]]]:
+    """Shape and kind of every tensor of a system's published checkpoint, by its name.
+
+    From the original modules, see tests/golden/checkpoints/README.md.
+    """
+
+    def read(system: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        file = Path(__file__).parent / "golden" / "checkpoints" / f"{system}.json.gz"
+        with gzip.open(file, "rt", encoding="utf-8") as text:
+            return {key: (tuple(shape), kind) for key, (shape, kind) in json.load(text).items()}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> Callable[[Mapping[str, tuple[tuple[int, ...], str]]], dict[str, torch.Tensor]]:
+    """Values for tensors of given shapes and kinds, which depend on nothing but them and the name.
+
+    The recipe of the golden files: they were computed with these values.
+    """
+
+    def fill(keys: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for key, (shape, kind) in keys.items():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"1:{key}".encode()))
+            values = torch.randn(shape, generator=generator)
+            if kind == "matrix":
+                values *= values[0].numel() ** -0.5
+            else:
+                values *= 0.1
+                values += 1 if kind == "norm" else 0
+            tensors[key] = values
+        return tensors
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def tiny_keys(published_keys: Any) -> Callable[[str], dict[str, tuple[tuple[int, ...], str]]]:
+    """As `published_keys`, for a model of the same structure with narrow and few layers."""
+
+    def shrink(system: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {
+            key: (tuple(_narrow(key, size) for size in shape), kind)
+            for key, (shape, kind) in published_keys(system).items()
+            if not any(int(number) >= TINY_LAYERS[at] for at, number in _LAYER.findall(key))
+        }
+
+    return shrink
+
+
+TINY_LAYERS = {"encoder.layers.": 4, "resblocks.": 1, "dinov2.model.blocks.": 2}
+_LAYER = re.compile(rf"({'|'.join(map(re.escape, TINY_LAYERS))})(\d+)")
+# by the beginning of names: sizes of the published and of the tiny model
+_TINY_SIZES = {
+    r"(model|control_model|diffusion)\.": {768: 24, 1037: 13}
+    | {320 * factor: 32 * factor for factor in range(1, 33)},
+    r"(first_stage_model|encoder|decoder)\.": {128: 32, 256: 64, 512: 128, 1536: 384},
+    r"cond_stage_model\.": {257: 5, 1024: 64, 3072: 192, 4096: 256},
+    r"(learnable_vector|proj_out)": {768: 24, 1024: 64},
+    r"vgg\.": {64: 4, 128: 4, 256: 4, 512: 4},
+    r"mlp\.": {768: 24, 1536: 64, 4608: 192, 6144: 256, 12288: 512},
+    r"dinov2\.": {1370: 17, 1536: 64, 4608: 192, 8192: 352, 4096: 176},
+}
+
+
+def _narrow(key: str, size: int) -> int:
+    for beginning, sizes in _TINY_SIZES.items():
+        if re.match(beginning, key):
+            return sizes.get(size, size)
+    return size

@@ -17,6 +17,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 import i2am
+from i2am.cli.convert import convert
 from i2am.cli.demo import demo
 from i2am.cli.errors import CommandError, ExitCode, Terminated
 from i2am.cli.record import record
@@ -34,6 +35,7 @@ def app() -> None:
 app.add_command(record)
 app.add_command(demo)
 app.add_command(train)
+app.add_command(convert)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,139 @@
+"""safetensors files written one tensor after the other: no more than one is held in memory."""
+
+import ctypes
+import hashlib
+import json
+import mmap
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from i2am.models.conversion.rules import Target
+
+CHUNK = 1 << 22
+MADV_PAGEOUT = 21  # of Linux; Python's mmap has no name for it
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+"""What may be written, and safetensors' word for it."""
+
+Progress = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the new file.
+
+    Args:
+        target: Its name, and which part of the source it is.
+        source: A tensor of the checkpoint.
+        dtype: Floating dtype to write.
+    """
+
+    target: Target
+    source: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.target.shape_of(tuple(self.source.shape))
+
+    @property
+    def size(self) -> int:
+        """Bytes in the new file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], *, progress: Progress
+) -> dict[str, Any]:
+    """Writes a new safetensors file: a header of names and places, then tensor after tensor.
+
+    Args:
+        path: A file that does not exist.
+        entries: Its tensors.
+        progress: Called with numbers of bytes as they are written.
+
+    Returns:
+        Its "sha256" and size in "bytes".
+
+    Raises:
+        OSError: The file cannot be written; a part of it may remain.
+    """
+    # wide dtypes first: every tensor begins at a multiple of its element's size
+    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb", buffering=0) as file:
+
+        def put(data: memoryview | bytes) -> None:
+            nonlocal size
+            for begin in range(0, len(data), CHUNK):
+                part = memoryview(data)[begin : begin + CHUNK]
+                digest.update(part)
+                while part:  # an unbuffered write may take less than it is given
+                    part = part[file.write(part) :]
+            size += len(data)
+
+        put(_header(entries))
+        for entry in entries:
+            values = entry.target.of(entry.source).to(entry.dtype).contiguous()
+            put(_bytes_of(values))
+            _let_go(entry.source)
+            progress(entry.size)
+    return {"sha256": digest.hexdigest(), "bytes": size}
+
+
+def sha256_of(path: Path, *, progress: Progress) -> str:
+    """Hash of a file, read in pieces.
+
+    Args:
+        path: The file.
+        progress: Called with numbers of bytes as they are read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    names: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for entry in entries:
+        names[entry.target.key] = {
+            "dtype": DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [begin, begin + entry.size],
+        }
+        begin += entry.size
+    text = json.dumps(names, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned too
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    return values.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _let_go(mapped: Tensor) -> None:
+    """Takes a tensor that was read through a mapped file out of memory again.
+
+    The system would do so when memory runs short; until then every page that was read counts as
+    ours. Nothing is lost: the pages come back when they are used again.
+    """
+    if sys.platform != "linux":
+        return
+    storage = mapped.untyped_storage()
+    begin = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = storage.data_ptr() + storage.nbytes() - begin
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_PAGEOUT)
