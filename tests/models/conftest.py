@@ -11,7 +11,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPVisionConfig
 
-from i2am.models import CustomConfiguration, CustomPipeline, PaintByExamplePipeline
+from i2am.models import (
+    CustomConfiguration,
+    CustomPipeline,
+    DCIVTONPipeline,
+    PaintByExamplePipeline,
+)
 from i2am.models.configuration import STABLE_DIFFUSION_BETAS
 
 DDIM_OPTIONS = {**STABLE_DIFFUSION_BETAS, "steps_offset": 1, "set_alpha_to_one": False}
@@ -120,6 +125,14 @@ def theirs() -> Callable[..., Any]:
 @pytest.fixture
 def paint_by_example(public_folder: Path) -> PaintByExamplePipeline:
     pipeline = PaintByExamplePipeline.from_pretrained(public_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def dci_vton(paint_by_example: PaintByExamplePipeline) -> DCIVTONPipeline:
+    """The same networks."""
+    pipeline = DCIVTONPipeline(**paint_by_example.components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
