@@ -1,5 +1,6 @@
 """Tiny pipelines with random weights, and inputs for them; everything offline and in seconds."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from i2am.models import (
     CustomPipeline,
     DCIVTONPipeline,
     PaintByExamplePipeline,
+    StableVITONPipeline,
+    StableVITONUNet,
 )
 from i2am.models.configuration import STABLE_DIFFUSION_BETAS
 
@@ -28,6 +31,17 @@ TINY_UNET = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "layers_per_block": 1,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+# six warp blocks, number 4 of the published maps among them
+TINY_STABLEVITON = {
+    "sample_size": (16, 12),
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 2,
     "cross_attention_dim": 24,
     "attention_head_dim": 4,
     "norm_num_groups": 8,
@@ -137,9 +151,31 @@ def dci_vton(paint_by_example: PaintByExamplePipeline) -> DCIVTONPipeline:
     return pipeline
 
 
-@pytest.fixture(params=["custom", "paint_by_example"])
+@pytest.fixture(scope="session")
+def stableviton_unet() -> StableVITONUNet:
+    """Random numbers everywhere, also where training begins with zeros."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        unet = StableVITONUNet(**TINY_STABLEVITON).eval()
+        for parameter in unet.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+@pytest.fixture
+def stableviton(
+    paint_by_example: PaintByExamplePipeline, stableviton_unet: StableVITONUNet
+) -> StableVITONPipeline:
+    components = {**paint_by_example.components, "unet": copy.deepcopy(stableviton_unet)}
+    pipeline = StableVITONPipeline(**components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(params=["custom", "paint_by_example", "stableviton"])
 def pipeline(request: pytest.FixtureRequest) -> Any:
-    """Either pipeline: what both must do."""
+    """Any pipeline that needs a person, a mask and a reference: what all must do."""
     return request.getfixturevalue(request.param)
 
 
