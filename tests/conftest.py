@@ -1,5 +1,6 @@
 """Every test run: one thread; without a GPU Triton's interpreter, and `gpu` tests skipped."""
 
+import functools
 import gzip
 import json
 import os
@@ -84,6 +85,21 @@ def tiny_keys(published_keys: Any) -> Callable[[str], dict[str, tuple[tuple[int,
         }
 
     return shrink
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tiny_keys: Any, synthetic: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A file with the tensors of `tiny_keys`, as a training framework writes it; made once."""
+
+    @functools.cache
+    def save(system: str) -> Path:
+        file = tmp_path_factory.mktemp("published") / f"{system}.ckpt"
+        torch.save({"state_dict": synthetic(tiny_keys(system)), "global_step": 1}, file)
+        return file
+
+    return save
 
 
 TINY_LAYERS = {"encoder.layers.": 4, "resblocks.": 1, "dinov2.model.blocks.": 2}

@@ -5,7 +5,7 @@ import hashlib
 import json
 import mmap
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ def write_safetensors(
 ) -> dict[str, Any]:
     """Writes a new safetensors file: a header of names and places, then tensor after tensor.
 
+    The same tensors give the same bytes, whatever their order.
+
     Args:
         path: A file that does not exist.
         entries: Its tensors.
@@ -69,25 +71,23 @@ def write_safetensors(
         OSError: The file cannot be written; a part of it may remain.
     """
     # wide dtypes first: every tensor begins at a multiple of its element's size
-    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.target.key))
     digest, size = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as file:
 
-        def put(data: memoryview | bytes) -> None:
+        def put(data: memoryview) -> None:
             nonlocal size
-            for begin in range(0, len(data), CHUNK):
-                part = memoryview(data)[begin : begin + CHUNK]
-                digest.update(part)
-                while part:  # an unbuffered write may take less than it is given
-                    part = part[file.write(part) :]
+            digest.update(data)
             size += len(data)
+            while data:  # an unbuffered write may take less than it is given
+                data = data[file.write(data) :]
 
-        put(_header(entries))
+        put(memoryview(_header(entries)))
         for entry in entries:
-            values = entry.target.of(entry.source).to(entry.dtype).contiguous()
-            put(_bytes_of(values))
+            for piece in _pieces(entry):
+                put(piece)
+                progress(len(piece))
             _let_go(entry.source)
-            progress(entry.size)
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
@@ -121,8 +121,14 @@ def _header(entries: Sequence[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes_of(values: Tensor) -> memoryview:
-    return values.reshape(-1).view(torch.uint8).numpy().data
+def _pieces(entry: Entry) -> Iterator[memoryview]:
+    """The bytes of a tensor in its new dtype, some rows at a time: no second copy of all of it."""
+    values = entry.target.of(entry.source)
+    rows = torch.atleast_1d(values)
+    at_once = max(CHUNK // max(rows[:1].numel() * entry.dtype.itemsize, 1), 1)
+    for some in rows.split(at_once):
+        flat = some.to(entry.dtype).contiguous().view(-1)
+        yield flat.view(torch.uint8).numpy().data
 
 
 def _let_go(mapped: Tensor) -> None:
