@@ -1,4 +1,4 @@
-"""What both pipelines must do: guidance, batches, generators, callbacks, outputs, refusals."""
+"""What all pipelines must do: guidance, batches, generators, callbacks, outputs, refusals."""
 
 import numpy as np
 import pytest
@@ -12,16 +12,29 @@ from diffusers import (
 from diffusers.utils import BaseOutput
 from PIL import Image
 
+from i2am.models import StableVITONPipeline
 from i2am.models.sampling import Sampling
 
 SIZE = {"height": 32, "width": 24}
+
+
+@pytest.fixture(params=["custom", "paint_by_example", "stableviton"])
+def pipeline(request):
+    return request.getfixturevalue(request.param)
+
+
+def evaluation(pipeline) -> int:
+    """UNet calls of a step with guidance."""
+    return 1 if pipeline.guidance_in_one_batch else 2
 
 
 def test_guidance_halves_come_in_the_declared_order(pipeline, inputs, run, unet_calls) -> None:
     calls = unet_calls(pipeline)
     run(pipeline, **inputs, guidance_scale=5.0, num_inference_steps=1)
     run(pipeline, **inputs, guidance_scale=1.0, num_inference_steps=1)
-    (sample, context), (single_sample, single_context) = calls
+    *guided, (single_sample, single_context) = calls
+    assert len(guided) == evaluation(pipeline)
+    sample, context = (torch.cat(parts) for parts in zip(*guided, strict=True))
     assert torch.equal(sample[0], sample[1])
     assert torch.equal(sample[:1], single_sample)
     source = getattr(pipeline, "image_proj", pipeline.image_encoder)
@@ -35,10 +48,10 @@ def test_guidance_extrapolates_from_the_unconditional_half(
     pipeline, inputs, run, monkeypatch
 ) -> None:
     outputs = {"conditional": 1.0, "unconditional": 3.0}
+    order = iter(pipeline.guidance_order)
 
     def constant_halves(module, args, kwargs, output):
-        halves = [torch.full_like(output[0][:1], outputs[h]) for h in pipeline.guidance_order]
-        return (torch.cat(halves),)
+        return (torch.cat([torch.full_like(row[None], outputs[next(order)]) for row in output[0]]),)
 
     pipeline.unet.register_forward_hook(constant_halves, with_kwargs=True)
     seen = []
@@ -167,12 +180,20 @@ def test_sizes(pipeline, inputs, run, height, width) -> None:
 def test_samplers(pipeline, inputs, run, unet_calls, scheduler, calls) -> None:
     pipeline.scheduler = scheduler
     seen = unet_calls(pipeline)
-    first, second = (run(pipeline, **inputs, num_inference_steps=4) for _ in range(2))
+    settings = {**inputs, "num_inference_steps": 4}
+    if isinstance(pipeline, StableVITONPipeline) and scheduler.init_noise_sigma != 1:
+        # it starts from a noised image, not from noise
+        with pytest.raises(ValueError, match=f"got {type(scheduler).__name__}"):
+            run(pipeline, **settings)
+        return
+    first, second = (run(pipeline, **settings) for _ in range(2))
     assert torch.equal(first, second)
     assert first.isfinite().all()
-    assert len(seen) == 2 * calls == 2 * pipeline.num_timesteps
+    assert pipeline.num_timesteps == calls
+    assert len(seen) == 2 * calls * evaluation(pipeline)
 
 
+@pytest.mark.parametrize("pipeline", ["custom", "paint_by_example"], indirect=True)
 def test_noise_is_scaled_as_the_scheduler_wants_it(pipeline, inputs, run, unet_calls) -> None:
     calls = unet_calls(pipeline)
     pipeline.scheduler = scheduler = EulerAncestralDiscreteScheduler()
@@ -215,7 +236,8 @@ def test_guidance_can_end_in_mid_run(pipeline, inputs, run, unet_calls) -> None:
         pipe._guidance_scale = 1.0
 
     run(pipeline, **inputs, guidance_scale=5.0, callback_on_step_end=end_guidance)
-    assert [len(sample) for sample, _ in calls] == [2, 1, 1]
+    first = [2] if pipeline.guidance_in_one_batch else [1, 1]
+    assert [len(sample) for sample, _ in calls] == [*first, 1, 1]
 
 
 def test_interrupt_leaves_out_the_rest(pipeline, inputs, run, unet_calls) -> None:
@@ -225,10 +247,10 @@ def test_interrupt_leaves_out_the_rest(pipeline, inputs, run, unet_calls) -> Non
         pipe._interrupt = True
 
     run(pipeline, **inputs, callback_on_step_end=stop)
-    assert len(calls) == 1
+    assert len(calls) == evaluation(pipeline)
     assert pipeline.interrupt
     run(pipeline, **inputs)
-    assert len(calls) == 1 + 3
+    assert len(calls) == evaluation(pipeline) * (1 + 3)
 
 
 def test_progress_bar_counts_steps(pipeline, inputs, capsys) -> None:
