@@ -1,8 +1,9 @@
-"""What the reference-guided inpainting pipelines share: the denoising loop and the result."""
+"""What the reference-guided inpainting pipelines share: loading, samplers, one run."""
 
-import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -11,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
+from i2am.models.denoising import DenoisingLoop
 from i2am.models.inputs import ImageInput, per_sample, resize_antialiased
 from i2am.models.latents import LatentSpace
 from i2am.models.samplers import Samplers
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from i2am.layouts import TokenLayout
 
 
-class ReferencePipeline(LatentSpace, DiffusionPipeline):
+class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
     """Base of the pipelines that paint part of an image after a reference image.
 
     A subclass names its components and its guidance order, and writes ``__call__`` from the pieces
@@ -31,22 +33,14 @@ class ReferencePipeline(LatentSpace, DiffusionPipeline):
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     component_classes: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}
     """What each component may be; several classes where there is a choice."""
-    guidance_order: ClassVar[tuple[str, str]] = ("unconditional", "conditional")
-    """Order of the halves in one batch, or of the calls."""
-    guidance_in_one_batch: ClassVar[bool] = True
-    """False calls the UNet once per half; the conditional half must come first then, as the
-    recorder takes calls in that order."""
-
+    system: ClassVar[str] = ""
+    """What `i2am convert` calls the published checkpoints."""
     samplers: ClassVar[Samplers] = {}
     """The published settings by name, see `use_sampler`."""
     needs: ClassVar[tuple[str, ...]] = ("image", "mask_image", "reference_image")
     """Images that a call cannot do without."""
     agnostic_replaces_person: ClassVar[bool] = False
     """Whether `agnostic_image` stands in for `image` and `mask_image` instead of joining them."""
-
-    _guidance_scale: float = 1.0
-    _num_timesteps: int = 0
-    _interrupt: bool = False
 
     @classmethod
     def from_pretrained(
@@ -76,6 +70,40 @@ class ReferencePipeline(LatentSpace, DiffusionPipeline):
         return load_folder(
             cls, folder, torch_dtype=torch_dtype, variant=variant, replacements=components
         )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | os.PathLike[str],
+        *,
+        vae: str | os.PathLike[str] | None = None,
+        torch_dtype: torch.dtype | None = None,
+        drop: Iterable[str] = (),
+    ) -> Self:
+        """Loads a checkpoint in its authors' naming, by way of a temporary folder.
+
+        That folder has the size of the model; ``i2am convert`` makes one that stays.
+
+        Args:
+            checkpoint: Torch checkpoint or safetensors file.
+            vae: A file of an autoencoder alone, to take in place of the checkpoint's own.
+            torch_dtype: Floating dtype of all weights; None is float32.
+            drop: Beginnings of tensor names to leave out.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: A file is damaged or refused, or tensors are missing, unexpected or
+                misshapen; see `i2am.models.conversion.convert`.
+            OSError: There is too little room in the temporary folder.
+        """
+        from i2am.models.conversion import convert
+
+        with TemporaryDirectory(prefix="i2am-") as folder:
+            model = Path(folder) / "model"
+            convert(checkpoint, model, system=cls.system, vae=vae, dtype=torch_dtype, drop=drop)
+            pipeline = cls.from_pretrained(model, torch_dtype=torch_dtype)
+        pipeline.register_to_config(_name_or_path=os.fspath(checkpoint))
+        return pipeline
 
     def default_size(self, image: ImageInput) -> tuple[int, int]:
         """(height, width) generated for `image` when none is asked for."""
@@ -117,26 +145,6 @@ class ReferencePipeline(LatentSpace, DiffusionPipeline):
     def trained(self) -> bool:
         """False when the weights are random numbers: maps and images then mean nothing."""
         return True
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the current run; 1 or less means without guidance."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the next step evaluates both halves of guidance."""
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of UNet evaluations of the current run; more than its steps for some samplers."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Set ``pipe._interrupt = True`` in a step callback to leave out the remaining steps."""
-        return self._interrupt
 
     def run(
         self,
@@ -214,93 +222,3 @@ class ReferencePipeline(LatentSpace, DiffusionPipeline):
             )
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
-
-    def denoise(
-        self,
-        latents: Tensor,
-        conditions: Tensor,
-        context: dict[str, Tensor],
-        sampling: Sampling,
-        options: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """Runs the scheduler, whose timesteps are set, from noise to clean latents.
-
-        Args:
-            latents: Starting noise ``[samples, channels, h, w]``.
-            conditions: What the UNet sees behind the latents, ``[samples, more channels, h, w]``.
-            context: Cross-attention context per half of guidance, ``[samples, tokens, width]``.
-            sampling: The settings of the run.
-            options: Further keyword arguments of the UNet, one entry per sample.
-
-        Raises:
-            ValueError: The UNet wants another number of channels, or the scheduler ignores `eta`.
-        """
-        wanted, given = self.unet.config.in_channels, latents.shape[1] + conditions.shape[1]
-        if wanted != given:
-            raise ValueError(
-                f"unet must take {given} input channels, its configuration has {wanted}"
-            )
-        step_options = self._step_options(sampling)
-        steps = sampling.num_inference_steps
-        self._guidance_scale, self._interrupt = sampling.guidance_scale, False
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        # samplers that evaluate more often than they step: a warm-up, or several evaluations a step
-        order = getattr(self.scheduler, "order", 1)
-        warmup = len(timesteps) - steps * order
-
-        with self.progress_bar(total=steps) as progress:
-            for index, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                prediction = self._predict(latents, conditions, context, timestep, options or {})
-                latents = self.scheduler.step(
-                    prediction, timestep, latents, **step_options, return_dict=False
-                )[0]
-                if sampling.callback_on_step_end is not None:
-                    names = sampling.callback_on_step_end_tensor_inputs
-                    given_tensors = {"latents": latents} if "latents" in names else {}
-                    answer = sampling.callback_on_step_end(self, index, timestep, given_tensors)
-                    latents = (answer or {}).get("latents", latents)
-                last = index == len(timesteps) - 1
-                if last or (index + 1 > warmup and (index + 1) % order == 0):
-                    progress.update()
-        return latents
-
-    def _predict(
-        self,
-        latents: Tensor,
-        conditions: Tensor,
-        context: dict[str, Tensor],
-        timestep: Tensor,
-        options: Mapping[str, Tensor],
-    ) -> Tensor:
-        """The guided prediction of one step."""
-        sample = torch.cat([self.scheduler.scale_model_input(latents, timestep), conditions], dim=1)
-        order = self.guidance_order if self.do_classifier_free_guidance else ("conditional",)
-        calls = [order] if self.guidance_in_one_batch else [(half,) for half in order]
-        predicted: dict[str, Tensor] = {}
-        for halves in calls:
-            copies = len(halves)
-            output = self.unet(
-                torch.cat([sample] * copies),
-                timestep,
-                encoder_hidden_states=torch.cat([context[half] for half in halves]),
-                return_dict=False,
-                **{name: torch.cat([values] * copies) for name, values in options.items()},
-            )[0]
-            predicted.update(zip(halves, output.chunk(copies), strict=True))
-        if len(order) == 1:
-            return predicted["conditional"]
-        difference = predicted["conditional"] - predicted["unconditional"]
-        return predicted["unconditional"] + self.guidance_scale * difference
-
-    def _step_options(self, sampling: Sampling) -> dict[str, Any]:
-        accepted = inspect.signature(self.scheduler.step).parameters
-        if sampling.eta and "eta" not in accepted:
-            raise ValueError(
-                f"eta must be 0 for {type(self.scheduler).__name__}, which has no such option, "
-                f"got {sampling.eta}"
-            )
-        offered = {"eta": sampling.eta, "generator": sampling.generator}
-        return {name: value for name, value in offered.items() if name in accepted}

@@ -53,6 +53,7 @@ class CustomPipeline(ReferencePipeline):
         "scheduler": SchedulerMixin,
     }
     guidance_order = ("conditional", "unconditional")
+    system = "custom"
     samplers = samplers.CUSTOM
     agnostic_replaces_person = True
 

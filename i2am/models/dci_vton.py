@@ -44,6 +44,7 @@ class DCIVTONPipeline(SingleTokenPipeline):
         scheduler: Any diffusers scheduler with ``alphas_cumprod``; published: PNDM (its PLMS).
     """
 
+    system = "dci-vton"
     samplers = samplers.DCI_VTON
     needs = ("image", "mask_image", "reference_image", "warped_image", "warped_mask_image")
 

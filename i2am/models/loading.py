@@ -47,9 +47,10 @@ def load_pipeline(
         pipeline = _lookup(*BUILT_IN[name])()
         return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
     if not Path(name).exists():
+        *names, last = PIPELINES
         raise ValueError(
             f"model must be a built-in name ({', '.join(BUILT_IN)}) or a folder of a "
-            f"{' or '.join(PIPELINES)}, got {name!r}"
+            f"{', '.join(names)} or {last}, got {name!r}"
         )
 
     from i2am.models.folders import read_index

@@ -28,6 +28,7 @@ class PaintByExamplePipeline(SingleTokenPipeline):
         scheduler: Any diffusers scheduler; the published ones are PNDM (its PLMS) and DDIM.
     """
 
+    system = "paint-by-example"
     samplers = samplers.PAINT_BY_EXAMPLE
 
     def default_size(self, image: ImageInput) -> tuple[int, int]:

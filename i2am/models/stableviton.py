@@ -54,6 +54,7 @@ class StableVITONPipeline(SingleTokenPipeline):
     }
     guidance_order = ("conditional", "unconditional")
     guidance_in_one_batch = False
+    system = "stableviton"
     samplers = samplers.STABLEVITON
 
     def __init__(

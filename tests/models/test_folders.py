@@ -179,7 +179,8 @@ BROKEN = {
     "foreign class": (
         lambda f: edit_index(f, _class_name="FluxPipeline"),
         ValueError,
-        "holds a FluxPipeline; known pipelines are CustomPipeline, PaintByExamplePipeline",
+        "holds a FluxPipeline; known pipelines are CustomPipeline, DCIVTONPipeline, "
+        "PaintByExamplePipeline, StableVITONPipeline",
     ),
     "undeclared component": (
         lambda f: edit_index(f, vae="gone"),
@@ -363,7 +364,10 @@ def test_many_missing_tensors_are_counted(folder) -> None:
 
 
 def test_unknown_names_are_refused(public_folder, tmp_path) -> None:
-    known = r"built-in name \(pocket\) or a folder of a CustomPipeline or PaintByExamplePipeline"
+    known = (
+        r"built-in name \(pocket\) or a folder of a CustomPipeline, DCIVTONPipeline, "
+        "PaintByExamplePipeline or StableVITONPipeline"
+    )
     with pytest.raises(ValueError, match=rf"{known}, got 'nonsense'"):
         load_pipeline("nonsense")
     file = tmp_path / "file"

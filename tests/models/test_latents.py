@@ -11,6 +11,12 @@ BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 SIGNAL = float((1 - BETAS).prod())
 
 
+@pytest.fixture(params=["custom", "paint_by_example"])
+def pipeline(request):
+    """Those that start from noise and give no hints, of themselves."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
 def start_from(pipeline, monkeypatch):
     """Makes every run of the pipeline start from given pixels."""
