@@ -22,11 +22,37 @@ FILE = click.Path(path_type=Path)
 @click.option("--reference", type=FILE, required=True, help="Image to paint after.")
 @click.option("--pose", type=FILE, help="Pose rendering, for models that take one.")
 @click.option(
-    "--reference-mask", type=FILE, help="White on the object in the reference; its votes count."
+    "--agnostic",
+    type=FILE,
+    help="The person without what is to be painted anew, for models that take one; by default the "
+    "mask is painted grey.",
 )
-@click.option("--steps", type=click.IntRange(1), default=Settings.steps, help="Denoising steps.")
 @click.option(
-    "--guidance", type=click.FloatRange(0), default=Settings.guidance, help="Guidance scale."
+    "--warped", type=FILE, help="The reference as a warp network laid it on the person: DCI-VTON."
+)
+@click.option("--warped-mask", type=FILE, help="White on the object in --warped.")
+@click.option(
+    "--reference-mask",
+    type=FILE,
+    help="White on the object in the reference; its votes count, and DCI-VTON cuts it out.",
+)
+@click.option(
+    "--sampler",
+    type=click.Choice(["paper", "official"]),
+    help="Scheduler, steps and guidance of the paper, or of the model's published code; by default "
+    "the scheduler in the model's folder.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    show_default="the sampler's, else 50",
+    help="Denoising steps.",
+)
+@click.option(
+    "--guidance",
+    type=click.FloatRange(0),
+    show_default="the sampler's, else 5; DCI-VTON: 1",
+    help="Guidance scale.",
 )
 @click.option(
     "--seed",
@@ -66,9 +92,14 @@ FILE = click.Path(path_type=Path)
     type=SizeType(),
     metavar=SizeType.name,
     help="Pixels to generate; by default what the model was made for (paint-by-example: of that "
-    "area at most, in the person's shape).",
+    "area at most, in the person's shape; dci-vton: resized to it in the end).",
 )
-@click.option("--paste-back", is_flag=True, help="Keep the person's pixels outside the mask.")
+@click.option(
+    "--paste-back/--no-paste-back",
+    default=None,
+    show_default="only DCI-VTON does",
+    help="Keep the person's pixels outside the mask.",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=Settings.device)
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default=Settings.dtype

@@ -6,21 +6,20 @@ import os
 import time
 import warnings
 from dataclasses import dataclass, replace
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL.Image import Image
 
 import i2am
 from i2am.attribution import AttributionMaps, Box, Direction
+from i2am.cli.calling import call, check_model, complete, generated_size, layout_of
 from i2am.cli.errors import InputRejected
 from i2am.cli.estimate import Estimate, estimate
 from i2am.cli.folder import check_free, fresh_folder
 from i2am.cli.result import Result, Run, write
-from i2am.cli.settings import Inputs, Settings, read_inputs
-from i2am.layouts.token_layout import AttentionCall, Frame, Resolved, TokenLayout
+from i2am.cli.settings import FILES, Inputs, Settings, read_inputs
+from i2am.layouts.token_layout import AttentionCall, Frame, Resolved
 
 if TYPE_CHECKING:
     from i2am.models.base import ReferencePipeline
@@ -34,7 +33,7 @@ _BAR: dict[str, Any] = {"desc": "steps", "disable": None}
 def dry_record(settings: Settings) -> Estimate:
     """Check everything that `full_record` checks, and estimate its memory; writes nothing."""
     inputs = _check(settings)
-    pipe = _load(settings)
+    pipe, settings = _load(settings)
     return _estimate(_probe(pipe, settings, inputs), pipe, settings, inputs)
 
 
@@ -48,7 +47,7 @@ def full_record(settings: Settings) -> Result:
     """
     inputs = _check(settings)
     with fresh_folder(settings.out, overwrite=settings.overwrite) as folder:
-        pipe = _load(settings)
+        pipe, settings = _load(settings)
         keep_keys = False
         if settings.regions or settings.preset == "official":
             probe = _probe(pipe, settings, inputs)
@@ -72,7 +71,8 @@ def _check(settings: Settings) -> Inputs:
     return read_inputs(settings)
 
 
-def _load(settings: Settings) -> "ReferencePipeline":
+def _load(settings: Settings) -> "tuple[ReferencePipeline, Settings]":
+    """The pipeline with its sampler, and the settings with the sampler's numbers."""
     # read when diffusers is imported: whatever a folder says, no hub is asked
     os.environ["HF_HUB_OFFLINE"] = "1"
     import diffusers
@@ -95,45 +95,13 @@ def _load(settings: Settings) -> "ReferencePipeline":
         if disk or isinstance(error, MemoryError):
             raise
         raise InputRejected(f"model {settings.model} cannot be loaded: {error}") from error
-    if settings.pose and "pose_image" not in signature(type(pipe).__call__).parameters:
-        raise InputRejected(f"model {settings.model} takes no pose, leave --pose out")
+    check_model(pipe, settings)
+    settings = complete(pipe, settings)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe.set_progress_bar_config(**_BAR)
-    return pipe.to(device)
-
-
-def _size(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> tuple[int, int]:
-    try:
-        return pipe.check_size(*(settings.size or pipe.default_size(inputs.person)))
-    except ValueError as error:
-        asked = "by default" if settings.size is None else "{}x{}".format(*settings.size)
-        raise InputRejected(f"size {asked} does not suit {settings.model}: {error}") from error
-
-
-def _layout(pipe: "ReferencePipeline", settings: Settings) -> TokenLayout:
-    return replace(pipe.attribution_layout(), prefix_votes=settings.preset == "official")
-
-
-def _call(
-    pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, **changes: Any
-) -> list[Image]:
-    height, width = _size(pipe, settings, inputs)
-    arguments = {
-        "image": inputs.person,
-        "mask_image": inputs.mask,
-        "reference_image": inputs.reference,
-        "height": height,
-        "width": width,
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        "generator": torch.Generator().manual_seed(settings.seed),
-        "paste_back": settings.paste_back,
-    }
-    if inputs.pose is not None:
-        arguments["pose_image"] = inputs.pose
-    return pipe(**{**arguments, **changes}).images
+    return pipe.to(device), settings
 
 
 @dataclass(frozen=True)
@@ -147,11 +115,11 @@ class _Probe:
 
 def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Probe:
     """Look at one call of the denoiser."""
-    layout, keys = _layout(pipe, settings), {}
+    layout, keys = layout_of(pipe, settings), {}
 
-    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
-        keys[call.layer] = call.seqlen_k
-        return layout.resolve(call, frame)
+    def resolve(attention: AttentionCall, frame: Frame) -> Resolved | None:
+        keys[attention.layer] = attention.seqlen_k
+        return layout.resolve(attention, frame)
 
     def stop(pipe: "ReferencePipeline", *_: object) -> dict[str, Any]:
         pipe._interrupt = True
@@ -161,7 +129,7 @@ def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Pr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with i2am.record(pipe, layout=replace(layout, resolve=resolve), time_groups=1) as recorder:
-            _call(
+            call(
                 pipe,
                 settings,
                 inputs,
@@ -186,8 +154,8 @@ def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Pr
 def _estimate(
     probe: _Probe, pipe: "ReferencePipeline", settings: Settings, inputs: Inputs
 ) -> Estimate:
-    height, width = _size(pipe, settings, inputs)
-    given = [inputs.person, inputs.mask, inputs.reference, inputs.pose, inputs.reference_mask]
+    height, width = generated_size(pipe, settings, inputs)
+    given = [getattr(inputs, name) for name in FILES]
     return estimate(
         probe.maps,
         time_groups=settings.time_groups,
@@ -195,28 +163,30 @@ def _estimate(
         rows=2 + len(settings.regions),
         keys=probe.keys if probe.keep_keys else None,
         branches=2 if settings.guidance_branch == "both" else 1,
-        guided=settings.guidance > 1,
+        guided=(settings.guidance or 0) > 1,
         pixels=height * width + sum(image.width * image.height for image in given if image),
         device=pipe.device,
     )
 
 
 def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_keys: bool) -> Run:
-    height, width = _size(pipe, settings, inputs)
+    height, width = generated_size(pipe, settings, inputs)
     if not pipe.trained:
         log.warning(
             "the weights of %s are random, not trained: image and maps show how the recorder works "
             "and mean nothing",
             settings.model,
         )
-    stretch = (width / height) / (inputs.person.width / inputs.person.height)
-    if abs(stretch - 1) > 0.01:
+    rows, columns = settings.size or pipe.default_output_size(inputs.person)
+    stretch = (columns / rows) / (inputs.person.width / inputs.person.height)
+    # a rounded side is not a stretch
+    if abs(stretch - 1) > 0.01 + 1 / min(rows, columns):
         log.warning(
             "the person, %d x %d pixels, is stretched to the generated %d x %d",
             inputs.person.width,
             inputs.person.height,
-            width,
-            height,
+            columns,
+            rows,
         )
     size = (inputs.person.height, inputs.person.width)
     regions = {
@@ -226,7 +196,7 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_
     started = time.monotonic()
     with i2am.record(
         pipe,
-        layout=_layout(pipe, settings),
+        layout=layout_of(pipe, settings),
         time_groups=settings.time_groups,
         guidance=settings.guidance_branch,
         regions=regions,
@@ -234,7 +204,7 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_
         reference_mask=inputs.reference_mask,
         keep_keys=keep_keys,
     ) as recorder:
-        (image,) = _call(pipe, settings, inputs)
+        (image,) = call(pipe, settings, inputs)
     if settings.guidance_branch == "both":
         maps = {name: recorder.maps(name) for name in ("conditional", "unconditional")}
     else:
@@ -244,6 +214,7 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_
         maps={name: branch.to("cpu") for name, branch in maps.items()},
         trained=pipe.trained,
         pipeline=type(pipe).__name__,
+        scheduler=type(pipe.scheduler).__name__,
         device=str(pipe.device),
         seconds=time.monotonic() - started,
     )

@@ -19,7 +19,7 @@ from i2am.attribution.layers import nonfinite
 from i2am.cli.errors import ExitCode
 from i2am.cli.folder import MANIFEST
 from i2am.cli.pictures import Scene, draw
-from i2am.cli.settings import Inputs, Settings
+from i2am.cli.settings import FILES, Inputs, Settings
 from i2am.metrics import imacs_scores
 
 log = logging.getLogger("i2am")
@@ -43,6 +43,7 @@ class Run:
     maps: dict[str, AttributionMaps]
     trained: bool
     pipeline: str
+    scheduler: str
     device: str
     seconds: float
 
@@ -98,6 +99,9 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
     files = ["image.png"]
     scores: dict[str, Entry] = {}
     notes = [] if run.trained else ["the weights are random, not trained"]
+    notes += {
+        maps.provenance["note"]: None for maps in run.maps.values() if maps.provenance.get("note")
+    }
     code = ExitCode.DONE
     for number, (branch, maps) in enumerate(run.maps.items()):
         # of two halves the second is told apart by its name
@@ -114,7 +118,7 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
                 inputs=inputs,
                 generated=run.image,
                 boxes=settings.regions,
-                steps=settings.steps,
+                steps=settings.steps or 0,
                 preset=settings.preset,
                 caption=_caption(settings, run, branch, causal=maps.causal),
             )
@@ -153,7 +157,7 @@ def _caption(settings: Settings, run: Run, branch: str, *, causal: bool) -> str:
     parts = [Path(settings.model).resolve().name]
     if not run.trained:
         parts.append("random weights")
-    parts.append(f"{branch} half of guidance" if settings.guidance > 1 else "no guidance")
+    parts.append(f"{branch} half of guidance" if (settings.guidance or 0) > 1 else "no guidance")
     if not causal:
         parts.append("layers with a single reference token, whose maps show no cause")
     if settings.preset != "paper":
@@ -164,12 +168,11 @@ def _caption(settings: Settings, run: Run, branch: str, *, causal: bool) -> str:
 def _manifest(
     settings: Settings, inputs: Inputs, run: Run, files: list[str], notes: list[str]
 ) -> dict[str, Any]:
-    given = ("person", "mask", "reference", "pose", "reference_mask")
-    paths = {name: getattr(settings, name) for name in given}
+    paths = {name: getattr(settings, name) for name in FILES}
     options = {
         name: value
         for name, value in asdict(settings).items()
-        if name not in (*given, "out", "overwrite")
+        if name not in (*FILES, "out", "overwrite")
     }
     return {
         "i2am": i2am.__version__,
@@ -186,7 +189,11 @@ def _manifest(
             for name, path in paths.items()
             if path is not None
         },
-        "model": {"pipeline": run.pipeline, "trained": run.trained},
+        "model": {
+            "pipeline": run.pipeline,
+            "scheduler": run.scheduler,
+            "trained": run.trained,
+        },
         "image": {"width": run.image.width, "height": run.image.height},
         "seconds": round(run.seconds, 3),
         "device": run.device,

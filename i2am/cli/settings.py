@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 _REGION = re.compile(r"([A-Za-z0-9_-]+)=(\d+),(\d+),(\d+),(\d+)")
 _RESERVED = ("uniform", "mask")
+FILES = (
+    "person",
+    "mask",
+    "reference",
+    "pose",
+    "agnostic",
+    "warped",
+    "warped_mask",
+    "reference_mask",
+)
+"""Fields that name an input file in `Settings` and hold the image in `Inputs`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,9 @@ class SizeType(click.ParamType):
 class Settings:
     """One recording; the defaults are those of the command line.
 
+    Steps and guidance that are None are the named sampler's, or else the model's own; a
+    `paste_back` that is None is the model's own.
+
     Raises:
         ValueError: Fewer steps than time groups, two regions of one name, the unconditional half
             without guidance, or a guidance that is not finite.
@@ -88,25 +102,29 @@ class Settings:
     mask: Path
     reference: Path
     pose: Path | None = None
+    agnostic: Path | None = None
+    warped: Path | None = None
+    warped_mask: Path | None = None
     reference_mask: Path | None = None
     out: Path = Path("i2am-out")
-    steps: int = 50
-    guidance: float = 5.0
+    sampler: Literal["paper", "official"] | None = None
+    steps: int | None = None
+    guidance: float | None = None
     seed: int = 0
     time_groups: int = 5
     regions: tuple[NamedBox, ...] = ()
     preset: Literal["paper", "official"] = "paper"
     guidance_branch: Literal["conditional", "unconditional", "both"] = "conditional"
     size: tuple[int, int] | None = None
-    paste_back: bool = False
+    paste_back: bool | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.guidance):
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
-        if self.steps < self.time_groups:
+        if self.steps is not None and self.steps < self.time_groups:
             raise ValueError(
                 f"steps must be at least the {self.time_groups} time groups, got {self.steps}"
             )
@@ -114,11 +132,15 @@ class Settings:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"region names must differ, got {name} twice")
-        if self.guidance <= 1 and self.guidance_branch != "conditional":
+        low = self.guidance is not None and self.guidance <= 1
+        if low and self.guidance_branch != "conditional":
             raise ValueError(
                 f"guidance-branch {self.guidance_branch} needs a guidance above 1, "
                 f"got {self.guidance:g}"
             )
+        if (self.warped is None) != (self.warped_mask is None):
+            given, missing = ("warped", "warped-mask")[:: 1 if self.warped else -1]
+            raise ValueError(f"{given} needs {missing}, the other file of the warp network")
 
 
 @dataclass(frozen=True)
@@ -129,6 +151,9 @@ class Inputs:
     mask: "Image"
     reference: "Image"
     pose: "Image | None" = None
+    agnostic: "Image | None" = None
+    warped: "Image | None" = None
+    warped_mask: "Image | None" = None
     reference_mask: "Image | None" = None
     sha256: dict[str, str] = field(default_factory=dict)
     """Of the bytes of each file, by the name of its field."""
@@ -138,8 +163,8 @@ def read_inputs(settings: Settings) -> Inputs:
     """Read every input file.
 
     Raises:
-        InputRejected: A file is no usable image or mask, a mask or the pose has another size than
-            its image, or a region leaves the person image.
+        InputRejected: A file is no usable image or mask; a mask, the pose or the agnostic image
+            has another size than its image; or a region leaves the person image.
     """
     from i2am.data.images import ImageRejected, read_bytes, read_image, read_mask
 
@@ -162,16 +187,22 @@ def read_inputs(settings: Settings) -> Inputs:
         mask = mask_of(person, "mask", settings.mask)
         reference = read("reference", settings.reference)
         pose = settings.pose and read("pose", settings.pose)
+        agnostic = settings.agnostic and read("agnostic", settings.agnostic)
+        warped = settings.warped and read("warped", settings.warped)
+        warped_mask = (
+            warped and settings.warped_mask and mask_of(warped, "warped_mask", settings.warped_mask)
+        )
         reference_mask = settings.reference_mask and mask_of(
             reference, "reference_mask", settings.reference_mask
         )
     except ImageRejected as error:
         raise InputRejected(str(error)) from error
-    if pose and pose.size != person.size:
-        raise InputRejected(
-            f"pose {settings.pose} must be {person.width} x {person.height} pixels like the "
-            f"person, got {pose.width} x {pose.height}"
-        )
+    for name, image in (("pose", pose), ("agnostic", agnostic)):
+        if image and image.size != person.size:
+            raise InputRejected(
+                f"{name} {getattr(settings, name)} must be {person.width} x {person.height} "
+                f"pixels like the person, got {image.width} x {image.height}"
+            )
     for box in settings.regions:
         inside = box.top + box.height <= person.height and box.left + box.width <= person.width
         if not inside or not box.height or not box.width:
@@ -179,4 +210,14 @@ def read_inputs(settings: Settings) -> Inputs:
                 f"region {box} must lie inside the person image, {person.width} pixels wide and "
                 f"{person.height} high, and not be empty"
             )
-    return Inputs(person, mask, reference, pose or None, reference_mask or None, digests)
+    return Inputs(
+        person=person,
+        mask=mask,
+        reference=reference,
+        pose=pose or None,
+        agnostic=agnostic or None,
+        warped=warped or None,
+        warped_mask=warped_mask or None,
+        reference_mask=reference_mask or None,
+        sha256=digests,
+    )

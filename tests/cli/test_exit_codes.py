@@ -79,7 +79,8 @@ REJECTED = {
         lambda f: {
             "model": broken(f / "model_index.json", b'{"_class_name": "FluxPipeline"}').parent
         },
-        "holds a FluxPipeline; known pipelines are CustomPipeline, PaintByExamplePipeline",
+        "holds a FluxPipeline; known pipelines are CustomPipeline, DCIVTONPipeline, "
+        "PaintByExamplePipeline, StableVITONPipeline",
     ),
     "region-outside": (
         lambda f: {"region": "sky=100,0,29,10"},
