@@ -1,6 +1,7 @@
-"""Attention shapes of the paper's systems at 512 x 384, one conditional sample.
+"""Attention shapes of the paper's systems at their published sizes, one conditional sample.
 
-From their architectures: SD 1.5 levels of 64 x 48, 32 x 24, 16 x 12 and 8 x 6 tokens, 8 heads.
+From their architectures: SD 1.5 levels of 64 x 48, 32 x 24, 16 x 12 and 8 x 6 tokens at 512 x 384,
+of 64 x 64 to 8 x 8 at 512 x 512; 8 heads.
 """
 
 from dataclasses import dataclass
@@ -37,3 +38,11 @@ WARP = (
     AttentionShape("warp", 3072, 3072, 40, 2),
 )
 """StableVITON's nine warp blocks: keys on the query's own grid."""
+
+SINGLE_TOKEN = (
+    AttentionShape("single", 4096, 1, 40, 5),
+    AttentionShape("single", 1024, 1, 80, 5),
+    AttentionShape("single", 256, 1, 160, 5),
+    AttentionShape("single", 64, 1, 160, 1),
+)
+"""Paint-by-Example and DCI-VTON at 512 x 512: one CLIP token, all 16 cross-attentions."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import CUSTOM, WARP, AttentionShape
+from shapes import CUSTOM, SINGLE_TOKEN, WARP, AttentionShape
 
 from i2am.kernels import accumulate_attention_statistics, attention_statistics
 from i2am.kernels.streaming import attention_with_lse
@@ -22,7 +22,7 @@ WAYS = ("attention", "attention, with lse", "streaming", "streaming, given lse",
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", CUSTOM + WARP, ids=str)
+@pytest.mark.parametrize("shape", CUSTOM + WARP + SINGLE_TOKEN, ids=str)
 def test_call(benchmark, shape: AttentionShape, way: str) -> None:
     query, key, value = make_qkv(
         1, shape.heads, shape.seqlen_q, shape.seqlen_k, shape.head_dim, seed=0
