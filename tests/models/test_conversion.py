@@ -202,7 +202,7 @@ REFUSED = {
     ),
     "misshapen-thirds": (
         changed(cond_stage_model__mapper__resblocks__0__attn__c_qkv__bias=torch.ones(193)),
-        r"misshapen: 3 tensors, \S+to_k\.bias \(\[193\], of which a 3th is taken for \[64\]\), ",
+        r"misshapen: 3 tensors, \S+to_k\.bias \(\[193\] in 3 parts for \[64\]\), ",
     ),
     "convolution-for-linear": (
         changed(first_stage_model__encoder__mid__attn_1__q__weight=torch.ones(128, 128, 3, 3)),

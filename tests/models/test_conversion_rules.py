@@ -9,7 +9,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
 )
 
-from i2am.models.conversion import SYSTEMS, component_of, convert_tensors
+from i2am.models.conversion import SYSTEMS, component_of, convert_tensors, encoders
 from i2am.models.conversion.describing import empty_pipeline
 from i2am.models.conversion.rules import BUFFERS
 
@@ -213,6 +213,23 @@ def test_fused_thirds(tiny_tensors):
     for number, name in enumerate("qkv"):
         third = fused[32 * number : 32 * (number + 1)]
         assert torch.equal(result["unet"][f"{block}{name}.weight"], third)
+
+
+def test_dinov2_in_the_words_of_an_older_transformers(monkeypatch):
+    attention = "attention.attention."
+    older = ("norm1", "norm2", "attention.output.dense", "mlp.weights_in", "mlp.weights_out")
+    queries = tuple(attention + name for name in ("query", "key", "value"))
+    monkeypatch.setattr(encoders, "dinov2_layer_names", lambda: frozenset(older + queries))
+
+    def names(layer):
+        targets = component_of("custom", f"dinov2.model.blocks.7.{layer}.weight")
+        return [(x.key.removeprefix("encoder.layer.7."), x.part, x.parts) for x in targets]
+
+    assert names("attn.qkv") == [(f"{name}.weight", i, 3) for i, name in enumerate(queries)]
+    assert names("attn.proj") == [("attention.output.dense.weight", 0, 1)]
+    assert names("mlp.w12") == [("mlp.weights_in.weight", 0, 1)]
+    assert names("mlp.w3") == [("mlp.weights_out.weight", 0, 1)]
+    assert names("norm1") == [("norm1.weight", 0, 1)]
 
 
 # Against networks written here from nothing but their description

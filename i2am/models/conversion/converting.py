@@ -179,8 +179,8 @@ def _fits(entry: Entry, wanted: Tensor) -> bool:
 
 def _words(entry: Entry) -> str:
     dtype = "" if entry.source.dtype in DTYPES else f"{entry.source.dtype} "
-    part = f", of which a {entry.target.parts}th is taken" if entry.target.parts > 1 else ""
-    return f"{dtype}{list(entry.source.shape)}{part}"
+    parts = f" in {entry.target.parts} parts" if entry.target.parts > 1 else ""
+    return f"{dtype}{list(entry.source.shape)}{parts}"
 
 
 def _modules(pipeline: ReferencePipeline) -> dict[str, nn.Module]:
