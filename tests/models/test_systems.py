@@ -279,6 +279,26 @@ def test_record(folder, files, name, tmp_path, capsys) -> None:
         assert difference[~keep].mean() > 0.05
 
 
+@pytest.mark.parametrize("name", ["dci_vton", "stableviton"])
+def test_record_as_published_code_does_both_halves_of_guidance(
+    folder, files, name, tmp_path, capsys
+) -> None:
+    # one batch of two halves and two calls; StableVITON's pictures are of its warp block 4
+    out = tmp_path / "out"
+    flags = ("--preset", "official", "--guidance", "5", "--guidance-branch", "both", "--steps", "2")
+    assert main(line(folder, files, out, *flags)) == 0, capsys.readouterr().err
+    halves = [i2am.load_maps(out / f"maps{end}.safetensors") for end in ("", "_unconditional")]
+    first, second = (half.reference_to_generated(preset="official") for half in halves)
+    assert first.shape == second.shape
+    assert not torch.allclose(first, second, rtol=1e-3)
+    if name == "stableviton":
+        (block,) = (layer for layer in halves[0].layer_sums if "warp_blocks.4." in layer.site.layer)
+        assert halves[0].generated_to_reference(preset="official").shape[1:] == (
+            block.site.reference_grid
+        )
+        assert len(halves[0].layers) == 6
+
+
 def test_record_refuses_what_the_system_does_not_take(
     folder, files, name, scenes, tmp_path, capsys
 ) -> None:
