@@ -42,6 +42,7 @@ setup(
         "i2am.layouts",
         "i2am.metrics",
         "i2am.models",
+        "i2am.models.conversion",
         "i2am.plots",
         "i2am.training",
     ],
