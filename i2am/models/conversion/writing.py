@@ -87,7 +87,6 @@ def write_safetensors(
             for piece in _pieces(entry):
                 put(piece)
                 progress(len(piece))
-            _let_go(entry.source)
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
@@ -129,17 +128,18 @@ def _pieces(entry: Entry) -> Iterator[memoryview]:
     for some in rows.split(at_once):
         flat = some.to(entry.dtype).contiguous().view(-1)
         yield flat.view(torch.uint8).numpy().data
+        _let_go(values, until=some)
 
 
-def _let_go(mapped: Tensor) -> None:
-    """Takes a tensor that was read through a mapped file out of memory again.
+def _let_go(tensor: Tensor, until: Tensor) -> None:
+    """Takes what was read through a mapped file out of memory again, up to some rows.
 
     The system would do so when memory runs short; until then every page that was read counts as
     ours. Nothing is lost: the pages come back when they are used again.
     """
     if sys.platform != "linux":
         return
-    storage = mapped.untyped_storage()
-    begin = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = storage.data_ptr() + storage.nbytes() - begin
+    # from the tensor's beginning: the system keeps groups of pages that a range cuts
+    begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = until.data_ptr() + until.nbytes - begin
     ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_PAGEOUT)
