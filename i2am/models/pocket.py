@@ -36,14 +36,16 @@ POCKET = CustomConfiguration(
         "patch_size": 8,
     },
     image_proj={"width": 96, "context_width": 96, "tokens": 193, "layers": 1},
-    # cross-attention at 16 x 12 (3 layers) and 8 x 6 (4 layers)
+    # cross-attention at 16 x 12 only: at 8 x 6 heads gather what holds for the whole garment, and
+    # let every query look at one token of it
     unet={
         "sample_size": (32, 24),
         "in_channels": 12,
         "out_channels": 4,
-        "block_out_channels": (32, 64, 96),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (32, 80, 128),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "layers_per_block": 1,
         "cross_attention_dim": 96,
         "attention_head_dim": 4,  # diffusers' old name for the number of heads

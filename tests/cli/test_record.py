@@ -322,7 +322,7 @@ def test_a_region_is_as_small_as_its_numbers(run_here, record_line, monkeypatch)
 def test_dry_run_speaks_in_sentences(run_here, record_line):
     done = run_here(record_line("--dry-run"))
     assert "maps that stay" in done.out
-    assert "KiB in 7 layers" in done.out
+    assert "KiB in 3 layers" in done.out
     assert done.out.rstrip().endswith("nothing was written")
 
 

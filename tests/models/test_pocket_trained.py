@@ -8,7 +8,6 @@ import i2am
 from i2am.data.paper_doll import render
 from i2am.models import POCKET, pocket_pipeline
 
-# where the garment's places are told apart; the coarse layers look for colours in general
 SHARP = "layer up_blocks.1.attentions.1.transformer_blocks.0.attn2"
 
 
@@ -56,7 +55,7 @@ def test_the_peak_of_a_patch_lies_on_the_place_that_it_shows(trained, scenes):
     _, _, accuracy = trained
     assert accuracy[SHARP]["10"] >= 0.97
     assert accuracy[SHARP]["5"] >= 0.9
-    assert accuracy["all"]["10"] >= 0.8
+    assert accuracy["all"]["10"] >= 0.95
     _, _, of_the_twin = record(POCKET.build(0), scenes)
     for view in (SHARP, "all"):
         assert of_the_twin[view]["10"] <= 0.3
