@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from shapes import CUSTOM, WARP, AttentionShape
 
 from i2am.kernels import accumulate_attention_statistics, attention_statistics
-from i2am.kernels.streaming import attention_with_lse
+from i2am.kernels.native import attention_with_lse
 from i2am.testing import assert_matches_reference, make_qkv
 
 WAYS = ("attention", "attention, with lse", "streaming", "streaming, given lse", "materialised")

@@ -2,11 +2,12 @@
 
 ``E = exp(Q K^T)`` is formed tile by tile; its row and column sums normalise both directions,
 ``W P = (W / row sums) E`` and ``C u = E (u / column sums)``. A tile is a block of queries of a few
-heads against all keys: row sums, ``W P`` and a part of the column sums come from one sweep, ``C u``
-from the same tile where a whole head fits into it, else from a second sweep. Where the row
-log-sum-exp is known already, blocks of keys against all queries need one sweep, whatever the
-length. Transient memory is one tile, ``TILE_ELEMENTS`` numbers in fp32 (fp64 for fp64 inputs); two
-where the logits range too far for one exponential.
+heads against all keys, small enough for a core's own cache: row sums, ``W P`` and a part of the
+column sums come from one sweep. ``C u`` comes from the same exponentials, where those of a whole
+head may be kept (``KEPT_ELEMENTS``), else from a second sweep. Where the row log-sum-exp is known
+already, blocks of keys against all queries need one sweep, whatever the length, and keep nothing.
+Transient memory is what is kept and one tile, in fp32 (fp64 for fp64 inputs); twice that where the
+logits range too far for one exponential.
 """
 
 import math
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from i2am.kernels.native import attention_with_lse
 
 # 16 MiB of fp32: holds a head of 3072 queries against 1037 keys and stays in a shared L3 cache
 TILE_ELEMENTS = 1 << 22
@@ -99,32 +102,6 @@ def attention(
     )
     # PyTorch leaves the output of a fully masked row undefined
     return output.masked_fill(query_lse.isneginf()[..., None], 0.0), query_lse
-
-
-def attention_with_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """What ``scaled_dot_product_attention`` returns on the CPU, to the bit, with its log-sum-exp.
-
-    Calls the very operator that PyTorch would dispatch to; ``None`` where PyTorch would take
-    another route (then call ``scaled_dot_product_attention`` itself).
-    """
-    if query.device.type != "cpu" or (attn_mask is not None and attn_mask.dtype == torch.bool):
-        return None
-    choose = getattr(torch, "_fused_sdp_choice", None)
-    flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if choose is None or flash is None:
-        return None
-    backend = choose(query, key, value, attn_mask, 0.0, False, scale=scale)
-    if backend != torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
-        return None
-    output, lse = flash(query, key, value, 0.0, False, attn_mask=attn_mask, scale=scale)
-    return output, lse
 
 
 @dataclass
