@@ -8,7 +8,7 @@ memory, device, versions and commit; prints Markdown. Given the result alone it 
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from i2am.attribution.storage import write_atomically
 
 Row = dict[str, Any]
+Cell = Callable[[Row], str | None]
 
 CALL_WAYS = (
     "beside",
@@ -58,12 +59,13 @@ def tables(result: Mapping[str, Any]) -> str:
         level: [row for row in rows if row["level"] == level]
         for level in ("operator", "step", "run")
     }
+    calls = levels["operator"]
     parts = [
         _head(result),
-        _calls(levels["operator"], "time of a call with recording", _ratio),
-        _calls(levels["operator"], "the same, kernels alone", _kernel_ratio),
-        _calls(levels["operator"], "MiB held by what records", _memory),
-        _calls(levels["operator"], "share of the roofline", _share),
+        _calls(calls, "time of a call with recording", "attention alone", _plain_ms, _ratio),
+        _calls(calls, "the same, kernels alone", "attention alone", _plain_kernels, _kernel_ratio),
+        _calls(calls, "MiB held while running", "attention alone", _plain_memory, _memory),
+        _calls(calls, "share of the roofline", "floor, given lse", _floor, _share),
         _steps(levels["step"]),
         _runs(levels["run"]),
         _budgets(result["budgets"]["largest"]),
@@ -83,20 +85,35 @@ def _head(result: Mapping[str, Any]) -> list[str]:
     return [f"{result['device']}, {versions}, commit {result['commit'][:7]}, {result['date']}."]
 
 
-def _calls(rows: list[Row], title: str, cell: Any) -> list[str]:
+def _calls(rows: list[Row], title: str, alone_title: str, alone: Cell, cell: Cell) -> list[str]:
     """One line per shape; only the ways that ``cell`` knows for some shape."""
-    groups = _grouped(rows, "group")
     ways = [way for way in CALL_WAYS if any(row["way"] == way and cell(row) for row in rows)]
     if not ways:
         return []
-    lines = _header(f"{title}", "attention alone", *ways)
-    for group, members in groups.items():
+    lines = _header(title, alone_title, *ways)
+    for group, members in _grouped(rows, "group").items():
         cells = {row["way"]: cell(row) for row in members}
+        first = next(filter(None, map(alone, members)), "-")
         name = f"{group}, batch {members[0]['batch']}"
-        key = "plain_kernels_ms" if cell is _kernel_ratio else "plain_ms"
-        alone = next((f"{row[key]:.3g} ms" for row in members if row.get(key)), "-")
-        lines.append(_line(name, alone, *(cells.get(way) or "-" for way in ways)))
+        lines.append(_line(name, first, *(cells.get(way) or "-" for way in ways)))
     return lines
+
+
+def _plain_ms(row: Row) -> str:
+    return f"{row['plain_ms']:.3g} ms"
+
+
+def _plain_kernels(row: Row) -> str | None:
+    return f"{row['plain_kernels_ms']:.3g} ms" if row.get("plain_kernels_ms") else None
+
+
+def _plain_memory(row: Row) -> str:
+    return f"{row['plain_memory_MiB']:.3g}"
+
+
+def _floor(row: Row) -> str | None:
+    known = row["way"] == "beside, given lse" and row.get("floor_ms")
+    return f"{row['floor_ms']:.3g} ms" if known else None
 
 
 def _ratio(row: Row) -> str | None:
@@ -113,7 +130,7 @@ def _kernel_ratio(row: Row) -> str | None:
     return "wrong" if "wrong" in row else f"{recorded / alone + (not row['attends']):.2f} x"
 
 
-def _memory(row: Row) -> str | None:
+def _memory(row: Row) -> str:
     return f"{row['memory_MiB']:.3g}"
 
 
