@@ -34,7 +34,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 def test_fused_makes_the_same_picture_and_maps_to_rounding(tiny, calls, impl, masked):
     loop = tiny.loop()
-    options = {}
+    options = {"steps": 2}
     if masked:
         options["context_mask"] = torch.ones(1, 13)
         options["context_mask"][:, 9:] = 0
@@ -42,7 +42,7 @@ def test_fused_makes_the_same_picture_and_maps_to_rounding(tiny, calls, impl, ma
     results = {}
     for attach in ("beside", "fused"):
         calls.clear()
-        with i2am.record(loop, layout=PATCHES, attach=attach, impl=impl) as recorder:
+        with i2am.record(loop, layout=PATCHES, time_groups=2, attach=attach, impl=impl) as recorder:
             image = loop(tiny.reference(), **options)
         results[attach] = image, recorder.maps()
         wanted = "kernel_attention" if attach == "fused" else "attention_with_lse"
@@ -99,8 +99,8 @@ def test_what_pytorch_hands_over_saves_a_sweep(tiny, monkeypatch):
     loop = tiny.loop()
     pipeline = tiny.ip_adapters(tiny.stable_diffusion(), "full")
     for attach in ("beside", "fused"):
-        with i2am.record(loop, layout=PATCHES, attach=attach, impl="streaming"):
-            loop(tiny.reference())
+        with i2am.record(loop, layout=PATCHES, time_groups=2, attach=attach, impl="streaming"):
+            loop(tiny.reference(), steps=2)
         with i2am.record(pipeline, time_groups=2, attach=attach, impl="streaming"):
             tiny.run(
                 pipeline,
