@@ -46,7 +46,7 @@ def draw(result: Mapping[str, Any]) -> "Figure":
             axes.plot(*zip(*sorted(line), strict=True), label=way, linewidth=1.2, marker=".")
         axes.set_title(title, fontsize=8)
         axes.set_xlabel(label, fontsize=7)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
         axes.grid(alpha=0.3)
         if points:
             axes.set_xscale("log")
