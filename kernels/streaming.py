@@ -2,12 +2,11 @@
 
 ``E = exp(Q K^T)`` is formed tile by tile; its row and column sums normalise both directions,
 ``W P = (W / row sums) E`` and ``C u = E (u / column sums)``. A tile is a block of queries of a few
-heads against all keys, small enough for a core's own cache: row sums, ``W P`` and a part of the
-column sums come from one sweep. ``C u`` comes from the same exponentials, where those of a whole
-head may be kept (``KEPT_ELEMENTS``), else from a second sweep. Where the row log-sum-exp is known
-already, blocks of keys against all queries need one sweep, whatever the length, and keep nothing.
-Transient memory is what is kept and one tile, in fp32 (fp64 for fp64 inputs); twice that where the
-logits range too far for one exponential.
+heads against all keys: row sums, ``W P`` and a part of the column sums come from one sweep, ``C u``
+from the same tile where a whole head fits into it, else from a second sweep. Where the row
+log-sum-exp is known already, blocks of keys against all queries need one sweep, whatever the
+length. Transient memory is one tile, ``TILE_ELEMENTS`` numbers in fp32 (fp64 for fp64 inputs); two
+where the logits range too far for one exponential.
 """
 
 import math
