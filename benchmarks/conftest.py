@@ -69,13 +69,31 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         return (yield)
     except torch.OutOfMemoryError:
         pytest.skip("out of memory")
+    except Exception as error:
+        if torch.cuda.is_available() and _is_lost():
+            _leave_out(pyfuncitem.nodeid, str(error))
+            pytest.exit("no kernel runs any more in this process", returncode=3)
+        raise
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.outcome == "passed" or report.when == "teardown":
         return
     reason = report.longrepr[2] if report.skipped else str(report.longrepr).splitlines()[-1]
-    LEFT_OUT.append({"test": report.nodeid, "reason": reason.removeprefix("Skipped: ")})
+    _leave_out(report.nodeid, reason.removeprefix("Skipped: "))
+
+
+def _leave_out(test: str, reason: str) -> None:
+    LEFT_OUT.append({"test": test, "reason": reason})
+
+
+def _is_lost() -> bool:
+    """Whether an illegal access, say, has ended this process's use of the GPU."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

@@ -37,10 +37,10 @@ class UNetSize:
 
     def inputs(self, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of one evaluation, but for the timestep."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(rows, *shape, generator=generator).to(device, dtype)
+            return torch.randn(rows, *shape, generator=generator, device=device, dtype=dtype)
 
         tokens = self.prefix + self.grid[0] * self.grid[1]
         inputs: dict[str, Any] = {

@@ -278,4 +278,6 @@ def test_steps_that_time_leaves_no_room_for_are_named(monkeypatch, tmp_path):
     arguments = ["h200.py", "-o", str(out), "--raw", str(tmp_path / "raw"), "--minutes", "0"]
     monkeypatch.setattr(sys, "argv", arguments)
     h200.main()
-    assert [step["status"] for step in json.loads(out.read_text())["steps"]] == [None] * 9
+    assert [step["status"] for step in json.loads(out.read_text())["steps"]] == [None] * len(
+        h200.STEPS
+    )
