@@ -14,7 +14,7 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python;
 STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint kernels benchmark accuracy clean
+.PHONY: help setup demo test lint kernels benchmark gpu plots accuracy clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 18
@@ -41,6 +41,12 @@ benchmark: $(STAMP) ## time the operator and a recorded UNet step
 	@mkdir -p .benchmarks
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json
 	$(PY) benchmarks/report.py .benchmarks/latest.json .benchmarks/result.json
+
+gpu: $(STAMP) ## everything that needs a GPU, in ten minutes
+	$(VENV)/bin/python benchmarks/h200.py
+
+plots: $(STAMP) ## draw the scaling plots of the last GPU result (needs matplotlib)
+	$(VENV)/bin/python benchmarks/scaling_plots.py benchmarks/results/h200.json docs/scaling.png
 
 accuracy: $(STAMP) ## score the pocket model's attribution against the truth
 	$(VENV)/bin/python benchmarks/attribution_accuracy.py

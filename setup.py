@@ -64,6 +64,7 @@ setup(
         "pillow>=10.3",
         "safetensors>=0.8",
         "torch>=2.11",
+        "tqdm>=4.60",
         "transformers>=5.0",
         (
             "triton>=3.6; sys_platform == 'linux' and "
@@ -75,7 +76,7 @@ setup(
         "plots": ["matplotlib>=3.9"],
         "export": ["pyarrow>=17", "zarr>=3.1"],
         "space": ["gradio>=6.0"],
-        "train": ["accelerate>=1.0", "torchmetrics>=1.8", "tqdm>=4.60"],
+        "train": ["accelerate>=1.0", "torchmetrics>=1.8"],
         "test": TEST,
         "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"],
     },

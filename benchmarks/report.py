@@ -1,77 +1,203 @@
-"""Turn a pytest-benchmark file into a small result file and the README's tables.
+"""Turn what the benchmarks wrote into one small result file, and that into tables.
 
-    make benchmark
-    python benchmarks/report.py .benchmarks/latest.json benchmarks/results/cpu.json
+    python benchmarks/report.py .benchmarks/*.json benchmarks/results/cpu.json
 
-Keeps medians and the 20th and 80th percentiles, versions and commit; prints Markdown with ratios.
+Takes JSON of pytest-benchmark and of ``budgets.py``; keeps medians, 20th and 80th percentiles, peak
+memory, device, versions and commit; prints Markdown. Given the result alone it prints that again.
 """
 
 import json
-import platform
-import subprocess
 import sys
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import numpy as np
-import torch
+
+from i2am.attribution.storage import write_atomically
+
+Row = dict[str, Any]
+Cell = Callable[[Row], str | None]
+
+CALL_WAYS = (
+    "beside",
+    "beside, given lse",
+    "fused",
+    "materialised",
+    "chunked",
+    "flash-colreduce",
+    "flash-colsum",
+)
+STEP_WAYS = ("beside", "fused", "materialised", "published")
+BUDGET_WAYS = ("plain", "beside", "fused", "materialised")
 
 
-def summarize(raw: dict) -> dict:
-    """The figures of a run, grouped as the benchmarks group them."""
-    groups: dict[str, dict] = {}
-    for benchmark in raw["benchmarks"]:
-        way = benchmark["params"]["way"]
-        p20, p50, p80 = np.percentile(benchmark["stats"]["data"], (20, 50, 80))
-        groups.setdefault(benchmark["group"], {})[way] = {
-            "p20_ms": round(1e3 * p20, 3),
-            "p50_ms": round(1e3 * p50, 3),
-            "p80_ms": round(1e3 * p80, 3),
-            **benchmark["extra_info"],
-        }
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
-    return {
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "commit": commit.stdout.strip(),
-        "groups": groups,
+def summarize(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One result of several files' contents, in their order."""
+    result: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "commit": "unknown"}
+    rows: list[Row] = []
+    left_out: list[Row] = []
+    budgets: dict[str, list[Row]] = {"peaks": [], "largest": []}
+    for source in sources:
+        if "benchmarks" in source:
+            result |= source["machine_info"]["i2am"]
+            result["commit"] = source["commit_info"].get("id") or result["commit"]
+            rows += map(_row, source["benchmarks"])
+            left_out += source.get("left_out", [])
+        else:
+            result = source["about"] | result
+            for table in budgets:
+                budgets[table] += source[table]
+    return result | {"rows": rows, "left_out": left_out, "budgets": budgets}
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """Everything that a reader asks first, as Markdown; the file has the rest."""
+    rows = result["rows"]
+    levels = {
+        level: [row for row in rows if row["level"] == level]
+        for level in ("operator", "step", "run")
     }
+    calls = levels["operator"]
+    parts = [
+        _head(result),
+        _calls(calls, "time of a call with recording", "attention alone", _plain_ms, _ratio),
+        _calls(calls, "the same, kernels alone", "attention alone", _plain_kernels, _kernel_ratio),
+        _calls(calls, "MiB held while running", "attention alone", _plain_memory, _memory),
+        _calls(calls, "share of the roofline", "floor, given lse", _floor, _share),
+        _steps(levels["step"]),
+        _runs(levels["run"]),
+        _budgets(result["budgets"]["largest"]),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def tables(result: dict) -> str:
-    """Markdown: operator calls as ratios to the attention call, then whole UNet steps."""
-    calls = {name: ways for name, ways in result["groups"].items() if "attention" in ways}
-    steps = {name: ways for name, ways in result["groups"].items() if "recorded" in ways}
-    ways = ("streaming", "streaming, given lse", "materialised")
-    lines = [
-        f"| one call | attention | {' | '.join(ways)} |",
-        f"| --- | --- | {' | '.join('---' for _ in ways)} |",
-    ]
-    for name, call in calls.items():
-        base = call["attention"]["p50_ms"]
-        ratios = " | ".join(f"+{call[way]['p50_ms'] / base:.2f} x" for way in ways)
-        lines.append(f"| {name} | {base:.1f} ms | {ratios} |")
-    lines += [
-        "",
-        "| one UNet step | plain | recorded | materialised |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name, step in steps.items():
-        recorded, materialised = step["recorded"], step["materialised"]
-        lines.append(
-            f"| {name} | {recorded['plain_s']:.2f} s | {recorded['ratio']:.3f} x | "
-            f"{materialised['ratio']:.3f} x |"
-        )
-    return "\n".join(lines)
+def _row(benchmark: Mapping[str, Any]) -> Row:
+    info = dict(benchmark["extra_info"])
+    times = np.percentile(benchmark["stats"]["data"], (20, 50, 80)) / info["calls"]
+    p20, p50, p80 = (float(f"{1e3 * time:.4g}") for time in times)
+    return {"group": benchmark["group"], **info, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
+
+
+def _head(result: Mapping[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    return [f"{result['device']}, {versions}, commit {result['commit'][:7]}, {result['date']}."]
+
+
+def _calls(rows: list[Row], title: str, alone_title: str, alone: Cell, cell: Cell) -> list[str]:
+    """One line per shape; only the ways that ``cell`` knows for some shape."""
+    ways = [way for way in CALL_WAYS if any(row["way"] == way and cell(row) for row in rows)]
+    if not ways:
+        return []
+    lines = _header(title, alone_title, *ways)
+    for group, members in _grouped(rows, "group").items():
+        cells = {row["way"]: cell(row) for row in members}
+        first = next(filter(None, map(alone, members)), "-")
+        name = f"{group}, batch {members[0]['batch']}"
+        lines.append(_line(name, first, *(cells.get(way) or "-" for way in ways)))
+    return lines
+
+
+def _plain_ms(row: Row) -> str:
+    return f"{row['plain_ms']:.3g} ms"
+
+
+def _plain_kernels(row: Row) -> str | None:
+    return f"{row['plain_kernels_ms']:.3g} ms" if row.get("plain_kernels_ms") else None
+
+
+def _plain_memory(row: Row) -> str:
+    return f"{row['plain_memory_MiB']:.3g}"
+
+
+def _floor(row: Row) -> str | None:
+    known = row["way"] == "beside, given lse" and row.get("floor_ms")
+    return f"{row['floor_ms']:.3g} ms" if known else None
+
+
+def _ratio(row: Row) -> str | None:
+    """As a multiple of un-recorded attention, which is added where a way runs beside it."""
+    if "wrong" in row:
+        return "wrong"
+    return f"{row['ratio'] + (not row['attends']):.2f} x"
+
+
+def _kernel_ratio(row: Row) -> str | None:
+    alone, recorded = row.get("plain_kernels_ms"), row.get("kernels_ms")
+    if not alone or not recorded:
+        return None
+    return "wrong" if "wrong" in row else f"{recorded / alone + (not row['attends']):.2f} x"
+
+
+def _memory(row: Row) -> str:
+    return f"{row['memory_MiB']:.3g}"
+
+
+def _share(row: Row) -> str | None:
+    if not row.get("floor_ms") or "wrong" in row:
+        return None
+    return f"{100 * row['floor_ms'] / (row.get('kernels_ms') or row['p50_ms']):.0f} %"
+
+
+def _steps(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = _header("one UNet step", "plain", *STEP_WAYS)
+    for group, members in _grouped(rows, "group").items():
+        cells = {
+            row["way"]: f"{row['ratio']:.3f} x, "
+            f"{row['memory_MiB'] - row['plain_memory_MiB']:+.3g} MiB"
+            for row in members
+        }
+        plain = f"{members[0]['plain_ms']:.4g} ms"
+        lines.append(_line(group, plain, *(cells.get(way, "-") for way in STEP_WAYS)))
+    return lines
+
+
+def _runs(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = _header("one run", "plain", "beside", "fused")
+    for group, members in _grouped(rows, "group").items():
+        cells = {row["way"]: f"{row['ratio']:.3f} x" for row in members}
+        plain = f"{members[0]['plain_ms'] / 1e3:.3g} s"
+        lines.append(_line(group, plain, cells.get("beside", "-"), cells.get("fused", "-")))
+    return lines
+
+
+def _budgets(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = _header("largest batch of a guided SD-1.5-size step", *BUDGET_WAYS)
+    for budget, members in _grouped(rows, "budget_GB").items():
+        found = {row["way"]: row["batch"] for row in members}
+        lines.append(_line(f"{budget} GB", *(found.get(way, "-") for way in BUDGET_WAYS)))
+    return lines
+
+
+def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def _header(*cells: str) -> list[str]:
+    return [_line(*cells), _line(*("---" for _ in cells))]
+
+
+def _line(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main(*sources: Path, target: Path) -> None:
+    if sources:
+        contents = [json.loads(source.read_text(encoding="utf-8")) for source in sources]
+        write_atomically(target, (json.dumps(summarize(contents), indent=1) + "\n").encode())
+    print(tables(json.loads(target.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:3])
-    result = summarize(json.loads(source.read_text(encoding="utf-8")))
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(tables(result))
+    *sources, target = map(Path, sys.argv[1:])
+    main(*sources, target=target)

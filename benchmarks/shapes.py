@@ -1,7 +1,7 @@
-"""Attention shapes of the paper's systems at their published sizes, one conditional sample.
+"""Attention shapes of real denoisers, one conditional sample each, in groups by what they need.
 
-From their architectures: SD 1.5 levels of 64 x 48, 32 x 24, 16 x 12 and 8 x 6 tokens at 512 x 384,
-of 64 x 64 to 8 x 8 at 512 x 512; 8 heads.
+SD 1.5 at 512 x 384 has levels of 64 x 48, 32 x 24, 16 x 12 and 8 x 6 tokens and 8 heads; at
+1024 x 768 each side has twice as many. SDXL attends on two levels only, with heads of 64 features.
 """
 
 from dataclasses import dataclass
@@ -46,3 +46,42 @@ SINGLE_TOKEN = (
     AttentionShape("single", 64, 1, 160, 1),
 )
 """Paint-by-Example and DCI-VTON at 512 x 512: one CLIP token, all 16 cross-attentions."""
+
+LARGE = (
+    AttentionShape("custom", 12288, 1037, 40, 5),
+    AttentionShape("custom", 12288, 4145, 40, 5),
+    AttentionShape("custom", 3072, 4145, 80, 5),
+    AttentionShape("custom", 768, 4145, 160, 5),
+    AttentionShape("custom", 192, 4145, 160, 1),
+    AttentionShape("warp", 12288, 12288, 80, 1),
+    AttentionShape("warp", 12288, 12288, 40, 2),
+    AttentionShape("single", 12288, 1, 40, 5),
+)
+"""1024 x 768; 4145 keys are 74 x 56 patches of a reference of twice the size, and CLS."""
+
+SDXL = (
+    AttentionShape("sdxl", 3072, 1037, 64, 10, heads=10),
+    AttentionShape("sdxl", 768, 1037, 64, 60, heads=20),
+)
+"""SDXL at 1024 x 768 with the custom model's tokens as context, all 70 cross-attentions."""
+
+DIT = (
+    AttentionShape("dit", 4608, 4608, 128, 57, heads=24),
+    AttentionShape("dit", 8704, 8704, 128, 57, heads=24),
+)
+"""Joint attention of a Flux-size transformer: 512 text tokens and 4096 of one or two images."""
+
+TINY = (
+    AttentionShape("tiny", 24, 13, 8, 1, heads=2),
+    AttentionShape("tiny", 12, 1, 8, 1, heads=2),
+)
+"""For the tests of the benchmarks."""
+
+GROUPS = {
+    "512x384": CUSTOM + WARP + SINGLE_TOKEN,
+    "1024x768": LARGE,
+    "sdxl": SDXL,
+    "dit": DIT,
+    "tiny": TINY,
+}
+DEFAULT_GROUPS = {"cpu": ("512x384",), "cuda": ("512x384", "1024x768", "sdxl", "dit")}

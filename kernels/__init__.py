@@ -18,6 +18,7 @@ if __name__ == "kernels":
 else:
     from i2am.kernels.api import (
         accumulate_attention_statistics,
+        attention,
         attention_statistics,
         attention_with_statistics,
     )
@@ -27,6 +28,7 @@ else:
         "AttentionStatistics",
         "Impl",
         "accumulate_attention_statistics",
+        "attention",
         "attention_statistics",
         "attention_with_statistics",
     ]

@@ -68,6 +68,42 @@ def attention_statistics(
     return _named(r2g, g2r, query_lse, key_lse, key_weights)
 
 
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    impl: Impl | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention with its row log-sum-exp, which saves the statistics a pass.
+
+    Args:
+        query: As in :func:`attention_statistics`, like all other arguments.
+        key: ``[batch, heads, seqlen_k, head_dim]``.
+        value: ``[batch, heads, seqlen_k, head_dim]``, dtype and device of ``query``.
+        scale: Softmax scale.
+        bias: Additive or bool mask.
+        impl: Which implementation.
+
+    Returns:
+        ``(output, query_lse)``: ``[batch, heads, seqlen_q, head_dim]`` in the dtype of ``query``,
+        whose fully masked rows are 0, and ``[batch, heads, seqlen_q]``, fp32 or fp64.
+
+    Raises:
+        ValueError: As :func:`attention_statistics`, or ``value`` does not fit ``key``.
+        RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
+        NotImplementedError: A gradient is asked for.
+    """
+    chosen = _prepare(query, key, impl, value, others=(bias,))
+    bias = _expanded_bias(bias, query, key)
+    result: tuple[Tensor, Tensor] = torch.ops.i2am.attention(
+        query, key, value, bias, _scale(scale, query), chosen.value
+    )
+    return result
+
+
 def attention_with_statistics(
     query: Tensor,
     key: Tensor,
@@ -197,6 +233,10 @@ def _accumulate(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    if g2r is not None and key.shape[2] == 1 and bias is None and impl != Impl.REFERENCE:
+        # a single key takes all of every row: P is 1
+        g2r += query_weights.to(g2r.dtype).sum(-1)[:, None, :, None]
+        g2r = None
     # statistics are fp32 also where the model runs under autocast
     with torch.autocast(query.device.type, enabled=False):
         row_lse, key_lse = module_of(Impl(impl)).accumulate(

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from i2am.kernels.native import attention_with_lse
+
 # 16 MiB of fp32: holds a head of 3072 queries against 1037 keys and stays in a shared L3 cache
 TILE_ELEMENTS = 1 << 22
 # Both softmaxes share exp(S) while every sum of it lies within e^-60 .. e^60: then nothing over- or
@@ -99,32 +101,6 @@ def attention(
     )
     # PyTorch leaves the output of a fully masked row undefined
     return output.masked_fill(query_lse.isneginf()[..., None], 0.0), query_lse
-
-
-def attention_with_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """What ``scaled_dot_product_attention`` returns on the CPU, to the bit, with its log-sum-exp.
-
-    Calls the very operator that PyTorch would dispatch to; ``None`` where PyTorch would take
-    another route (then call ``scaled_dot_product_attention`` itself).
-    """
-    if query.device.type != "cpu" or (attn_mask is not None and attn_mask.dtype == torch.bool):
-        return None
-    choose = getattr(torch, "_fused_sdp_choice", None)
-    flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if choose is None or flash is None:
-        return None
-    backend = choose(query, key, value, attn_mask, 0.0, False, scale=scale)
-    if backend != torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
-        return None
-    output, lse = flash(query, key, value, 0.0, False, attn_mask=attn_mask, scale=scale)
-    return output, lse
 
 
 @dataclass

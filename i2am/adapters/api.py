@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from i2am.adapters.attending import attend_by
 from i2am.adapters.clock import RunClock
 from i2am.adapters.inputs import as_mask, find_denoiser, find_layout
 from i2am.adapters.recorder import Recorder
@@ -38,6 +39,7 @@ def record(
     num_inference_steps: int | None = None,
     keep_keys: bool = False,
     sums: str = "native",
+    attach: str = "beside",
 ) -> Recorder:
     """Record the attention of a pipeline's runs, without changing a bit of the images.
 
@@ -71,6 +73,10 @@ def record(
         sums: ``"native"`` keeps every layer on its own grid, so that every axis can be read;
             ``"resized"`` adds all layers up, bilinearly resized, on the finest grid: below 1 MiB
             per sample whatever the number of layers, for the same time-and-head maps.
+        attach: ``"beside"`` leaves the model's own attention calls as they are; ``"fused"`` lets
+            recorded layers attend by the forward of ``impl``, which yields what recording needs:
+            images are then the same to rounding, not to the bit. Layers that PyTorch runs by flash
+            attention yield it either way.
 
     Returns:
         A :class:`Recorder`; after the run, ``recorder.maps()``. Entering it raises
@@ -121,4 +127,5 @@ def record(
         clock=clock,
         wanted=GUIDANCE[guidance],
         make=make,
+        attend=attend_by(attach, impl),
     )

@@ -8,23 +8,22 @@ place and is watched: see :mod:`i2am.adapters.watching`. The image is the same t
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor
 
+from i2am.adapters.attending import Attend, attend_beside
 from i2am.adapters.projections import additive_mask, key_states, split_heads
 from i2am.adapters.sites import Record
 from i2am.adapters.watching import install_watching
-from i2am.kernels.streaming import attention_with_lse
 
 
 class RecordingAttnProcessor(AttnProcessor2_0):
     """``AttnProcessor2_0`` that hands query and key to a recorder; without one it just attends."""
 
-    def __init__(self, record: Record | None = None) -> None:
+    def __init__(self, record: Record | None = None, attend: Attend = attend_beside) -> None:
         super().__init__()
         self.record = record
+        self.attend = attend
 
     def __call__(
         self,
@@ -52,7 +51,7 @@ class RecordingAttnProcessor(AttnProcessor2_0):
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        output, lse = _attend(query, key, value, mask)
+        output, lse = self.attend(query, key, value, mask)
         if self.record is not None:
             self.record(query, key, bias=mask, query_lse=lse)
         output = output.transpose(1, 2).flatten(2).to(query.dtype)
@@ -84,8 +83,13 @@ class FusedRecordingAttnProcessor(RecordingAttnProcessor, FusedAttnProcessor2_0)
         return attn.to_q(hidden_states), *attn.to_kv(keys).chunk(2, dim=-1)
 
 
-def install(attn: Any, record: Record) -> Callable[[], None]:
+def install(attn: Any, record: Record, attend: Attend = attend_beside) -> Callable[[], None]:
     """Record one attention module.
+
+    Args:
+        attn: The module.
+        record: What to hand query and key to.
+        attend: How it attends meanwhile.
 
     Returns:
         A function that puts everything back; a processor that somebody else installed meanwhile is
@@ -94,12 +98,13 @@ def install(attn: Any, record: Record) -> Callable[[], None]:
     original = attn.processor
     replacement = _REPLACEMENTS.get(type(original))
     if replacement is None:
-        return install_watching(attn, record)
-    ours = replacement(record)
+        return install_watching(attn, record, attend)
+    ours = replacement(record, attend)
     attn.set_processor(ours)
 
     def restore() -> None:
-        ours.record = None  # whoever kept it: from now on it only attends
+        # whoever kept it: from now on it only attends, as the model does
+        ours.record, ours.attend = None, attend_beside
         if attn.processor is ours:
             attn.set_processor(original)
         elif type(attn.processor) is replacement:
@@ -115,18 +120,3 @@ _REPLACEMENTS = {
     RecordingAttnProcessor: RecordingAttnProcessor,
     FusedRecordingAttnProcessor: FusedRecordingAttnProcessor,
 }
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention, to the bit; with its log-sum-exp where PyTorch yields it."""
-    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type)
-    if plain and not torch.compiler.is_compiling():
-        with_lse = attention_with_lse(query, key, value, attn_mask=mask)
-        if with_lse is not None:
-            return with_lse
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False
-    )
-    return output, None

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from i2am.adapters.attending import Attend, attend_beside
 from i2am.adapters.branches import Branches, Target
 from i2am.adapters.clock import RunClock
 from i2am.adapters.hooks import around_calls
@@ -33,6 +34,7 @@ class Recorder:
         clock: Follows the scheduler.
         wanted: Guidance branches to keep, the first one being :meth:`maps`'s default.
         make: Makes an accumulator, given ``unresolved=``.
+        attend: How recorded layers attend.
 
     Raises:
         ValueError: No attention layer matches the layout.
@@ -46,6 +48,7 @@ class Recorder:
         clock: RunClock,
         wanted: tuple[str, ...],
         make: Callable[..., Accumulator],
+        attend: Attend = attend_beside,
     ) -> None:
         self.layout = layout
         self._denoiser = denoiser
@@ -70,6 +73,7 @@ class Recorder:
         clock.bind(on_run=self._begin_run, on_step=self._end_evaluation)
         self._wanted = wanted
         self._make = make
+        self._attend = attend
         self._restore: list[Callable[[], None]] = []
         self._installed: dict[str, Any] = {}
         self._processors: dict[str, str] = {}
@@ -102,7 +106,7 @@ class Recorder:
         try:
             for index, (name, module) in enumerate(self._layers.items()):
                 self._processors[name] = type(module.processor).__name__
-                self._restore.append(install(module, Site(self._key, index)))
+                self._restore.append(install(module, Site(self._key, index), self._attend))
                 self._installed[name] = module.processor
             self._restore.append(around_calls(self._denoiser, self._open_frame, self._close_frame))
             self._clock.attach()

@@ -20,6 +20,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from i2am.adapters.attending import Attend, attend_beside
 from i2am.adapters.projections import additive_mask, key_states, split_heads
 from i2am.adapters.sites import Record
 
@@ -29,7 +30,9 @@ _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal
 _WITHOUT_SDPA = (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
-def install_watching(attn: Any, record: Record) -> Callable[[], None]:
+def install_watching(
+    attn: Any, record: Record, attend: Attend = attend_beside
+) -> Callable[[], None]:
     """Watch the processor of one attention module; returns what puts everything back."""
     processor = attn.processor
     # one processor object may serve many modules: the recorders are kept by module
@@ -39,7 +42,7 @@ def install_watching(attn: Any, record: Record) -> Callable[[], None]:
     else:
         processor.__class__ = _watching_class(base)
         vars(processor)[_WATCHED] = {}
-    vars(processor)[_WATCHED][attn] = record
+    vars(processor)[_WATCHED][attn] = record, attend
 
     def restore() -> None:
         records = vars(processor)[_WATCHED]
@@ -59,11 +62,12 @@ def _watching_class(base: Any) -> Any:
 
     @torch.compiler.disable  # a function mode inside a compiled graph would see nothing
     def watch(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        record = vars(self).get(_WATCHED, {}).get(attn)
-        if record is None:
+        watched = vars(self).get(_WATCHED, {}).get(attn)
+        if watched is None:
             return base.__call__(self, attn, hidden_states, *args, **kwargs)
+        record, attend = watched
         given = signature.bind(self, attn, hidden_states, *args, **kwargs).arguments
-        with _WatchAttention(record, _call_indices(self, given)):
+        with _WatchAttention(record, attend, _call_indices(self, given)):
             output = base.__call__(self, attn, hidden_states, *args, **kwargs)
         if base in _WITHOUT_SDPA:
             _record_projections(record, attn, given)
@@ -100,11 +104,12 @@ def _call_indices(processor: Any, given: dict[str, Any]) -> Iterator[int]:
 
 
 class _WatchAttention(TorchFunctionMode):
-    """Records every ``scaled_dot_product_attention`` call after it has been made, unchanged."""
+    """Makes every ``scaled_dot_product_attention`` call as it is told to, and records it."""
 
-    def __init__(self, record: Record, call_indices: Iterator[int]) -> None:
+    def __init__(self, record: Record, attend: Attend, call_indices: Iterator[int]) -> None:
         super().__init__()
         self.record = record
+        self.attend = attend
         self.call_indices = call_indices
         self.calls = 0
 
@@ -112,22 +117,28 @@ class _WatchAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | kwargs
-            if given.get("is_causal"):
-                raise NotImplementedError("recording causal attention is not supported")
-            query, key = given["query"], given["key"]
-            if key.shape[1] != query.shape[1]:
-                key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-            self.record(
-                query,
-                key,
-                bias=given.get("attn_mask"),
-                scale=given.get("scale"),
-                call_index=next(self.call_indices, self.calls),
-            )
-            self.calls += 1
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | kwargs
+        if given.get("is_causal"):
+            raise NotImplementedError("recording causal attention is not supported")
+        query, key, mask = given["query"], given["key"], given.get("attn_mask")
+        scale, lse = given.get("scale"), None
+        if given.get("dropout_p") or given.get("enable_gqa"):
+            output = func(*args, **kwargs)
+        else:
+            output, lse = self.attend(query, key, given["value"], mask, scale=scale)
+        if key.shape[1] != query.shape[1]:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        self.record(
+            query,
+            key,
+            bias=mask,
+            scale=scale,
+            query_lse=lse,
+            call_index=next(self.call_indices, self.calls),
+        )
+        self.calls += 1
         return output
 
 

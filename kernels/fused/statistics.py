@@ -21,6 +21,7 @@ from i2am.kernels.fused.primitives import (
     Launch,
     compensated_add,
     dot,
+    exponential,
     load_tile,
     log_sum_exp,
     online_softmax,
@@ -28,6 +29,67 @@ from i2am.kernels.fused.primitives import (
     shares,
     strides,
 )
+
+# e ** -60: what fp32 lost below it (from e ** -87 on) is less than e ** -27 of the sum
+_SHARED_RANGE = tl.constexpr(8.75e-27)
+
+
+@triton.jit
+def walk_log_sum_exp(
+    x,
+    x_tail,
+    owner_ptr,
+    offs_owner,
+    mask_owner,
+    stride_owner_t,
+    stride_owner_d,
+    other_ptr,
+    stride_other_t,
+    stride_other_d,
+    bias_ptr,
+    stride_bias_owner,
+    stride_bias_other,
+    others,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_OTHER: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+):
+    """Log-sum-exp of the owned tokens over all others, by an online softmax: right in any range."""
+    running_max = tl.full([offs_owner.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([offs_owner.shape[0]], tl.float32)
+    total_lost = tl.zeros([offs_owner.shape[0]], tl.float32)
+    for start in range(0, others, BLOCK_OTHER):
+        offs_other = start + tl.arange(0, BLOCK_OTHER)
+        mask_other = offs_other < others
+        # [BLOCK_OWNER, BLOCK_OTHER]
+        scores = score_tile(
+            x,
+            x_tail,
+            owner_ptr,
+            offs_owner,
+            mask_owner,
+            stride_owner_t,
+            stride_owner_d,
+            other_ptr,
+            offs_other,
+            mask_other,
+            stride_other_t,
+            stride_other_d,
+            bias_ptr,
+            stride_bias_owner,
+            stride_bias_other,
+            scale,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_TAIL,
+        )
+        weights, correction, running_max = online_softmax(scores, running_max)
+        total, total_lost = compensated_add(
+            total * correction, total_lost * correction, tl.sum(weights, 1)
+        )
+    return log_sum_exp(running_max, total)
 
 
 @triton.jit
@@ -105,54 +167,18 @@ def owner_pass(
             HEAD_DIM,
             BLOCK_TAIL,
         )
-    running_max = tl.full([BLOCK_OWNER], float("-inf"), tl.float32)
-    # thousands of tiles may come: fp32 sums over all of them keep what rounding takes
-    total = tl.zeros([BLOCK_OWNER], tl.float32)
-    total_lost = tl.zeros([BLOCK_OWNER], tl.float32)
-    sums = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
-    sums_lost = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
-
-    for start in range(0, others, BLOCK_OTHER):
-        offs_other = start + tl.arange(0, BLOCK_OTHER)
-        mask_other = offs_other < others
-        # [BLOCK_OWNER, BLOCK_OTHER]
-        scores = score_tile(
-            x,
-            x_tail,
-            owner_ptr,
-            offs_owner,
-            mask_owner,
-            stride_owner_t,
-            stride_owner_d,
-            other_ptr,
-            offs_other,
-            mask_other,
-            stride_other_t,
-            stride_other_d,
-            bias_ptr,
-            stride_bias_owner,
-            stride_bias_other,
-            scale,
-            HEAD_DIM,
-            BLOCK_D,
-            BLOCK_TAIL,
-        )
+    if sums_ptr is not None:
+        sums = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
+        # thousands of tiles may come: fp32 sums over all of them keep what rounding takes
+        sums_lost = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
         if lse_ptr is not None:
-            weights, correction, running_max = online_softmax(scores, running_max)
-            total, total_lost = compensated_add(
-                total * correction, total_lost * correction, tl.sum(weights, 1)
-            )
-        if sums_ptr is not None:
+            pivot = tl.full([1], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_OWNER], tl.float32)
+            total_lost = tl.zeros([BLOCK_OWNER], tl.float32)
+        for start in range(0, others, BLOCK_OTHER):
+            offs_other = start + tl.arange(0, BLOCK_OTHER)
+            mask_other = offs_other < others
             offs_other64 = offs_other.to(tl.int64)
-            other_lse = tl.load(
-                other_lse_ptr
-                + b * stride_other_lse_b
-                + h * stride_other_lse_h
-                + offs_other64 * stride_other_lse_t,
-                mask=mask_other,
-                other=float("-inf"),
-            )
-            probability = shares(scores, other_lse[None, :])
             w_ptr = weights_ptr + b * stride_weights_b + offs_other64 * stride_weights_t
             if BLOCK_ROWS >= 16:
                 # [BLOCK_OTHER, BLOCK_ROWS]
@@ -161,18 +187,113 @@ def owner_pass(
                     mask=mask_other[:, None] & mask_rows[None, :],
                     other=0.0,
                 )
-                tile = dot(probability, w, None, ROW_PRECISION)
+                # a region is 0 on most tokens, and so are its neighbours in the block
+                needed = (tl.max((w != 0.0).to(tl.int32)) != 0) | (lse_ptr is not None)
             else:
-                tile = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
-                for r in tl.static_range(BLOCK_ROWS):
-                    w = tl.load(w_ptr, mask=mask_other & (r < rows), other=0.0)
-                    row = tl.sum(probability * w[None, :], 1)
-                    tile += tl.where(offs_rows[None, :] == r, row[:, None], 0.0)
-                    w_ptr += stride_weights_r
-            sums, sums_lost = compensated_add(sums, sums_lost, tile)
-
-    if lse_ptr is not None:
-        lse = log_sum_exp(running_max, total)
+                needed: tl.constexpr = True
+            if needed:
+                # [BLOCK_OWNER, BLOCK_OTHER]
+                scores = score_tile(
+                    x,
+                    x_tail,
+                    owner_ptr,
+                    offs_owner,
+                    mask_owner,
+                    stride_owner_t,
+                    stride_owner_d,
+                    other_ptr,
+                    offs_other,
+                    mask_other,
+                    stride_other_t,
+                    stride_other_d,
+                    bias_ptr,
+                    stride_bias_owner,
+                    stride_bias_other,
+                    scale,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    BLOCK_TAIL,
+                )
+                other_lse = tl.load(
+                    other_lse_ptr
+                    + b * stride_other_lse_b
+                    + h * stride_other_lse_h
+                    + offs_other64 * stride_other_lse_t,
+                    mask=mask_other,
+                    other=float("-inf"),
+                )
+                probability = shares(scores, other_lse[None, :])
+                if lse_ptr is not None:
+                    # exp(S) once more, without an exponential per score
+                    new_pivot = tl.maximum(pivot, tl.max(other_lse, 0))
+                    # nothing but masked tokens so far: -inf - -inf would be NaN
+                    finite = tl.where(new_pivot == float("-inf"), 0.0, new_pivot)
+                    correction = exponential(pivot - finite)
+                    back = exponential(other_lse - finite)
+                    total, total_lost = compensated_add(
+                        total * correction,
+                        total_lost * correction,
+                        tl.sum(probability * back[None, :], 1),
+                    )
+                    pivot = new_pivot
+                if BLOCK_ROWS >= 16:
+                    tile = dot(probability, w, None, ROW_PRECISION)
+                else:
+                    tile = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
+                    for r in tl.static_range(BLOCK_ROWS):
+                        w = tl.load(w_ptr, mask=mask_other & (r < rows), other=0.0)
+                        row = tl.sum(probability * w[None, :], 1)
+                        tile += tl.where(offs_rows[None, :] == r, row[:, None], 0.0)
+                        w_ptr += stride_weights_r
+                sums, sums_lost = compensated_add(sums, sums_lost, tile)
+        if lse_ptr is not None:
+            lse = log_sum_exp(tl.where(pivot == float("-inf"), 0.0, pivot), total)
+            # below, what underflowed could matter
+            if tl.min(tl.where(mask_owner, total, 1.0), 0) < _SHARED_RANGE:
+                lse = walk_log_sum_exp(
+                    x,
+                    x_tail,
+                    owner_ptr,
+                    offs_owner,
+                    mask_owner,
+                    stride_owner_t,
+                    stride_owner_d,
+                    other_ptr,
+                    stride_other_t,
+                    stride_other_d,
+                    bias_ptr,
+                    stride_bias_owner,
+                    stride_bias_other,
+                    others,
+                    scale,
+                    HEAD_DIM,
+                    BLOCK_OTHER,
+                    BLOCK_D,
+                    BLOCK_TAIL,
+                )
+            tl.store(lse_ptr + bh * owners + offs_owner, lse, mask=mask_owner)
+    elif lse_ptr is not None:
+        lse = walk_log_sum_exp(
+            x,
+            x_tail,
+            owner_ptr,
+            offs_owner,
+            mask_owner,
+            stride_owner_t,
+            stride_owner_d,
+            other_ptr,
+            stride_other_t,
+            stride_other_d,
+            bias_ptr,
+            stride_bias_owner,
+            stride_bias_other,
+            others,
+            scale,
+            HEAD_DIM,
+            BLOCK_OTHER,
+            BLOCK_D,
+            BLOCK_TAIL,
+        )
         tl.store(lse_ptr + bh * owners + offs_owner, lse, mask=mask_owner)
     if sums_ptr is not None:
         # [BLOCK_OWNER, BLOCK_ROWS]

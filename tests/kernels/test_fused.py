@@ -141,6 +141,19 @@ def test_one_key_takes_all_mass_or_none(offset):
     assert statistics.g2r[0, 0, 0, 5] == pytest.approx(1.0 if offset > 0 else 0.0, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
+def test_keys_that_nobody_looks_at_keep_their_votes():
+    """exp(S) shared by both softmaxes would underflow there: those keys are summed afresh."""
+    query, key, value = tokens(1, 1, 63, 131, 40)
+    bias = torch.zeros(131, device=DEVICE)
+    bias[[3, 70]] = torch.tensor([-120.0, -400.0], device=DEVICE)
+    unmasked = attention_statistics(query, key, impl="fused")
+    actual = check(query, key, value, bias=bias)[1]
+    # a constant cancels in the softmax over queries
+    torch.testing.assert_close(actual.r2g, unmasked.r2g, rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual.key_lse, unmasked.key_lse + bias, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
 def test_any_scale(scale):
     check(*tokens(1, 1, 19, 37, 40, dtype=torch.float16), scale=scale)
@@ -159,6 +172,31 @@ def test_several_rows_and_votes(count):
     )
     assert statistics.g2r.shape == (2, 1, count, 70)
     assert statistics.r2g.shape == (2, 1, count, 37)
+
+
+@interpreted
+def test_regions_are_computed_where_they_are(monkeypatch):
+    """Blocks of weight rows look only at the tokens on which one of them is not 0."""
+    from i2am.kernels.fused import statistics
+
+    query, key, value = tokens(1, 1, 256, 40, 16)
+    # a uniform row, then one row per token and rows that see nothing
+    weights = torch.cat([torch.full((1, 256), 1 / 256), torch.eye(256), torch.zeros(7, 256)])
+    check(query, key, value, query_weights=weights[None])
+    tiles = []
+    original = statistics.shares
+
+    def spy(scores, lse):
+        tiles.append(scores.shape)
+        return original(scores, lse)
+
+    monkeypatch.setattr(statistics, "shares", spy)
+    attention_statistics(query, key, query_weights=weights[None], impl="fused")
+    config = statistics.configs.statistics(16, 4, 40, 264, False)
+    assert (config.BLOCK_OTHER, config.BLOCK_ROWS) == (32, 32)
+    # the uniform row is in the first block of rows; every later one straddles two tiles of the
+    # diagonal, the last one touches one; then come 4 blocks of queries over 2 of keys
+    assert len(tiles) == 8 + 7 * 2 + 1 + 4 * 2
 
 
 @pytest.mark.parametrize(

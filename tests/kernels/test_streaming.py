@@ -12,6 +12,7 @@ from i2am.kernels import (
     accumulate_attention_statistics,
     attention_statistics,
     attention_with_statistics,
+    native,
     streaming,
 )
 from i2am.testing import assert_matches_reference, make_qkv
@@ -94,7 +95,7 @@ def check(query, key, *, query_lse=None, **arguments):
 
 def row_lse(query, key, **arguments):
     """The log-sum-exp that the model's own attention call would have handed over."""
-    return streaming.attention_with_lse(query, key, key, **arguments)[1]
+    return native.attention_with_lse(query, key, key, **arguments)[1]
 
 
 @pytest.fixture
@@ -559,7 +560,7 @@ def test_attention_with_lse_is_pytorchs_attention_to_the_bit(relayout, dtype, ma
     for layout in ("unet", "contiguous", "sliced", "expanded_batch", "expanded_heads"):
         q, k, v = (relayout(tokens, layout) for tokens in (query, key, value))
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
-        output, lse = streaming.attention_with_lse(q, k, v, attn_mask=attn_mask, scale=scale)
+        output, lse = native.attention_with_lse(q, k, v, attn_mask=attn_mask, scale=scale)
         assert torch.equal(output, expected)
         assert output.stride() == expected.stride()
         scores = (40**-0.5 if scale is None else scale) * q.double() @ k.double().mT
@@ -573,7 +574,7 @@ def test_attention_with_lse_is_pytorchs_attention_to_the_bit(relayout, dtype, ma
 
 def test_attention_with_lse_leaves_other_routes_to_pytorch(monkeypatch, relayout):
     query, key, value = make_qkv(1, 2, 5, 7, 8)
-    attend = streaming.attention_with_lse
+    attend = native.attention_with_lse
     assert attend(query, key, value) is not None
     assert attend(query, key, value, attn_mask=torch.ones(5, 7, dtype=torch.bool)) is None
     assert attend(*(tokens.to("meta") for tokens in (query, key, value))) is None
