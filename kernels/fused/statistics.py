@@ -190,7 +190,7 @@ def owner_pass(
                 # a region is 0 on most tokens, and so are its neighbours in the block
                 needed = (tl.max((w != 0.0).to(tl.int32)) != 0) | (lse_ptr is not None)
             else:
-                needed: tl.constexpr = True
+                needed: tl.constexpr = True  # type: ignore[no-redef]
             if needed:
                 # [BLOCK_OWNER, BLOCK_OTHER]
                 scores = score_tile(
