@@ -224,7 +224,7 @@ def test_a_run_writes_every_figure_and_prints_tables(tmp_path, weights):
     for model in result["models"].values():
         assert model["query_cells"] == len(cells_by_hand(two, 0.5))
         assert model["best_layer"] in model["scores"]
-        assert len(model["accuracy"]) == 1 + 7 + 4 + 5 + 28
+        assert len(model["accuracy"]) == 1 + 3 + 4 + 5 + 12
         for of in model["accuracy"].values():
             for how in ("peak", "centroid"):
                 assert 0 <= of[how]["5"] <= of[how]["10"] <= 1
