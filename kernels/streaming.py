@@ -2,11 +2,12 @@
 
 ``E = exp(Q K^T)`` is formed tile by tile; its row and column sums normalise both directions,
 ``W P = (W / row sums) E`` and ``C u = E (u / column sums)``. A tile is a block of queries of a few
-heads against all keys: row sums, ``W P`` and a part of the column sums come from one sweep, ``C u``
-from the same tile where a whole head fits into it, else from a second sweep. Where the row
-log-sum-exp is known already, blocks of keys against all queries need one sweep, whatever the
-length. Transient memory is one tile, ``TILE_ELEMENTS`` numbers in fp32 (fp64 for fp64 inputs); two
-where the logits range too far for one exponential.
+heads against all keys, small enough for the cores' own caches: row sums, ``W P`` and a part of the
+column sums come from one sweep. ``C u`` comes from the same exponentials where those of a head may
+be kept, else from a second sweep. Where the row log-sum-exp is known already, blocks of keys
+against all queries need one sweep, whatever the length, and keep nothing. Transient memory is one
+tile, or up to ``KEPT_ELEMENTS`` numbers where exponentials are kept, in fp32 (fp64 for fp64
+inputs); a tile more where the logits range too far for one exponential.
 """
 
 import math
@@ -19,14 +20,21 @@ from torch import Tensor
 
 from i2am.kernels.native import attention_with_lse
 
-# 16 MiB of fp32: holds a head of 3072 queries against 1037 keys and stays in a shared L3 cache
-TILE_ELEMENTS = 1 << 22
+# 5 MiB of fp32, written and read several times; measured best on two cores of 1 MiB of L2 each
+TILE_ELEMENTS = 5 << 18
+# 28 MiB of fp32, written and read once: two heads of 3072 queries against 1037 keys
+KEPT_ELEMENTS = 7 << 20
+# queries (or keys) of a tile before it takes more heads: matrix products want that many
+BLOCK = 96
 # Both softmaxes share exp(S) while every sum of it lies within e^-60 .. e^60: then nothing over- or
 # underflows fp32 (e^88) and no term that could matter (e^-27 of its maximum) is lost.
 SHARED_RANGE = 60.0
 # A log-sum-exp from the attention call is off by a few eps * |lse| (and more for 16-bit inputs),
 # which exp() turns into a relative error of P; beyond this size it is computed afresh instead.
 TRUSTED_LSE = 10.0
+# More weight rows than this are regions, each 0 on most queries: a block of queries takes those
+# that see it.
+FEW_ROWS = 16
 
 
 def accumulate(
@@ -48,12 +56,13 @@ def accumulate(
     row_lse = query.new_empty(batch, heads, seqlen_q, dtype=compute)
     key_lse = key.new_empty(batch, heads, seqlen_k, dtype=compute)
     trusted = False
-    one_tile = seqlen_q * seqlen_k <= TILE_ELEMENTS
-    if query_lse is not None and query.dtype == compute and not one_tile:
+    if query_lse is not None and query.dtype == compute and query_weights.shape[1] <= FEW_ROWS:
         row_lse.copy_(query_lse)
         trusted = bool(row_lse.abs().amax() <= TRUSTED_LSE)
-    tile = min(heads * seqlen_q * seqlen_k, max(TILE_ELEMENTS, seqlen_q, seqlen_k))
-    buffer = query.new_empty(tile, dtype=compute)
+    tile = max(TILE_ELEMENTS, seqlen_q, seqlen_k)
+    if not trusted and seqlen_q * seqlen_k <= KEPT_ELEMENTS:
+        tile = max(tile, KEPT_ELEMENTS)
+    buffer = query.new_empty(min(heads * seqlen_q * seqlen_k, tile), dtype=compute)
     for item in range(batch):
         sweep = _Sweep(
             query=query[item].to(compute),
@@ -121,7 +130,9 @@ class _Sweep:
 
     def query_blocks(self) -> None:
         """Blocks of queries against all keys."""
-        for heads, blocks in _tiles(*self.query.shape[:2], against=self.key.shape[1]):
+        length, against = self.query.shape[1], self.key.shape[1]
+        kept = len(self.buffer) // (length * against)
+        for heads, blocks in _tiles(*self.query.shape[:2], against=against, most=kept):
             if not self._shared_exponential(heads, blocks):
                 self._separate_exponentials(heads, blocks)
 
@@ -149,16 +160,23 @@ class _Sweep:
     def _shared_exponential(self, heads: slice, blocks: list[slice]) -> bool:
         """One exponential serves both softmaxes; False, with nothing added, where it cannot."""
         columns = torch.zeros_like(self.key_lse[heads])
-        g2r = 0.0 if self.g2r is None else torch.zeros_like(self.g2r[heads])
+        g2r = None if self.g2r is None else torch.zeros_like(self.g2r[heads])
+        keep = columns.numel() * self.query.shape[1] <= len(self.buffer)
+        kept: list[Tensor] = []
+        place = 0
         for queries in blocks:
-            exponentials = self._scores(heads, queries, _ALL).exp_()  # [h, m, N]
+            exponentials = self._scores(heads, queries, _ALL, place=place).exp_()  # [h, m, N]
+            if keep:
+                kept.append(exponentials)
+                place += exponentials.numel()
             rows = exponentials.sum(dim=2)
             if not _within_shared_range(rows):
                 return False
             self.query_lse[heads, queries] = rows.log()
             columns += exponentials.sum(dim=1)
-            if self.g2r is not None:
-                g2r += (self.query_weights[:, queries] / rows[:, None]) @ exponentials
+            if g2r is not None:
+                seen, weights = self._weights(queries)
+                g2r[:, seen] += (weights / rows[:, None]) @ exponentials
         if not _within_shared_range(columns):
             return False
         self.key_lse[heads] = columns.log()
@@ -166,9 +184,8 @@ class _Sweep:
             self.g2r[heads] += g2r
         if self.r2g is not None:
             votes = (self.key_weights / columns[:, None]).mT  # [h, N, U]
-            for queries in blocks:
-                if len(blocks) > 1:
-                    exponentials = self._scores(heads, queries, _ALL).exp_()
+            for index, queries in enumerate(blocks):
+                exponentials = kept[index] if keep else self._scores(heads, queries, _ALL).exp_()
                 self.r2g[heads, :, queries] += (exponentials @ votes).mT
         return True
 
@@ -188,7 +205,8 @@ class _Sweep:
             rows = exponentials.sum(dim=2)
             self.query_lse[heads, queries] = query_max + rows.log()
             if self.g2r is not None:
-                self.g2r[heads] += _over(self.query_weights[:, queries], rows) @ exponentials
+                seen, weights = self._weights(queries)
+                self.g2r[heads, seen] += _over(weights, rows) @ exponentials
         self.key_lse[heads] = key_max + columns.log()
         if self.r2g is not None:
             votes = _over(self.key_weights, columns).mT
@@ -197,15 +215,25 @@ class _Sweep:
                 exponentials = scores.sub_(_finite(key_max)[:, None]).exp_()
                 self.r2g[heads, :, queries] += (exponentials @ votes).mT
 
-    def _scores(self, heads: slice, queries: slice, keys: slice, *, wide: bool = False) -> Tensor:
-        """``scale * Q K^T + bias`` of a tile, ``[h, m, n]``, in the buffer.
+    def _weights(self, queries: slice) -> tuple[slice | Tensor, Tensor]:
+        """Which weight rows see these queries, and their weights there."""
+        weights = self.query_weights[:, queries]
+        if len(weights) <= FEW_ROWS:
+            return _ALL, weights
+        seen = (weights != 0).any(dim=1).nonzero()[:, 0]
+        return seen, weights[seen]
+
+    def _scores(
+        self, heads: slice, queries: slice, keys: slice, *, place: int = 0, wide: bool = False
+    ) -> Tensor:
+        """``scale * Q K^T + bias`` of a tile, ``[h, m, n]``, from ``place`` on in the buffer.
 
         ``wide`` applies the scale to the product, where one rounding of a large logit shows, and
         not to the query, which is free.
         """
         q, k = self.query[heads, queries], self.key[heads, keys].mT
         shape = (q.shape[0], q.shape[1], k.shape[2])
-        scores = self.buffer[: math.prod(shape)].view(shape)
+        scores = self.buffer[place : place + math.prod(shape)].view(shape)
         # beta=0 ignores what the buffer held, NaN included
         torch.baddbmm(scores, q, k, beta=0, alpha=1 if wide else self.scale, out=scores)
         if wide:
@@ -218,11 +246,14 @@ class _Sweep:
 _ALL = slice(None)
 
 
-def _tiles(heads: int, length: int, *, against: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Groups of heads with equal blocks of ``length``, each tile within the budget."""
-    longest = max(TILE_ELEMENTS // against, 1)
+def _tiles(
+    heads: int, length: int, *, against: int, most: int = 0
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Groups of heads, at most ``most`` if given, with equal blocks of ``length``."""
+    together = max(min(TILE_ELEMENTS // (BLOCK * against), most or heads, heads), 1)
+    together = -(-heads // -(-heads // together))
+    longest = max(TILE_ELEMENTS // (together * against), 1)
     block = -(-length // -(-length // longest))
-    together = max(TILE_ELEMENTS // (length * against), 1) if block == length else 1
     blocks = [slice(start, min(start + block, length)) for start in range(0, length, block)]
     for head in range(0, heads, together):
         yield slice(head, min(head + together, heads)), blocks

@@ -124,8 +124,8 @@ def tiles(monkeypatch):
     seen = []
     original = streaming._Sweep._scores
 
-    def spy(self, *args):
-        scores = original(self, *args)
+    def spy(self, *args, **options):
+        scores = original(self, *args, **options)
         seen.append(tuple(scores.shape))
         return scores
 
@@ -259,27 +259,31 @@ def calls(draw):
     # all in one tile, a head in one tile, or a head in a few
     blocks = draw(st.sampled_from([None, 1, 2, 5]))
     tile = streaming.TILE_ELEMENTS if blocks is None else -(-seqlen_q * seqlen_k // blocks)
-    return query, key, layouts, arguments, tile
+    # exponentials of several blocks are kept, or made twice
+    kept = draw(st.sampled_from([tile, streaming.KEPT_ELEMENTS]))
+    return query, key, layouts, arguments, {"TILE_ELEMENTS": tile, "KEPT_ELEMENTS": kept}
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(call=calls())
 def test_any_call_stays_within_the_budget(relayout, call):
-    query, key, layouts, arguments, tile = call
+    query, key, layouts, arguments, budget = call
     query, key = relayout(query, layouts[0]), relayout(key, layouts[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "TILE_ELEMENTS", tile)
+        for name, elements in budget.items():
+            patch.setattr(streaming, name, elements)
         check(query, key, **arguments)
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(call=calls())
 def test_any_call_with_a_known_row_log_sum_exp_stays_within_the_budget(relayout, call):
-    query, key, layouts, arguments, tile = call
+    query, key, layouts, arguments, budget = call
     query, key = relayout(query, layouts[0]), relayout(key, layouts[1])
     lse = eager_results(query, key, **arguments)[1].query_lse
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "TILE_ELEMENTS", tile)
+        for name, elements in budget.items():
+            patch.setattr(streaming, name, elements)
         check(query, key, query_lse=lse, **arguments)
 
 
@@ -292,7 +296,13 @@ TEN_QUERIES, TEN_KEYS = 10 * N, 10 * M
 
 @pytest.fixture
 def tile_elements(monkeypatch):
-    return lambda elements: monkeypatch.setattr(streaming, "TILE_ELEMENTS", elements)
+    """Sets the elements of a tile, and of what may be kept: by default no more than that."""
+
+    def budget(elements, kept=None):
+        monkeypatch.setattr(streaming, "TILE_ELEMENTS", elements)
+        monkeypatch.setattr(streaming, "KEPT_ELEMENTS", elements if kept is None else kept)
+
+    return budget
 
 
 def with_votes(bias=None):
@@ -323,6 +333,35 @@ def test_moderate_logits_share_one_exponential(routes, tiles, tile_elements, til
     # a head in one tile is computed once; otherwise the second softmax needs a second sweep
     blocks = {ONE_TILE: 1, M * N: 1, TEN_QUERIES: 7, 1: M}[tile]
     assert len(tiles) == groups * (blocks if blocks == 1 else 2 * blocks)
+
+
+def test_exponentials_that_may_be_kept_are_made_once(routes, tiles, tile_elements):
+    tile_elements(TEN_QUERIES, kept=2 * M * N)
+    query, key, _ = make_qkv(1, 3, M, N, 40)
+    check(query, key, **with_votes())
+    assert routes == ["shared_exponential"] * 3 + ["query_blocks"]
+    assert len(tiles) == 3 * 7
+
+
+def test_a_block_of_queries_takes_the_regions_that_see_it(tile_elements, monkeypatch):
+    """Many weight rows, 0 on most queries: one per query, a uniform one, and some that see none."""
+    tile_elements(TEN_QUERIES)
+    query, key, _ = make_qkv(1, 2, M, N, 40)
+    weights = torch.cat([torch.full((1, M), 1 / M), torch.eye(M), torch.zeros(3, M)])
+    rows = []
+    original = streaming._Sweep._weights
+
+    def spy(self, queries):
+        seen, chosen = original(self, queries)
+        rows.append(len(chosen))
+        return seen, chosen
+
+    monkeypatch.setattr(streaming._Sweep, "_weights", spy)
+    check(query, key, query_weights=weights[None])
+    check(query, key, query_weights=weights[None], query_lse=row_lse(query, key))
+    assert set(rows) == {1 + 10, 1 + M % 10}
+    large = 100 * query  # an exponential for each softmax
+    check(large, key, query_weights=weights[None])
 
 
 @pytest.mark.parametrize("tile", [ONE_TILE, TEN_QUERIES], ids=["one tile", "blocks"])
@@ -391,19 +430,15 @@ def test_blocks_of_keys_fall_back_to_a_shift_of_their_own(routes, tiles, tile_el
 
 
 @pytest.mark.parametrize(
-    ("dtype", "logits", "tile"),
+    ("dtype", "logits"),
     [
-        pytest.param(torch.float32, 200, TEN_KEYS, id="too large to trust"),
-        pytest.param(torch.bfloat16, None, TEN_KEYS, id="of 16-bit inputs"),
-        pytest.param(torch.float32, None, ONE_TILE, id="one tile"),
+        pytest.param(torch.float32, 200, id="too large to trust"),
+        pytest.param(torch.bfloat16, None, id="of 16-bit inputs"),
     ],
 )
-def test_a_log_sum_exp_that_does_not_help_is_computed_afresh(
-    routes, tile_elements, dtype, logits, tile
-):
+def test_a_log_sum_exp_that_does_not_help_is_computed_afresh(routes, dtype, logits):
     query, key, _ = make_qkv(1, 1, M, N, 40, dtype=dtype, logits=logits)
     lse = row_lse(query, key)
-    tile_elements(tile)
     check(query, key, query_lse=lse)
     assert "query_blocks" in routes
     assert "key_blocks" not in routes
