@@ -160,8 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 needs = report(compile_for(case.launch, TARGETS[name].gpu))
             except Exception as error:  # whatever a compiler throws is a row of the table
                 failures += 1
-                lines = str(error).strip().splitlines() or [repr(error)]
-                print(f"{name:8}{case.name:46}does not compile: {lines[-1]}", flush=True)
+                print(f"{name:8}{case.name:46}does not compile: {_reason(error)}", flush=True)
                 continue
             problems = needs.problems(TARGETS[name], case.dtype)
             failures += bool(problems)
@@ -170,6 +169,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name:8}{case.name:46}{numbers}  {needs.matrix or '-'}{remarks}", flush=True)
     print(f"{count} kernels compiled with Triton {triton.__version__}, {failures} unfit")
     return 1 if failures else 0
+
+
+def _reason(error: BaseException) -> str:
+    # the outer ones only point at the call of a helper
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[-1]
 
 
 def _statistics(

@@ -482,6 +482,7 @@ def test_provenance_says_what_ran(tiny):
         "denoiser": "UNet2DConditionModel",
         "scheduler": "DDIMScheduler",
         "layout": "cross_attention 4x3",
+        "note": None,
         "prefix_votes": False,
         "guidance_order": ["unconditional", "conditional"],
         "guidance": "conditional",

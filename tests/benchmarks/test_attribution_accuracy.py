@@ -229,7 +229,7 @@ def test_a_run_writes_every_figure_and_prints_tables(tmp_path, weights):
             for how in ("peak", "centroid"):
                 assert 0 <= of[how]["5"] <= of[how]["10"] <= 1
         layers = model["scores"].keys() - {"all"}
-        assert len(layers) == 7
+        assert len(layers) == 3
         assert {f"layer {layer}" for layer in layers} < set(model["accuracy"])
         for of in model["scores"].values():
             assert set(of) == set(tables.SCORES)
