@@ -180,7 +180,7 @@ class _Sweep:
         if not _within_shared_range(columns):
             return False
         self.key_lse[heads] = columns.log()
-        if self.g2r is not None:
+        if self.g2r is not None and g2r is not None:
             self.g2r[heads] += g2r
         if self.r2g is not None:
             votes = (self.key_weights / columns[:, None]).mT  # [h, N, U]
