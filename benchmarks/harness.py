@@ -6,19 +6,18 @@ repeats short calls, without waiting in between, and waits for the device once a
 that is the larger of what the kernels and what Python takes. ``kernels_ms`` is the former alone.
 """
 
-import json
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from i2am.testing import peak_bytes
 
 Call = Callable[[], Any]
 
@@ -147,10 +146,9 @@ def extra_bytes(call: Call, device: torch.device) -> int:
         synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            result = call()
-        peak = _profiled_peak(profile)
+        results: list[Any] = []
+        peak = peak_bytes(lambda: results.append(call()))
+        result = results[0]
     return max(0, peak - sum(tensor.nbytes for tensor in _tensors(result)))
 
 
@@ -185,19 +183,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _profiled_peak(profile: torch.profiler.profile) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    live = peak = 0
-    for event in events:
-        if event.get("name") == "[memory]":
-            live += event["args"]["Bytes"]
-            peak = max(peak, live)
-    return peak
 
 
 def _tensors(result: Any) -> Iterable[Tensor]:

@@ -7,10 +7,11 @@
 Every name below is imported when it is first used, so ``import i2am`` costs nothing.
 """
 
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from i2am.lazy import lazy
 
 if TYPE_CHECKING:
     from i2am.adapters import Recorder, record
@@ -51,14 +52,4 @@ if find_spec(f"{__name__}.kernels") is None and (_checkout / "kernels" / "api.py
     __path__.append(str(_checkout))
 del _checkout
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy(__name__, _ROOMS)

@@ -9,8 +9,9 @@ All are called with ``image=, mask_image=, reference_image=`` and know their tok
 Every name is imported when it is first used: diffusers and transformers are slow to import.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from i2am.lazy import lazy
 
 # for type checkers, who cannot follow __getattr__
 # ruff: noqa: F401
@@ -48,14 +49,4 @@ _MODULES = {
 
 __all__ = sorted(_MODULES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy(__name__, _MODULES)

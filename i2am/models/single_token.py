@@ -80,11 +80,16 @@ class SingleTokenPipeline(ReferencePipeline):
             resize_antialiased(image[None], (side, side), "bicubic").clamp(-1, 1)
             for image in read_images(squares, "reference_image")
         ]
-        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        return ((torch.cat(images) + 1) / 2 - mean) / std
+        return normalised_for_clip(torch.cat(images))
 
     def keep_latents(self, keep: Tensor) -> Tensor:
         """The KEEP mask ``[batch, 1, height, width]`` at latent size, as the UNet sees it."""
         cells = [side // self.vae_scale_factor for side in keep.shape[-2:]]
         # bilinear without antialiasing, as the published code: values between 0 and 1 at the rim
         return F.interpolate(keep, size=cells, mode="bilinear", align_corners=False)
+
+
+def normalised_for_clip(images: Tensor) -> Tensor:
+    """Images ``[batch, 3, height, width]`` in [-1, 1] as CLIP's encoder takes them."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return ((images + 1) / 2 - mean) / std

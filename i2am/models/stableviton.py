@@ -20,7 +20,7 @@ from i2am.models.inputs import (
 )
 from i2am.models.paint_by_example_encoder import PaintByExampleImageEncoder
 from i2am.models.sampling import Callback, Generators, Sampling
-from i2am.models.single_token import CLIP_MEAN, CLIP_STD, SingleTokenPipeline
+from i2am.models.single_token import SingleTokenPipeline, normalised_for_clip
 from i2am.models.stableviton_unet import StableVITONUNet
 
 if TYPE_CHECKING:
@@ -213,8 +213,7 @@ class StableVITONPipeline(SingleTokenPipeline):
         side = self.image_encoder.config.image_size
         # without antialiasing, as the published code
         squares = F.interpolate(garment, size=(side, side), mode="bilinear", align_corners=False)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        return ((squares + 1) / 2 - mean) / std
+        return normalised_for_clip(squares)
 
 
 def _keep(mask_image: ImageInput, size: tuple[int, int]) -> Tensor:

@@ -1,14 +1,16 @@
 """Log-sum-exps and weighted sums of both softmaxes, without the attention matrix.
 
 One program owns BLOCK_OWNER tokens of one side (queries or keys) of one (batch, head) and walks all
-tokens of the other side once. It writes only what it owns: no atomics, the same bits in every run.
+tokens of the other side. It writes only what it owns: no atomics, the same bits in every run.
 Memory beside the tiles is the log-sum-exp of each side.
 
     lse[owner]        = log sum_other exp(S[owner, other])
     sums[r, owner]   += sum_other weights[r, other] * exp(S[owner, other] - other_lse[other])
 
 With owner = key the sums are W P, with owner = query they are C u: the softmax in them runs over
-the owner's own side, so its normaliser belongs to the other token.
+the owner's own side, so its normaliser belongs to the other token. Wanted together, both come from
+one exponential per score, exp(S - other_lse) exp(other_lse) being exp(S); a block in which that
+could underflow walks once more for its log-sum-exp.
 """
 
 # B batch, H heads, D head_dim, R weight rows; owners and others are M and N, or N and M
@@ -246,54 +248,35 @@ def owner_pass(
                         tile += tl.where(offs_rows[None, :] == r, row[:, None], 0.0)
                         w_ptr += stride_weights_r
                 sums, sums_lost = compensated_add(sums, sums_lost, tile)
-        if lse_ptr is not None:
+    if lse_ptr is not None:
+        if sums_ptr is not None:
             lse = log_sum_exp(tl.where(pivot == float("-inf"), 0.0, pivot), total)
             # below, what underflowed could matter
-            if tl.min(tl.where(mask_owner, total, 1.0), 0) < _SHARED_RANGE:
-                lse = walk_log_sum_exp(
-                    x,
-                    x_tail,
-                    owner_ptr,
-                    offs_owner,
-                    mask_owner,
-                    stride_owner_t,
-                    stride_owner_d,
-                    other_ptr,
-                    stride_other_t,
-                    stride_other_d,
-                    bias_ptr,
-                    stride_bias_owner,
-                    stride_bias_other,
-                    others,
-                    scale,
-                    HEAD_DIM,
-                    BLOCK_OTHER,
-                    BLOCK_D,
-                    BLOCK_TAIL,
-                )
-            tl.store(lse_ptr + bh * owners + offs_owner, lse, mask=mask_owner)
-    elif lse_ptr is not None:
-        lse = walk_log_sum_exp(
-            x,
-            x_tail,
-            owner_ptr,
-            offs_owner,
-            mask_owner,
-            stride_owner_t,
-            stride_owner_d,
-            other_ptr,
-            stride_other_t,
-            stride_other_d,
-            bias_ptr,
-            stride_bias_owner,
-            stride_bias_other,
-            others,
-            scale,
-            HEAD_DIM,
-            BLOCK_OTHER,
-            BLOCK_D,
-            BLOCK_TAIL,
-        )
+            to_walk = tl.min(tl.where(mask_owner, total, 1.0), 0) < _SHARED_RANGE
+        else:
+            to_walk: tl.constexpr = True  # type: ignore[no-redef]
+        if to_walk:
+            lse = walk_log_sum_exp(
+                x,
+                x_tail,
+                owner_ptr,
+                offs_owner,
+                mask_owner,
+                stride_owner_t,
+                stride_owner_d,
+                other_ptr,
+                stride_other_t,
+                stride_other_d,
+                bias_ptr,
+                stride_bias_owner,
+                stride_bias_other,
+                others,
+                scale,
+                HEAD_DIM,
+                BLOCK_OTHER,
+                BLOCK_D,
+                BLOCK_TAIL,
+            )
         tl.store(lse_ptr + bh * owners + offs_owner, lse, mask=mask_owner)
     if sums_ptr is not None:
         # [BLOCK_OWNER, BLOCK_ROWS]

@@ -1,7 +1,5 @@
 """The CPU path against the ruler: the fp64 reference, with twice the eager error as the budget."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,7 @@ from i2am.kernels import (
     native,
     streaming,
 )
-from i2am.testing import assert_matches_reference, make_qkv
+from i2am.testing import assert_matches_reference, make_qkv, peak_bytes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -509,22 +507,6 @@ def test_appended_batch_items_change_no_bit():
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def peak_bytes(call, tmp_path):
-    """The most that `call` held at once, of all that PyTorch's CPU allocator gave it."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    trace = tmp_path / "trace.json"
-    profile.export_chrome_trace(str(trace))
-    events = json.loads(trace.read_text())["traceEvents"]
-    live = peak = 0
-    for event in events:
-        if event.get("name") == "[memory]":
-            live += event["args"]["Bytes"]
-            peak = max(peak, live)
-    return peak
-
-
 @pytest.mark.parametrize(
     ("logits", "known_lse", "route", "tiles_held"),
     [
@@ -533,9 +515,7 @@ def peak_bytes(call, tmp_path):
         pytest.param(None, True, "key_blocks", 1, id="key blocks"),
     ],
 )
-def test_memory_is_a_tile_and_not_the_matrix(
-    routes, tmp_path, logits, known_lse, route, tiles_held
-):
+def test_memory_is_a_tile_and_not_the_matrix(routes, logits, known_lse, route, tiles_held):
     query, key, _ = make_qkv(1, 1, 3072, 3072, 40, logits=logits)
     lse = row_lse(query, key) if known_lse else None
     r2g, g2r = torch.zeros(1, 1, 1, 3072), torch.zeros(1, 1, 1, 3072)
@@ -546,10 +526,10 @@ def test_memory_is_a_tile_and_not_the_matrix(
     tile = 4 * streaming.TILE_ELEMENTS
     matrix = 4 * 3072 * 3072
     vectors = 4 * 2**18  # lengths, inputs by head: nothing that grows with the product
-    assert peak_bytes(lambda: call("streaming"), tmp_path) <= tiles_held * tile + vectors
+    assert peak_bytes(lambda: call("streaming")) <= tiles_held * tile + vectors
     assert route in routes
     # the measure sees what materialising costs
-    assert peak_bytes(lambda: call("reference"), tmp_path) >= 2 * matrix > 2 * tile
+    assert peak_bytes(lambda: call("reference")) >= 2 * matrix > 2 * tile
 
 
 # --- the attention call ---------------------------------------------------------------------------
