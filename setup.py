@@ -37,6 +37,8 @@ setup(
         "i2am.attribution",
         "i2am.cli",
         "i2am.data",
+        "i2am.evaluation",
+        "i2am.evaluation.scores",
         "i2am.kernels",
         "i2am.kernels.fused",
         "i2am.layouts",
@@ -45,6 +47,7 @@ setup(
         "i2am.models.conversion",
         "i2am.plots",
         "i2am.training",
+        "i2am.viewer",
     ],
     package_dir={
         "i2am": "i2am",

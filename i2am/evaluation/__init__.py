@@ -1,0 +1,1 @@
+"""Evaluating a model over a data set: plan, shards, engines, scores."""

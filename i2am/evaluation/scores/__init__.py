@@ -1,0 +1,1 @@
+"""Scores of a run: attribution and image metrics, from committed shards alone."""
