@@ -13,6 +13,7 @@ from i2am.attribution.grid import (
     region_weights,
     resize,
 )
+from i2am.attribution.joint import JointMaps
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.postprocess import normalize, picture, threshold
 from i2am.attribution.presets import OFFICIAL, PAPER, Preset, get_preset
@@ -28,6 +29,7 @@ __all__ = [
     "Box",
     "Direction",
     "Grid",
+    "JointMaps",
     "LayerSums",
     "Patch",
     "Preset",

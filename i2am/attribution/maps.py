@@ -11,6 +11,7 @@ from torch import Tensor
 
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Grid, Patch
+from i2am.attribution.joint import JointMaps
 from i2am.attribution.layers import apply, check_layers, recorded, tensors, without_grid
 from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
 from i2am.attribution.presets import Preset, get_preset
@@ -43,14 +44,15 @@ class AttributionMaps:
         rows: Names along the rows axis of G2R: ``"uniform"``, then ``"mask"`` if an inpainting
             mask was given, then one name per region.
         provenance: JSON values that say where the maps come from.
+        joint: Every patch against every patch, where ``record(joint=...)`` asked for it.
 
     Attributes:
         layer_sums: The raw sums, one :class:`LayerSums` per layer.
-        votes, rows, provenance: As given.
+        votes, rows, provenance, joint: As given.
 
     Raises:
         ValueError: If `layers` is empty or repeats a layer, or the shape of a tensor contradicts
-            its site, the other layers, `votes` or `rows`.
+            its site, the other layers, `votes`, `rows` or `joint`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class AttributionMaps:
         votes: tuple[str, ...],
         rows: tuple[str, ...],
         provenance: Mapping[str, Any],
+        joint: JointMaps | None = None,
     ) -> None:
         self.layer_sums = tuple(layers)
         self.votes = tuple(votes)
@@ -68,6 +71,12 @@ class AttributionMaps:
         check_layers(self.layer_sums, self.votes, self.rows)
         any_sums = next(iter(tensors(self.layer_sums[0]).values()))
         self._n_samples, self._time_groups = any_sums.shape[:2]
+        self.joint = joint
+        if joint is not None and (joint.n_samples, joint.time_groups) != any_sums.shape[:2]:
+            raise ValueError(
+                f"joint must hold {self._n_samples} samples and {self._time_groups} time groups, "
+                f"got {joint.n_samples} and {joint.time_groups}"
+            )
         self._warned = False
 
     # What there is
