@@ -1,0 +1,224 @@
+"""One shard of an evaluation: consecutive samples in one safetensors file, checksummed throughout.
+
+The layout is plain safetensors with a single metadata entry, ``i2am``, of canonical JSON. Neither
+time nor machine is in it, so equal content gives equal bytes.
+"""
+
+import io
+import zlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from i2am.evaluation.errors import StoreDamaged
+from i2am.evaluation.shard_header import DTYPES, SCHEMA, Header, canonical, read_header
+
+OK, FAILED = 0, 1
+"""Values of `Shard.status`."""
+
+SAMPLE = "sample"
+"""Stands where a score's name would be in the reason why a whole sample failed."""
+
+_ALWAYS = ("index", "status", "scores")
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Reason(NamedTuple):
+    """Why a sample failed or a score is undefined."""
+
+    code: str
+    """For counting, such as ``nonfinite_map``."""
+    message: str
+    """One sentence."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """S consecutive samples of one setting, in the plan's order.
+
+    Attributes:
+        setting: ``paired`` or ``unpaired``.
+        number: Which shard of the setting, from 0.
+        fingerprint: Of the run it belongs to.
+        ids: Of its samples.
+        score_names: K names.
+        index: Positions in the setting's list of pairs, int64 ``[S]``.
+        status: `OK` or `FAILED`, uint8 ``[S]``.
+        scores: float64 ``[S, K]``, NaN where undefined or failed.
+        maps: float16 or float32 ``[S, time groups, heads, height, width]``, each divided by its
+            largest value, zeros where failed; and under ``<name>_scale`` that value, float32
+            ``[S, time groups, heads]``. Empty if maps are not kept, or were not read.
+        reasons: By id and score name, why a score is NaN; by id and `SAMPLE`, why a sample failed.
+        batches: The partition in which the samples were computed.
+        images: CRC-32 of the bytes of each sample's PNG, by id.
+
+    Raises:
+        ValueError: If these do not fit together.
+    """
+
+    setting: str
+    number: int
+    fingerprint: str
+    ids: tuple[str, ...]
+    score_names: tuple[str, ...]
+    index: Tensor
+    status: Tensor
+    scores: Tensor
+    maps: Mapping[str, Tensor]
+    reasons: Mapping[str, Mapping[str, Reason]]
+    batches: tuple[tuple[int, ...], ...]
+    images: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        samples = len(self.ids)
+        if not samples or len(set(self.ids)) < samples:
+            raise ValueError(f"ids must be at least one and distinct, got {list(self.ids)}")
+        _require("index", self.index, torch.int64, [samples])
+        _require("status", self.status, torch.uint8, [samples])
+        _require("scores", self.scores, torch.float64, [samples, len(self.score_names)])
+        for name, tensor in self.maps.items():
+            if name in _ALWAYS:
+                raise ValueError(f"maps must not be named like another tensor, got {name}")
+            if name.endswith("_scale"):
+                owner = self.maps.get(name.removesuffix("_scale"))
+                shape = [samples, *tensor.shape[1:]] if owner is None else [*owner.shape[:3]]
+                _require(f"map {name}", tensor, torch.float32, shape)
+            elif tensor.ndim != 5 or len(tensor) != samples or not _is_map(tensor):
+                raise ValueError(
+                    f"map {name} must be float16 or float32 [{samples}, time groups, heads, "
+                    f"height, width], got {tensor.dtype} {list(tensor.shape)}"
+                )
+        for name, known in (("reasons", self.reasons), ("images", self.images)):
+            if unknown := sorted(known.keys() - set(self.ids)):
+                raise ValueError(f"{name} must be of samples of the shard, got {unknown[0]}")
+        self._require_reasons()
+
+    def to_bytes(self) -> bytes:
+        """The whole file; equal content gives equal bytes.
+
+        Raises:
+            ValueError: If a name is not one that JSON can hold.
+        """
+        from safetensors.torch import save
+
+        tensors = {
+            # a copy, because tensors of a safetensors file must not share memory
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in self._tensors().items()
+        }
+        document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "fingerprint": self.fingerprint,
+            "setting": self.setting,
+            "number": self.number,
+            "ids": self.ids,
+            "score_names": self.score_names,
+            "reasons": {
+                id: {name: reason._asdict() for name, reason in of.items()}
+                for id, of in self.reasons.items()
+                if of
+            },
+            "batches": self.batches,
+            "images": dict(self.images),
+            "tensors": {name: _summary(tensor) for name, tensor in tensors.items()},
+        }
+        document["checksum"] = zlib.crc32(canonical(document))
+        return save(tensors, metadata={"i2am": canonical(document).decode()})
+
+    @classmethod
+    def from_bytes(
+        cls, data: bytes, *, tensors: Collection[str] | None = None, check: bool = True
+    ) -> Self:
+        """Reads what `to_bytes` wrote.
+
+        Args:
+            data: The whole file.
+            tensors: Names of the maps to read; None reads all.
+            check: Whether to compare the tensors read with their checksums. The description is
+                always compared with its own.
+
+        Raises:
+            StoreDamaged: If the bytes are truncated, altered, or not a shard.
+            StoreConflict: If they were written by a newer i2am.
+            ValueError: If a name of `tensors` is not in the shard.
+        """
+        file = io.BytesIO(data)
+        return cls.read(file, read_header(file), tensors=tensors, check=check)
+
+    @classmethod
+    def read(
+        cls,
+        file: BinaryIO,
+        header: Header,
+        *,
+        tensors: Collection[str] | None = None,
+        check: bool = True,
+    ) -> Self:
+        """As `from_bytes`, of a file whose header was read, reading no more than is asked for.
+
+        Raises:
+            OSError: If the file cannot be read; the rest as `from_bytes`.
+        """
+        document = header.document
+        stored = document["tensors"].keys() - {*_ALWAYS}
+        wanted = stored if tensors is None else set(tensors)
+        if unknown := sorted(wanted - stored):
+            raise ValueError(f"tensors must be of {sorted(stored)}, got {unknown[0]}")
+        load = partial(header.load, file, check=check)
+        try:
+            return cls(
+                setting=document["setting"],
+                number=document["number"],
+                fingerprint=document["fingerprint"],
+                ids=tuple(document["ids"]),
+                score_names=tuple(document["score_names"]),
+                index=load("index"),
+                status=load("status"),
+                scores=load("scores"),
+                maps={name: load(name) for name in sorted(wanted)},
+                reasons={
+                    id: {name: Reason(**reason) for name, reason in of.items()}
+                    for id, of in document["reasons"].items()
+                },
+                batches=tuple(map(tuple, document["batches"])),
+                images=document["images"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreDamaged(f"{header.name} is damaged: {error}") from error
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"index": self.index, "status": self.status, "scores": self.scores, **self.maps}
+
+    def _require_reasons(self) -> None:
+        undefined = self.scores.isnan().tolist()
+        for id, status, row in zip(self.ids, self.status.tolist(), undefined, strict=True):
+            reasons = self.reasons.get(id, {})
+            if status not in (OK, FAILED) or (status == FAILED) != (SAMPLE in reasons):
+                raise ValueError(
+                    f"status must be {FAILED} with a reason {SAMPLE!r}, or {OK} without one, "
+                    f"got {status} and {dict(reasons)} for {id}"
+                )
+            for name, is_undefined in zip(self.score_names, row, strict=True):
+                if is_undefined and not reasons.keys() & {SAMPLE, name}:
+                    raise ValueError(f"score {name} of {id} is NaN, which needs a reason")
+
+
+def _summary(tensor: Tensor) -> dict[str, Any]:
+    return {
+        "crc32": zlib.crc32(tensor.flatten().numpy().data),
+        "dtype": _CODES[tensor.dtype],
+        "shape": list(tensor.shape),
+    }
+
+
+def _is_map(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.float32)
+
+
+def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    if tensor.dtype != dtype or [*tensor.shape] != shape:
+        raise ValueError(f"{name} must be {dtype} {shape}, got {tensor.dtype} {list(tensor.shape)}")
