@@ -1,26 +1,25 @@
 """What ``i2am record`` calls a pipeline with: its inputs, its size, its sampler."""
 
 from dataclasses import replace
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
 
 from i2am.cli.errors import InputRejected
-from i2am.cli.settings import Inputs, Settings
+from i2am.cli.settings import FILES, Inputs, Settings
 from i2am.layouts.token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from i2am.models.base import ReferencePipeline
 
-# the field of Settings and Inputs, the pipeline's argument, and what it is
-_OPTIONAL = (
-    ("pose", "pose_image", "pose"),
-    ("agnostic", "agnostic_image", "agnostic image"),
-    ("warped", "warped_image", "warped garment"),
-    ("warped_mask", "warped_mask_image", "mask of a warped garment"),
-)
+# fields of Settings and Inputs that not every pipeline takes, and what they are
+_OPTIONAL = {
+    "pose": "pose",
+    "agnostic": "agnostic image",
+    "warped": "warped garment",
+    "warped_mask": "mask of a warped garment",
+}
 
 
 def check_model(pipe: "ReferencePipeline", settings: Settings) -> None:
@@ -29,13 +28,12 @@ def check_model(pipe: "ReferencePipeline", settings: Settings) -> None:
     Raises:
         InputRejected: There is one.
     """
-    takes = signature(type(pipe).__call__).parameters
-    for name, argument, what in _OPTIONAL:
+    for name, what in _OPTIONAL.items():
         option = f"--{name.replace('_', '-')}"
         given = getattr(settings, name) is not None
-        if given and argument not in takes:
+        if given and not pipe.takes(name):
             raise InputRejected(f"model {settings.model} takes no {what}, leave {option} out")
-        if not given and argument in pipe.needs:
+        if not given and pipe.requires(name):
             raise InputRejected(
                 f"model {settings.model} needs a {what}, give {option}"
                 + ("; no model of i2am makes one" if name.startswith("warped") else "")
@@ -50,12 +48,7 @@ def complete(pipe: "ReferencePipeline", settings: Settings) -> Settings:
     Raises:
         InputRejected: The numbers do not go together.
     """
-    defaults = {
-        name: parameter.default
-        for name, parameter in signature(type(pipe).__call__).parameters.items()
-    }
-    if settings.sampler is not None:
-        defaults |= pipe.use_sampler(settings.sampler)
+    defaults = pipe.sampling_defaults(settings.sampler)
     steps, guidance = settings.steps, settings.guidance
     try:
         return replace(
@@ -96,11 +89,8 @@ def call(
         InputRejected: The pipeline cannot make that size.
     """
     generated_size(pipe, settings, inputs)
-    takes = signature(type(pipe).__call__).parameters
+    images = {name: getattr(inputs, name) for name in FILES}
     arguments: dict[str, Any] = {
-        "image": inputs.person,
-        "mask_image": inputs.mask,
-        "reference_image": inputs.reference,
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
         "generator": torch.Generator().manual_seed(settings.seed),
@@ -109,12 +99,6 @@ def call(
         arguments["height"], arguments["width"] = settings.size
     if settings.paste_back is not None:
         arguments["paste_back"] = settings.paste_back
-    for name, argument, _ in _OPTIONAL:
-        if getattr(inputs, name) is not None:
-            arguments[argument] = getattr(inputs, name)
-    if inputs.reference_mask is not None and "reference_mask_image" in takes:
-        arguments["reference_mask_image"] = inputs.reference_mask
     arguments |= changes
-    if inputs.agnostic and pipe.agnostic_replaces_person and not arguments.get("paste_back"):
-        del arguments["image"], arguments["mask_image"]
-    return pipe(**arguments).images
+    paste_back = bool(arguments.get("paste_back"))
+    return pipe(**pipe.image_arguments(images, paste_back=paste_back), **arguments).images

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -20,6 +21,18 @@ from i2am.models.sampling import HALVES, Sampling
 
 if TYPE_CHECKING:
     from i2am.layouts import TokenLayout
+
+IMAGES = {
+    "person": "image",
+    "mask": "mask_image",
+    "reference": "reference_image",
+    "pose": "pose_image",
+    "agnostic": "agnostic_image",
+    "warped": "warped_image",
+    "warped_mask": "warped_mask_image",
+    "reference_mask": "reference_mask_image",
+}
+"""What an image shows, and the argument of a call that takes it, in the pipelines that do."""
 
 
 class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
@@ -136,6 +149,54 @@ class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
         sampler = self.samplers[name]
         self.register_modules(scheduler=sampler.build(self.scheduler))
         return sampler.arguments()
+
+    def sampling_defaults(self, sampler: str | None = None) -> dict[str, Any]:
+        """Steps and guidance of a call that asks for none, after setting a named sampler if any.
+
+        Args:
+            sampler: As for `use_sampler`; None keeps the scheduler and the call's own defaults.
+
+        Returns:
+            ``num_inference_steps``, ``guidance_scale`` and ``eta``.
+
+        Raises:
+            ValueError: There is no setting of that name.
+        """
+        if sampler is not None:
+            return self.use_sampler(sampler)
+        parameters = signature(type(self).__call__).parameters
+        names = ("num_inference_steps", "guidance_scale", "eta")
+        return {name: parameters[name].default for name in names if name in parameters}
+
+    @classmethod
+    def takes(cls, image: str) -> bool:
+        """Whether a call has an argument for an image, named as in `IMAGES`."""
+        return IMAGES[image] in signature(cls.__call__).parameters
+
+    @classmethod
+    def requires(cls, image: str) -> bool:
+        """Whether a call cannot do without an image, named as in `IMAGES`."""
+        return IMAGES[image] in cls.needs
+
+    def image_arguments(
+        self, images: Mapping[str, Any], *, paste_back: bool = False
+    ) -> dict[str, Any]:
+        """The arguments of a call that images are, without those that it does not take.
+
+        Args:
+            images: Images, batches or lists of them, named as in `IMAGES`; None counts as missing.
+            paste_back: Whether the person's pixels outside the mask are to stay; then a pipeline
+                that paints on a ready agnostic image is given the person and the mask as well.
+        """
+        given = {
+            IMAGES[name]: image
+            for name, image in images.items()
+            if image is not None and self.takes(name)
+        }
+        if self.agnostic_replaces_person and "agnostic_image" in given and not paste_back:
+            for name in ("image", "mask_image"):
+                given.pop(name, None)
+        return given
 
     def attribution_layout(self) -> "TokenLayout":
         """Where the reference tokens stand in the recorded layers, and the order of guidance."""
