@@ -20,7 +20,22 @@ _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits in one channe
 
 
 class ImageRejected(ValueError):
-    """A file that is no usable image or mask. The message is one sentence naming the file."""
+    """A file that is no usable image or mask. The message is one sentence naming the file.
+
+    Attributes:
+        code: ``missing``, ``unidentified_image`` (no image of `FORMATS`, also a folder or a pipe),
+            ``truncated``, ``damaged``, ``too_large``, ``deep`` (more than 8 bits per channel),
+            ``size`` (not that of its image), ``aspect`` (another shape than asked for),
+            ``empty_mask`` (all black) or ``full_mask`` (all white).
+    """
+
+    def __init__(self, message: str, code: str = "damaged") -> None:
+        # both, so that a copy from another process has the code
+        super().__init__(message, code)
+        self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def read_bytes(path: str | Path, *, name: str = "image") -> bytes:
@@ -35,15 +50,18 @@ def read_bytes(path: str | Path, *, name: str = "image") -> bytes:
     """
     path = Path(path)
     if not path.exists():
-        raise ImageRejected(f"{name} {path} does not exist")
+        raise ImageRejected(f"{name} {path} does not exist", "missing")
     if path.is_dir():
-        raise ImageRejected(f"{name} {path} is a folder, not an image file")
+        raise ImageRejected(f"{name} {path} is a folder, not an image file", "unidentified_image")
     if not path.is_file():
-        raise ImageRejected(f"{name} {path} must be a regular file, it is a pipe or a device")
+        raise ImageRejected(
+            f"{name} {path} must be a regular file, it is a pipe or a device", "unidentified_image"
+        )
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ImageRejected(
-            f"{name} {path} must have at most {MAX_BYTES // 2**20} MiB, it has {size} bytes"
+            f"{name} {path} must have at most {MAX_BYTES // 2**20} MiB, it has {size} bytes",
+            "too_large",
         )
     return path.read_bytes()
 
@@ -72,6 +90,7 @@ def read_mask(
     name: str = "mask",
     size: tuple[int, int] | None = None,
     content: bytes | None = None,
+    allow_uniform: bool = False,
 ) -> "Image":
     """Read a mask file: pixels of half brightness and more become 255, the others 0.
 
@@ -82,25 +101,27 @@ def read_mask(
         name: What the caller calls this input; it begins the error message.
         size: ``(width, height)`` that the mask must have; None takes any.
         content: As for `read_image`.
+        allow_uniform: Whether a mask may be all black or all white.
 
     Returns:
-        A PIL image of mode L that holds both 0 and 255, and nothing else.
+        A PIL image of mode L that holds 0 and 255, both unless `allow_uniform`, and nothing else.
 
     Raises:
         ImageRejected: As for `read_image`; or the size differs; or the mask is all black or all
-            white.
+            white and that is not allowed.
     """
     mask = _over(_load(Path(path), name, content), background="black").convert("L")
     if size is not None and mask.size != size:
         raise ImageRejected(
-            f"{name} {path} must be {_pixels(size)} like its image, got {_pixels(mask.size)}"
+            f"{name} {path} must be {_pixels(size)} like its image, got {_pixels(mask.size)}",
+            "size",
         )
     mask = mask.point([0] * 128 + [255] * 128)
     low, high = mask.getextrema()
-    if low == high:
-        colour = "white" if low else "black"
+    if low == high and not allow_uniform:
+        colour, code = ("white", "full_mask") if low else ("black", "empty_mask")
         raise ImageRejected(
-            f"{name} {path} must have black and white pixels, all of it is {colour}"
+            f"{name} {path} must have black and white pixels, all of it is {colour}", code
         )
     return mask
 
@@ -119,11 +140,13 @@ def _load(path: Path, name: str, content: bytes | None) -> "Image":
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageRejected(
                         f"{name} {path} must have at most {MAX_PIXELS // 10**6} megapixels, "
-                        f"its header says {_pixels(image.size)}"
+                        f"its header says {_pixels(image.size)}",
+                        "too_large",
                     )
                 if image.mode.startswith(_DEEP_MODES):
                     raise ImageRejected(
-                        f"{name} {path} must have 8 bits per channel, it is of mode {image.mode}"
+                        f"{name} {path} must have 8 bits per channel, it is of mode {image.mode}",
+                        "deep",
                     )
                 image.load()
                 return ImageOps.exif_transpose(image)
@@ -131,16 +154,19 @@ def _load(path: Path, name: str, content: bytes | None) -> "Image":
         raise
     except bomb as error:
         raise ImageRejected(
-            f"{name} {path} must have at most {MAX_PIXELS // 10**6} megapixels, it has far more"
+            f"{name} {path} must have at most {MAX_PIXELS // 10**6} megapixels, it has far more",
+            "too_large",
         ) from error
     except Image.UnidentifiedImageError as error:
         raise ImageRejected(
-            f"{name} {path} is not an image that can be read: {', '.join(FORMATS)}"
+            f"{name} {path} is not an image that can be read: {', '.join(FORMATS)}",
+            "unidentified_image",
         ) from error
     except Exception as error:
         # decoders raise what they like on damaged data: bare OSError, SyntaxError, struct.error
         reason = str(error).strip().rstrip(".") or type(error).__name__
-        raise ImageRejected(f"{name} {path} is damaged: {reason}") from error
+        code = "truncated" if "truncated" in reason else "damaged"
+        raise ImageRejected(f"{name} {path} is damaged: {reason}", code) from error
 
 
 def _over(image: "Image", *, background: str) -> "Image":

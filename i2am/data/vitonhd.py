@@ -1,25 +1,21 @@
 """Reading a data set in the layout of VITON-HD: people, their garments, and what goes with them."""
 
-from collections.abc import Iterator
+import json
+from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from i2am.data.images import ImageRejected, read_image
+from i2am.data.images import ImageRejected, read_image, read_mask
+from i2am.data.vitonhd_files import KINDS, Files
+from i2am.data.vitonhd_pairs import DataRejected, Pair, Problem, Setting, read_pairs
 
-Pairs = Literal["paired", "unpaired"]
+__all__ = ["DataRejected", "Pair", "Problem", "VitonHD"]
 
-
-_MASKS = ("mask", "garment_mask", "garment_region", "warped_mask")
-
-
-class _Pair(NamedTuple):
-    person: str  # stems of file names
-    garment: str
-    place: str  # where it was read, for errors
+ASPECT_TOLERANCE = 0.01
 
 
 class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -38,7 +34,12 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
       ``cloth-warp-mask``, for unpaired garments ``unpaired-cloth-warp`` and
       ``unpaired-cloth-warp-mask``, all under the person's name.
 
-    Pictures are resized bilinearly with a filter as wide as the reduction.
+    Pictures are resized bilinearly with a filter as wide as the reduction. A mask may be all black
+    or all white: such a pair can still be generated, but no score that weighs inside against
+    outside is defined on it.
+
+    All pairs and the names of all their files are checked here, before anything else starts; what
+    is in a file shows when it is read.
 
     Args:
         folder: The root, with ``train_pairs.txt`` and ``test_pairs.txt``.
@@ -47,12 +48,23 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
         pairs: ``"paired"`` takes each person's own garment, whatever the second column says;
             ``"unpaired"`` takes the garment of the second column.
         warps: Whether items hold the warped garment, as DCI-VTON needs it.
+        missing: ``"raise"`` refuses a data set that lacks files; ``"keep"`` keeps pairs without
+            all of their files, and refuses them when they are read. At least one must have all.
+        stretch: Whether pictures of another shape are squeezed into `size`. Else one whose
+            width over height is more than 1 % off is refused when it is read.
+
+    Attributes:
+        pairs: The pairs in the order of the list.
+        setting: The argument `pairs`.
+        size: Height and width of everything in an item.
+        names: What `path` gives the file of.
+        problems: The files that are missing, for ``missing="keep"``.
 
     Raises:
-        ValueError: If split, size or pairs is none of these, a line of the pairs is not two file
-            names, or there is no line.
-        FileNotFoundError: If the list of pairs, a file that one of its lines needs or a folder of
-            warped garments is missing.
+        ValueError: If split, size, pairs or missing is none of these.
+        DataRejected: If lines of the list are wrong or repeat others, there is none, files or
+            folders are missing, or a file is a link that leaves the data set. It has all problems.
+        FileNotFoundError: If there is no list of pairs.
     """
 
     def __init__(
@@ -61,33 +73,39 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
         split: str = "train",
         size: tuple[int, int] = (512, 384),
         *,
-        pairs: Pairs = "paired",
+        pairs: Setting = "paired",
         warps: bool = False,
+        missing: Literal["raise", "keep"] = "raise",
+        stretch: bool = False,
     ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split must be train or test, got {split!r}")
-        if pairs not in get_args(Pairs):
+        if pairs not in get_args(Setting):
             raise ValueError(f"pairs must be paired or unpaired, got {pairs!r}")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size must be a height and a width of at least 1, got {size}")
-        self.size = size
-        self.pairs = list(_read_pairs(Path(folder) / f"{split}_pairs.txt", pairs))
-        self._root = root = Path(folder) / split
-        # the folder has both names: in the archive, and in the instructions of StableVITON
-        names = ("agnostic-v3.2", "agnostic")
-        self._agnostic = next((name for name in names if (root / name).is_dir()), names[0])
-        self._has_pose = (root / "image-densepose").is_dir()
-        self._has_region = pairs == "paired" and (root / "gt_cloth_warped_mask").is_dir()
-        self._warps = None
+        if missing not in ("raise", "keep"):
+            raise ValueError(f"missing must be raise or keep, got {missing!r}")
+        self.size, self.setting, self.split, self.stretch = size, pairs, split, stretch
+        root = Path(folder)
+        self._list = f"{split}_pairs.txt"
+        found, problems = read_pairs(root / self._list, pairs)
+        self.pairs: tuple[Pair, ...] = tuple(found)
+        names = ["image", "garment", "agnostic", "mask", "garment_mask"]
+        if (root / split / "image-densepose").is_dir():
+            names.append("pose")
+        if pairs == "paired" and (root / split / "gt_cloth_warped_mask").is_dir():
+            names.append("garment_region")
         if warps:
-            self._warps = "cloth-warp" if pairs == "paired" else "unpaired-cloth-warp"
-            for folder in (root / self._warps, root / f"{self._warps}-mask"):
-                if not folder.is_dir():
-                    raise FileNotFoundError(
-                        f"{folder} is missing: garments are warped by a network such as PF-AFN, "
-                        "which is not part of i2am"
-                    )
-        self._check_files()
+            names += ["warped", "warped_mask"]
+        self.names = tuple(names)
+        prefix = "" if pairs == "paired" else "unpaired-"
+        self._files = Files(root, split, names, prefix=prefix)
+        absent = self._files.find(self.pairs, self._list)
+        problems = sorted([*problems, *absent], key=lambda problem: problem.line or 0)
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        if problems and not (missing == "keep" and self._some_are_whole()):
+            raise DataRejected(problems)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -100,80 +118,104 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
 
         Raises:
             IndexError: If there is no such pair.
-            ImageRejected: If a file is no readable image; the message has the line of the pair.
+            ImageRejected: If a file is missing, no readable image or of another shape; its code
+                says which, its message has the line of the pair.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
-        pair = self.pairs[index]
-        item = {}
-        for name, path in self._files(pair).items():
-            try:
-                is_mask = name in _MASKS
-                item[name] = _read(path, name, self.size, is_mask=is_mask)
-            except ImageRejected as error:
-                raise ImageRejected(f"{error} ({pair.place})") from error
+        item = {name: self.read(name, index) for name in self.names}
         item.setdefault("pose", torch.zeros(3, *self.size))
         return item
 
-    def _files(self, pair: _Pair) -> dict[str, Path]:
-        person, garment = f"{pair.person}.jpg", f"{pair.garment}.jpg"
-        files = {
-            "image": self._root / "image" / person,
-            "garment": self._root / "cloth" / garment,
-            "agnostic": self._root / self._agnostic / person,
-            "mask": self._root / "agnostic-mask" / f"{pair.person}_mask.png",
-            "garment_mask": self._root / "cloth-mask" / garment,
-        }
-        if self._has_pose:
-            files["pose"] = self._root / "image-densepose" / person
-        if self._has_region:
-            files["garment_region"] = self._root / "gt_cloth_warped_mask" / person
-        if self._warps is not None:
-            files["warped"] = self._root / self._warps / person
-            files["warped_mask"] = self._root / f"{self._warps}-mask" / person
-        return files
+    def read(self, name: str, index: int) -> Tensor:
+        """One entry of an item, alone: ``[3, height, width]``, of a mask ``[height, width]``.
 
-    def _check_files(self) -> None:
-        # now, not hours into a training; one listing of each folder instead of a call for each file
-        there: dict[Path, set[str]] = {}
+        Args:
+            name: One of `names`.
+            index: As for an item.
+
+        Raises:
+            ValueError: If the data set has no such file.
+            IndexError: If there is no such pair.
+            ImageRejected: As for an item.
+        """
+        path = self.path(name, index)
+        try:
+            return _read(path, name, self.size, stretch=self.stretch)
+        except ImageRejected as error:
+            place = f"line {self.pairs[index].line} of {self._list}"
+            raise ImageRejected(f"{error} ({place})", error.code) from error
+
+    def path(self, name: str, index: int) -> Path:
+        """The file of a pair; for a missing one the name it would have in VITON-HD.
+
+        Args:
+            name: One of `names`, for example ``"image"`` or ``"garment_mask"``.
+            index: As for an item.
+
+        Raises:
+            ValueError: If the data set has no such files.
+            IndexError: If there is no such pair.
+        """
+        if name not in self.names:
+            raise ValueError(f"name must be one of {', '.join(self.names)}, got {name!r}")
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
+        return self._files.path(name, self.pairs[index])
+
+    def digest(self, *, contents: bool = False) -> str:
+        """SHA-256 of the ordered pairs and their files, wherever the data set is.
+
+        Args:
+            contents: Whether bytes of files count; else their names and sizes do.
+
+        Returns:
+            Hexadecimal digits. A missing file has its own mark, names of folders do not count.
+
+        Raises:
+            OSError: If a file cannot be read.
+        """
+        marks: dict[Path, int | str | None] = {}
+        total = sha256(json.dumps([self.split, self.setting, self.names]).encode())
         for pair in self.pairs:
-            for path in self._files(pair).values():
-                folder = path.parent
-                if folder not in there:
-                    listed = folder.iterdir() if folder.is_dir() else ()
-                    there[folder] = {file.name for file in listed}
-                if path.name not in there[folder]:
-                    raise FileNotFoundError(f"{path} is missing, {pair.place} needs it")
+            row: list[object] = [pair.id, pair.person, pair.garment]
+            for name in self.names:
+                path = self._files.path(name, pair)
+                if path not in marks:
+                    marks[path] = _mark(path, contents=contents)
+                row += [path.name, marks[path]]
+            total.update(json.dumps(row).encode())
+        return total.hexdigest()
+
+    def _some_are_whole(self) -> bool:
+        """Whether files are all that is missing, and there are pairs that lack none."""
+        only_files = all(problem.code == "missing" and problem.line for problem in self.problems)
+        return only_files and len({problem.line for problem in self.problems}) < len(self)
 
 
-def _read_pairs(path: Path, pairs: Pairs) -> Iterator[_Pair]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: a VITON-HD folder lists its pairs there")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"{path} must list at least one pair, it is empty")
-    for number, line in enumerate(lines, start=1):
-        names = line.split()
-        if not names:
-            continue
-        # a name with a folder in it could leave the data set
-        if len(names) != 2 or any(Path(name).name != name or "\\" in name for name in names):
-            raise ValueError(
-                f"line {number} of {path} must be two file names, a person's and a garment's, "
-                f"got {line!r}"
-            )
-        person, garment = (Path(name).stem for name in names)
-        own = pairs == "paired"
-        yield _Pair(person, person if own else garment, f"line {number} of {path.name}")
+def _mark(path: Path, *, contents: bool) -> int | str | None:
+    try:
+        if contents and path.is_file():
+            with path.open("rb") as file:
+                return file_digest(file, "sha256").hexdigest()
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
-def _read(path: Path, name: str, size: tuple[int, int], *, is_mask: bool) -> Tensor:
+def _read(path: Path, name: str, size: tuple[int, int], *, stretch: bool) -> Tensor:
     from PIL.Image import Resampling
 
-    image = read_image(path, name=name)
+    is_mask = KINDS[name].is_mask
     if is_mask:
-        image = image.convert("L").point([0] * 128 + [255] * 128)
+        image = read_mask(path, name=name, allow_uniform=True)
+    else:
+        image = read_image(path, name=name)
     height, width = size
+    if not stretch and abs(image.width * height / (image.height * width) - 1) > ASPECT_TOLERANCE:
+        raise ImageRejected(
+            f"{name} {path} must have the shape of {width} x {height} pixels to within "
+            f"{ASPECT_TOLERANCE:.0%}, it has {image.width} x {image.height}",
+            "aspect",
+        )
     image = image.resize((width, height), Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(image)).float() / 255
     return pixels if is_mask else pixels.permute(2, 0, 1).contiguous()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from i2am.data import VitonHD, render, write_viton_hd
 from i2am.data.images import ImageRejected
+from i2am.data.vitonhd import DataRejected
 
 SIZE = (128, 96)
 MASKS = ("mask", "garment_mask", "garment_region")
@@ -79,25 +80,25 @@ def test_warped_garments_are_those_of_the_pairs(written, pairs):
 def test_a_missing_folder_of_warped_garments_says_what_makes_them(root, name):
     shutil.rmtree(root / "train" / name)
     VitonHD(root, size=SIZE)
-    with pytest.raises(FileNotFoundError, match=rf"{name} is missing: garments are warped by a"):
+    with pytest.raises(DataRejected, match=rf"{name} is missing: garments are warped by a"):
         VitonHD(root, size=SIZE, warps=True)
-    with pytest.raises(FileNotFoundError, match=r"unpaired-cloth-warp is missing"):
+    with pytest.raises(DataRejected, match=r"unpaired-cloth-warp is missing"):
         VitonHD(root, size=SIZE, pairs="unpaired", warps=True)
 
 
 def test_a_missing_warped_garment_is_named_with_its_line(root):
     (root / "train/cloth-warp/00001_00.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"cloth-warp/00001_00\.jpg is missing, line 2 of"):
+    with pytest.raises(DataRejected, match=r"cloth-warp/00001_00\.jpg is missing, line 2 of"):
         VitonHD(root, size=SIZE, warps=True)
 
 
 def test_size_is_height_and_width(written):
-    item = VitonHD(written, "train", (64, 40))[1]
-    assert item["image"].shape == item["garment"].shape == (3, 64, 40)
-    assert item["mask"].shape == (64, 40)
+    item = VitonHD(written, "train", (64, 48))[1]
+    assert item["image"].shape == item["garment"].shape == (3, 64, 48)
+    assert item["mask"].shape == (64, 48)
     whole = render([1]).image[0]
     expected = torch.nn.functional.interpolate(
-        whole[None], (64, 40), mode="bilinear", antialias=True, align_corners=False
+        whole[None], (64, 48), mode="bilinear", antialias=True, align_corners=False
     )[0]
     assert (item["image"] - expected).abs().mean() < 0.02
     assert VitonHD(written)[0]["pose"].shape == (3, 512, 384)
@@ -133,7 +134,7 @@ def test_without_densepose_the_pose_is_black(root):
 
 def test_blank_lines_are_skipped_and_numbers_count_them(root):
     (root / "train_pairs.txt").write_text("\n00001_00.jpg x.jpg\n\n00009_00.jpg x.jpg\n")
-    with pytest.raises(FileNotFoundError, match=r"00009_00\.jpg is missing, line 4 of train_pa"):
+    with pytest.raises(DataRejected, match=r"00009_00\.jpg is missing, line 4 of train_pa"):
         VitonHD(root, size=SIZE)
 
 
@@ -152,14 +153,14 @@ def test_blank_lines_are_skipped_and_numbers_count_them(root):
 def test_a_missing_file_is_named_with_its_line(root, name):
     path = root / "train" / name
     path.unlink()
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(DataRejected) as error:
         VitonHD(root, size=SIZE)
     assert str(error.value) == f"{path} is missing, line 2 of train_pairs.txt needs it"
 
 
 def test_a_missing_folder_is_a_missing_file(root):
     shutil.rmtree(root / "train/agnostic-mask")
-    with pytest.raises(FileNotFoundError, match=r"00000_00_mask\.png is missing, line 1 of train"):
+    with pytest.raises(DataRejected, match=r"train/agnostic-mask is missing: older downloads"):
         VitonHD(root, size=SIZE)
 
 
@@ -176,7 +177,9 @@ def test_a_damaged_file_is_named_with_its_line(root):
 )
 def test_a_line_that_is_no_pair(root, line):
     (root / "test_pairs.txt").write_text(f"00000_00.jpg 00001_00.jpg\n{line}\n")
-    with pytest.raises(ValueError, match=r"line 2 of .*test_pairs\.txt must be two file names"):
+    with pytest.raises(
+        ValueError, match=r"line 2 of .*test_pairs\.txt must be two (bare )?file names"
+    ):
         VitonHD(root, "test", SIZE)
 
 
