@@ -114,11 +114,12 @@ class Store:
         """Numbers of the shards that are there and that `check_headers` did not find damaged."""
         return self._found(setting) - self._damaged[setting].keys()
 
-    def check_headers(self) -> list[str]:
+    def check_headers(self) -> dict[str, dict[int, str]]:
         """Reads the description of every committed shard, not its tensors.
 
         Returns:
-            One sentence for each that is truncated or damaged; `committed` leaves these out then.
+            One sentence for each that is truncated or damaged, by setting and number. `committed`
+            leaves these out from now on.
 
         Raises:
             StoreConflict: If a shard belongs to another run, or a newer i2am wrote it.
@@ -133,7 +134,7 @@ class Store:
                         self._check_owner(setting, number, read_header(file, path))
                 except StoreDamaged as error:
                     self._damaged[setting][number] = str(error)
-        return [problem for found in self._damaged.values() for problem in found.values()]
+        return {setting: dict(found) for setting, found in self._damaged.items()}
 
     def commit(self, shard: Shard, images: Mapping[str, bytes]) -> None:
         """Writes a shard's images, then the shard; returns when both are on disk to stay.

@@ -1,0 +1,74 @@
+"""``i2am status``: how far a run is."""
+
+import json
+import logging
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from i2am.cli.errors import ExitCode
+from i2am.cli.runs import open_run
+
+if TYPE_CHECKING:
+    from i2am.evaluation.summary import Summary
+
+_LISTED = 20
+"""Failed samples in the text; JSON has all."""
+
+
+@click.command(short_help="Say how far an evaluation is.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+def status(run: Path, as_json: bool, verbose: bool) -> int:
+    """Say what is committed in the folder RUN of i2am evaluate, what failed and what is missing.
+
+    The run may go on at the same time; nothing in it is changed.
+
+    Exit codes: 0 every sample is there, 1 unexpected, 2 usage, 3 some are missing or failed,
+    5 not a run or damaged, 74 disk fault, 130 interrupted, 143 terminated.
+    """
+    if verbose:
+        logging.getLogger("i2am").setLevel(logging.DEBUG)
+    from i2am.evaluation.summary import summarize
+
+    with open_run(run) as store:
+        summaries = summarize(store)
+        fingerprint = store.plan["fingerprint"]
+    complete = all(summary.complete for summary in summaries.values())
+    if as_json:
+        result = {
+            "run": str(run),
+            "fingerprint": fingerprint,
+            "complete": complete,
+            "settings": {setting: summary.as_dict() for setting, summary in summaries.items()},
+        }
+        click.echo(json.dumps(result, allow_nan=False))
+    else:
+        for setting, summary in summaries.items():
+            click.echo("\n".join(_lines(setting, summary)))
+    return ExitCode.DONE if complete else ExitCode.INCOMPLETE
+
+
+def _lines(setting: str, summary: "Summary") -> list[str]:
+    present = summary.shards - sum(last - first + 1 for first, last in summary.missing)
+    lines = [
+        f"{setting}: {summary.committed} of {summary.samples} samples committed, "
+        f"in {present} of {summary.shards} shards; {len(summary.failed)} failed"
+    ]
+    if summary.missing:
+        some = [
+            f"{first}-{last}" if first < last else f"{first}" for first, last in summary.missing
+        ]
+        lines.append(f"  missing shards: {', '.join(some)}")
+    lines += [f"  {problem}" for problem in summary.damaged]
+    for id, reason in islice(summary.failed.items(), _LISTED):
+        lines.append(f"  {id} failed: {reason.message} ({reason.code})")
+    if len(summary.failed) > _LISTED:
+        lines.append(f"  {len(summary.failed) - _LISTED} more failed; --json lists all")
+    for score, codes in summary.undefined.items():
+        counts = ", ".join(f"{count} {code}" for code, count in codes.items())
+        lines.append(f"  {score} is undefined for {sum(codes.values())} samples: {counts}")
+    return lines

@@ -1,0 +1,47 @@
+"""``i2am verify``: whether a run is as it was written."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from i2am.cli.errors import ExitCode
+from i2am.cli.runs import open_run
+
+log = logging.getLogger("i2am")
+
+
+@click.command(short_help="Check every checksum of an evaluation.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+def verify(run: Path, quiet: bool, as_json: bool, verbose: bool) -> int:
+    """Compare all shards and images in the folder RUN of i2am evaluate with their checksums.
+
+    Prints one line for each problem, and changes nothing. A damaged shard, or one with a damaged
+    image, is computed again once its file is deleted.
+
+    Exit codes: 0 no problem, 1 unexpected, 2 usage, 5 problems or not a run, 74 disk fault,
+    130 interrupted, 143 terminated.
+    """
+    if verbose:
+        log.setLevel(logging.DEBUG)
+    with open_run(run) as store:
+        problems = store.verify(progress=not quiet and sys.stderr.isatty())
+        shards = sum(len(store.committed(setting)) for setting in store.settings())
+    if as_json:
+        click.echo(json.dumps({"run": str(run), "shards": shards, "problems": problems}))
+    else:
+        for problem in problems:
+            click.echo(problem)
+        if not problems:
+            click.echo(f"{run}: {shards} shards and their images are as they were written")
+    if problems:
+        log.warning(
+            "%d problems; delete the shards concerned, then i2am evaluate computes them again",
+            len(problems),
+        )
+    return ExitCode.CONFLICT if problems else ExitCode.DONE
