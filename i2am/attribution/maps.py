@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from i2am.attribution.reading import (
 )
 from i2am.attribution.summary import summary
 from i2am.attribution.sums import LayerSums
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PerAxes = str | Iterable[str]
 
@@ -317,6 +320,65 @@ class AttributionMaps:
         layers = concatenate([result.layer_sums for result in results])
         provenance = merge_provenance([result.provenance for result in results])
         return cls(layers, votes=results[0].votes, rows=results[0].rows, provenance=provenance)
+
+    # Pictures
+
+    def plot(
+        self,
+        which: str | int,
+        *,
+        generated: Any = None,
+        reference: Any = None,
+        sample: int = 0,
+        votes: Literal["uniform", "mask"] = "uniform",
+        weights: Literal["uniform", "mask"] = "uniform",
+        style: str = "default",
+        threshold: float | None = 0.4,
+        shared: bool = False,
+        preset: str | Preset = "paper",
+        heading: str | None = None,
+    ) -> "Figure":
+        """A figure of one sample; for several, and for more freedom, see :mod:`i2am.plots`.
+
+        Args:
+            which: A figure of the paper, 4 to 9, or its name: ``"time_and_head"``,
+                ``"time_groups"``, ``"heads"``, ``"reference_maps"``, ``"specific_reference"``;
+                or ``"layers"``.
+            generated: The generated image, uint8 ``[height, width, 3]``: array, tensor or PIL
+                image. Figures 4 to 7, 9 and layers need it.
+            reference: The reference image, likewise. Figures 4, 8, 9 and layers need it where the
+                maps have a reference grid.
+            sample: Which generated image.
+            votes: As for :meth:`reference_to_generated`.
+            weights: As for :meth:`generated_to_reference`.
+            style: ``"default"`` or ``"paper"``.
+            threshold: Normalized values up to this are left out; None keeps all.
+            shared: One scale for all maps of a row, so that they can be compared.
+            preset: How maps are read and drawn.
+            heading: Text above the figure.
+
+        Returns:
+            A figure made without pyplot; ``figure.savefig("heads.png")`` writes it.
+
+        Raises:
+            ValueError: If the figure is unknown or cannot be drawn of these maps, an image is
+                missing or no picture, or maps were not recorded or are not finite.
+            IndexError: If there is no such sample.
+            ImportError: If matplotlib is missing.
+        """
+        from i2am.plots.recorded import Recorded, figure
+
+        return figure(
+            which,
+            [Recorded(self.select(samples=sample), generated, reference)],
+            votes=votes,
+            weights=weights,
+            style=style,
+            threshold=threshold,
+            shared=shared,
+            preset=preset,
+            heading=heading,
+        )
 
     # Files
 

@@ -1,27 +1,22 @@
 """The picture files of one recording: which maps, over which image, under which title."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from i2am.attribution import AttributionMaps, get_preset, picture
+from i2am.attribution import AttributionMaps, picture
 from i2am.attribution.postprocess import is_constant
-from i2am.attribution.reading import layers_of
 from i2am.cli.settings import Inputs, NamedBox
 from i2am.plots import contact_sheet, overlay
-
-SIDE = 288
-"""Longer side of a picture in a sheet, in pixels."""
-
-Votes = Literal["uniform", "mask"]
+from i2am.plots.overlay import SIDE, resized
+from i2am.plots.reading import Reading, Votes
+from i2am.plots.titles import head_titles, step_titles
 
 _VOTES: dict[Votes, str] = {
     "uniform": "R2G: every reference token votes",
@@ -122,8 +117,8 @@ def _sheets(read: "_Reader", scene: Scene) -> Iterator[Sheet]:
     groups = list(read.time_groups())
     yield Sheet("time_groups", f"{heading} {_SCALE}", groups, min(10, read.maps.time_groups))
     heads = list(read.heads())
-    heading = f"Maps per head, {read.heads_of}."
-    yield Sheet("heads", f"{heading} {_SCALE}", heads, min(8, read.head_count))
+    heading = f"Maps per head, {read.reading.heads_of}."
+    yield Sheet("heads", f"{heading} {_SCALE}", heads, min(8, read.reading.head_count))
     for box in scene.boxes:
         heading = f"Where on the reference the region {box.name} looks."
         yield Sheet(f"region_{box.name}", f"{heading} {_SCALE}", list(read.region(box)), 3)
@@ -134,32 +129,15 @@ class _Reader:
 
     def __init__(self, maps: AttributionMaps, scene: Scene) -> None:
         self.maps, self.scene = maps, scene
-        self.preset = get_preset(scene.preset)
-        self.spatial = _with_reference_grid(maps)
-        counted = [layer.site for layer in layers_of(maps.layer_sums, self.preset)]
-        single = all(site.reference_tokens == 1 for site in counted)
-        self.invert = self.preset.invert_single_token and single
-        # heads of different layers are only comparable where there are equally many
-        finest = max(counted, key=lambda site: math.prod(site.generated_grid))
-        alike = [site.layer for site in counted if site.heads == finest.heads]
-        self.head_count = finest.heads
-        self.heads_of = f"averaged over {len(alike)} of {len(counted)} layers"
-        self._alike = maps.select(layers=alike)
+        self.reading = Reading(maps, scene.preset)
         # tokens without a place are in no mask
-        chosen: dict[Votes, AttributionMaps | None] = {
-            "uniform": maps,
-            "mask": self.spatial if "mask" in maps.votes else None,
-        }
-        self._r2g = {
-            votes: source.reference_to_generated(votes=votes, preset=self.preset)[0]
-            for votes, source in chosen.items()
-            if source
-        }
-        self._g2r = {
-            row: self.spatial.generated_to_reference(weights=row, preset=self.preset)[0]
-            for row in _ROWS
-            if self.spatial
-        }
+        chosen = [
+            votes
+            for votes in _VOTES
+            if votes == "uniform" or (self.reading.spatial and votes in maps.votes)
+        ]
+        self._r2g = {votes: self.reading.r2g(votes=votes)[0] for votes in chosen}
+        self._g2r = {row: self.reading.g2r(weights=row)[0] for row in _ROWS if self.reading.spatial}
 
     def r2g(self) -> Iterator[Tile]:
         """One tile per vote vector."""
@@ -176,7 +154,7 @@ class _Reader:
         generated = np.asarray(self.scene.generated.convert("RGB"))
         for votes, maps in self._r2g.items():
             name = "overlay_r2g" if votes == "uniform" else f"overlay_r2g_{votes}_votes"
-            yield name, self._over(generated, maps, invert=self.invert)
+            yield name, self._over(generated, maps, invert=self.reading.invert)
         reference = np.asarray(self.scene.inputs.reference)
         for row, maps in self._g2r.items():
             name = "overlay_g2r" if row == "uniform" else f"overlay_g2r_{row}"
@@ -184,43 +162,29 @@ class _Reader:
 
     def time_groups(self) -> Iterator[Tile]:
         """One tile per direction and time group."""
-        groups, steps = self.maps.time_groups, self.scene.steps
-        edges = [-(-group * steps // groups) for group in range(groups + 1)]
-        titles = [
-            f"step {first + 1}" if first + 1 == last else f"steps {first + 1} to {last}"
-            for first, last in pairwise(edges)
-        ]
-        yield from self._split(self.maps, self.spatial, "time", titles)
+        titles = step_titles(self.maps.time_groups, self.scene.steps)
+        yield from self._split("time", titles)
 
     def heads(self) -> Iterator[Tile]:
         """One tile per direction and head."""
-        titles = [f"head {head}" for head in range(self.head_count)]
-        yield from self._split(self._alike, _with_reference_grid(self._alike), "head", titles)
+        yield from self._split("head", head_titles(self.reading.head_count))
 
     def region(self, box: NamedBox) -> Iterator[Tile]:
         """The region on the person and the generated image, and its map on the reference."""
         yield Tile("person, region in red", self._framed(self.scene.inputs.person, box))
         yield Tile("generated, region in red", self._framed(self.scene.generated, box))
-        if self.spatial:
-            maps = self.spatial.specific_reference(box.name, preset=self.preset)
-            tile = self._on_reference("G2R: only patches in the region", maps[0])
+        if self.reading.spatial:
+            maps = self.reading.region(box.name)[0]
+            tile = self._on_reference("G2R: only patches in the region", maps)
             if box.truth is not None:
                 tile = Tile(f"{tile.title}; ring: the true place", _ringed(tile.pixels, box.truth))
             yield tile
 
-    def _split(
-        self,
-        maps: AttributionMaps,
-        spatial: AttributionMaps | None,
-        axis: str,
-        titles: list[str],
-    ) -> Iterator[Tile]:
-        r2g = maps.reference_to_generated(per=axis, preset=self.preset)[0]
-        for title, one in zip(titles, r2g, strict=True):
+    def _split(self, axis: str, titles: list[str]) -> Iterator[Tile]:
+        for title, one in zip(titles, self.reading.r2g(axis)[0], strict=True):
             yield self._on_generated(f"R2G, {title}", one)
-        if spatial:
-            g2r = spatial.generated_to_reference(per=axis, preset=self.preset)[0]
-            for title, one in zip(titles, g2r, strict=True):
+        if self.reading.spatial:
+            for title, one in zip(titles, self.reading.g2r(axis)[0], strict=True):
                 yield self._on_reference(f"G2R, {title}", one)
 
     def _framed(self, image: Image.Image, box: NamedBox) -> NDArray[np.uint8]:
@@ -235,7 +199,7 @@ class _Reader:
         return np.asarray(shown)
 
     def _on_generated(self, title: str, maps: Tensor) -> Tile:
-        return self._tile(title, maps, self.scene.generated, invert=self.invert)
+        return self._tile(title, maps, self.scene.generated, invert=self.reading.invert)
 
     def _on_reference(self, title: str, maps: Tensor) -> Tile:
         return self._tile(title, maps, self.scene.inputs.reference)
@@ -249,13 +213,8 @@ class _Reader:
         self, pixels: NDArray[np.uint8], maps: Tensor, *, invert: bool = False
     ) -> NDArray[np.uint8]:
         height, width = pixels.shape[:2]
-        values = picture(maps, (height, width), preset=self.preset, invert=invert)
+        values = picture(maps, (height, width), preset=self.reading.preset, invert=invert)
         return overlay(pixels, values.cpu().numpy())
-
-
-def _with_reference_grid(maps: AttributionMaps) -> AttributionMaps | None:
-    names = [layer.site.layer for layer in maps.layer_sums if layer.site.reference_grid]
-    return maps.select(layers=names) if names else None
 
 
 def _ringed(pixels: NDArray[np.uint8], place: tuple[float, float]) -> NDArray[np.uint8]:
@@ -271,7 +230,4 @@ def _ringed(pixels: NDArray[np.uint8], place: tuple[float, float]) -> NDArray[np
 
 def _shown(image: Image.Image) -> NDArray[np.uint8]:
     """RGB pixels whose longer side is `SIDE`."""
-    factor = SIDE / max(image.size)
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    way = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
-    return np.asarray(image.convert("RGB").resize(size, way))
+    return resized(np.asarray(image.convert("RGB")), SIDE)

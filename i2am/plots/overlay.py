@@ -7,76 +7,116 @@ pictures uint8 ``[height, width, 3]``.
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from i2am.plots.checks import rgb, unit_map
+from i2am.plots.style import ALPHA, Picture, blend, check_style, colors
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-Picture = NDArray[np.uint8]
-
-# inferno (van der Walt and Smith, CC0) at ten equal steps: perceptual, brightness rises throughout
-_INFERNO = "000004 1b0c42 4b0c6b 781c6d a52c60 cf4446 ed6925 fb9a06 f7d03c fcffa4"  # values 0 to 1
+SIDE = 288
+"""Longer side of a picture in a sheet, and at least that in a figure."""
 
 _MARGIN, _GAP, _TEXT, _BAR = 12, 10, 13, 14
 _BAND = 64
 _INK, _PAPER = (24, 24, 24), (255, 255, 255)
 
 
-def heat(values: ArrayLike) -> Picture:
-    """Colour a map: black is 0, pale yellow is 1.
+def heat(values: ArrayLike, *, style: str = "default") -> Picture:
+    """Colour a map: by default black is 0, pale yellow is 1.
 
     Args:
         values: Map ``[height, width]`` in [0, 1].
+        style: "default" (inferno) or "paper" (jet).
 
     Returns:
         uint8 ``[height, width, 3]``.
 
     Raises:
         ValueError: The map is not two-dimensional, is empty, or has values that are not finite or
-            outside [0, 1].
+            outside [0, 1]; or the style is unknown.
     """
-    return _colors()[_index(_unit_map(values))]
+    return colors(unit_map(values, "values"), style)
 
 
-def overlay(image: ArrayLike, values: ArrayLike, *, alpha: float = 0.85) -> Picture:
-    """Lay a map over an image: the image in grey where the map is 0, colour growing with the value.
+def overlay(
+    image: ArrayLike, values: ArrayLike, *, alpha: float | None = None, style: str = "default"
+) -> Picture:
+    """Lay a map over an image.
 
-    The colour of a value is that of `heat`; its opacity rises from 0 to `alpha` over the lower half
-    of the range.
+    By default the image is grey where the map is 0, and colour grows with the value: it is that of
+    `heat`, and its opacity rises from 0 to `alpha` over the lower half of the range.
+    ``style="paper"`` adds jet colours everywhere, as the published code does: image x 0.7 + colours
+    x 0.5, cut off at 255.
 
     Args:
         image: uint8 ``[height, width, 3]``.
         values: Map of the same height and width in [0, 1].
-        alpha: Opacity of the colours at values of 0.5 and more, in [0, 1].
+        alpha: Opacity of the default style's colours at values of 0.5 and more, in [0, 1]; None is
+            0.85.
+        style: "default" or "paper".
 
     Returns:
         uint8 ``[height, width, 3]``.
 
     Raises:
         ValueError: `image` is no uint8 RGB picture, the sizes differ, `values` is no map as in
-            `heat`, or `alpha` is outside [0, 1].
+            `heat`, `alpha` is outside [0, 1] or given to the paper's style, or the style is
+            unknown.
     """
-    picture = _rgb(image, "image")
-    unit = _unit_map(values)
+    picture, unit = rgb(image, "image"), unit_map(values, "values")
     if unit.shape != picture.shape[:2]:
         raise ValueError(
             f"values must have the image's height and width {picture.shape[:2]}, got {unit.shape}"
         )
+    if check_style(style) == "paper" and alpha is not None:
+        raise ValueError(
+            f"alpha must be left out for style 'paper', whose weights are fixed, got {alpha}"
+        )
+    alpha = ALPHA if alpha is None else alpha
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     result = np.empty_like(picture)
     # row by row in bands: photographs are large, and floats eight times larger
     for top in range(0, len(unit), _BAND):
         band = slice(top, top + _BAND)
-        grey = picture[band] @ np.array([0.299, 0.587, 0.114])
-        backdrop = 0.25 * picture[band] + 0.75 * grey[..., None]
-        weight = (alpha * np.minimum(2 * unit[band], 1))[..., None]
-        colors = _colors()[_index(unit[band])]
-        result[band] = np.rint((1 - weight) * backdrop + weight * colors)
+        result[band] = np.rint(blend(picture[band], unit[band], style=style, alpha=alpha))
     return result
+
+
+def resized(image: ArrayLike, side: int) -> Picture:
+    """A picture at another size, its shape kept.
+
+    Args:
+        image: uint8 ``[height, width, 3]``.
+        side: Pixels of the longer side.
+
+    Returns:
+        uint8 ``[height, width, 3]``: bicubic where it grows, Lanczos where it shrinks.
+
+    Raises:
+        ValueError: `image` is no uint8 RGB picture, or `side` is below 1.
+    """
+    from PIL import Image
+
+    picture = rgb(image, "image")
+    if side < 1:
+        raise ValueError(f"side must be at least 1, got {side}")
+    height, width = picture.shape[:2]
+    factor = side / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    way = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(picture).resize(size, way))
+
+
+def enlarged(image: ArrayLike) -> Picture:
+    """A picture with `SIDE` pixels along its longer side at least, for maps with smooth edges."""
+    picture = rgb(image, "image")
+    return picture if max(picture.shape) >= SIDE else resized(picture, SIDE)
 
 
 def contact_sheet(
@@ -114,7 +154,7 @@ def contact_sheet(
         raise ValueError(f"titles must be as many as tiles, got {len(titles)} for {len(tiles)}")
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
-    pictures = [_rgb(tile, f"tiles[{index}]") for index, tile in enumerate(tiles)]
+    pictures = [rgb(tile, f"tiles[{index}]") for index, tile in enumerate(tiles)]
     columns = min(columns, len(pictures))
 
     cell_width = max(max(picture.shape[1] for picture in pictures), 6 * _TEXT)
@@ -155,42 +195,6 @@ def contact_sheet(
         draw.text((_MARGIN, top + _BAR + 1), "0", fill=_INK, font=font)
         draw.text((_MARGIN + width, top + _BAR + 1), "1", fill=_INK, font=font, anchor="ra")
     return np.asarray(sheet)
-
-
-@cache
-def _colors() -> Picture:
-    stops = np.array([list(bytes.fromhex(stop)) for stop in _INFERNO.split()], dtype=np.float64)
-    places, steps = np.linspace(0, 1, len(stops)), np.linspace(0, 1, 256)
-    table = np.stack([np.interp(steps, places, stops[:, channel]) for channel in range(3)], axis=1)
-    return np.rint(table).astype(np.uint8)
-
-
-def _index(unit: NDArray[np.floating]) -> NDArray[np.intp]:
-    return np.rint(unit * 255).astype(np.intp)
-
-
-def _unit_map(values: ArrayLike) -> NDArray[np.floating]:
-    array = np.asarray(values)
-    if array.dtype != np.float32:
-        array = array.astype(np.float64)
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"values must be a map [height, width], got shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"values must be finite, got {int((~np.isfinite(array)).sum())} NaN or infinite"
-        )
-    if array.min() < 0 or array.max() > 1:
-        raise ValueError(f"values must be in [0, 1], got {array.min():.4g} to {array.max():.4g}")
-    return array
-
-
-def _rgb(image: Any, name: str) -> Picture:
-    array = np.asarray(image)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
-        raise ValueError(
-            f"{name} must be a uint8 picture [height, width, 3], got {array.dtype} {array.shape}"
-        )
-    return array
 
 
 @cache

@@ -9,9 +9,10 @@ from PIL import Image
 
 from i2am.attribution import picture
 from i2am.cli import pictures
-from i2am.cli.pictures import SIDE, Scene, draw
+from i2am.cli.pictures import Scene, draw
 from i2am.cli.settings import Inputs, NamedBox
 from i2am.plots import contact_sheet, overlay
+from i2am.plots.overlay import SIDE
 from i2am.testing import make_maps, make_site
 
 COARSE = make_site("down_blocks.0", (4, 3), (5, 4))
