@@ -59,7 +59,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The plan of a run folder; None if there is no ``run.json`` in it.
 
     Raises:
-        StoreConflict: If it is not one of i2am evaluate, or of a newer i2am, or `folder` is a file.
+        StoreConflict: If it is not one of i2am evaluate, or of another version of it, or
+            `folder` is a file.
         StoreDamaged: If it is damaged.
         OSError: If it cannot be read.
     """
@@ -75,10 +76,10 @@ def read(folder: Path) -> dict[str, Any] | None:
         raise StoreDamaged(f"{path(folder)} is damaged: {error}") from error
     if not isinstance(plan, dict) or not {"schema", "fingerprint"} <= plan.keys():
         raise StoreConflict(f"{path(folder)} was not written by i2am evaluate")
-    if isinstance(plan["schema"], int) and plan["schema"] > SCHEMA:
+    if plan["schema"] != SCHEMA:
         raise StoreConflict(
             f"{path(folder)} has schema {plan['schema']} and was written by i2am "
-            f"{plan.get('i2am')}; this i2am reads up to schema {SCHEMA}"
+            f"{plan.get('i2am')}; this i2am reads schema {SCHEMA}"
         )
     try:
         check(plan)

@@ -143,7 +143,7 @@ class Shard:
 
         Raises:
             StoreDamaged: If the bytes are truncated, altered, or not a shard.
-            StoreConflict: If they were written by a newer i2am.
+            StoreConflict: If they were written by another version of i2am.
             ValueError: If a name of `tensors` is not in the shard.
         """
         file = io.BytesIO(data)

@@ -73,7 +73,7 @@ def read_header(file: BinaryIO, name: str | Path = "the shard") -> Header:
 
     Raises:
         StoreDamaged: If the file is truncated, has an altered description, or is not a shard.
-        StoreConflict: If it was written by a newer i2am.
+        StoreConflict: If it was written by another version of i2am.
         OSError: If it cannot be read.
     """
     # by hand: safetensors maps files into memory, where a failing disk kills the process
@@ -87,17 +87,17 @@ def read_header(file: BinaryIO, name: str | Path = "the shard") -> Header:
         entries = json.loads(file.read(length))
         text = entries.pop("__metadata__")["i2am"]
         document = json.loads(text)
-        schema = document["schema"]
+        same, checksum = canonical(document) == text.encode(), document.pop("checksum", None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreDamaged(f"{name} is damaged, or not a shard of i2am") from error
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise StoreConflict(
-            f"{name} has schema {schema} and this i2am reads up to {SCHEMA}: "
-            "a newer i2am wrote it, read it with that one"
-        )
-    same = canonical(document) == text.encode()
-    if not same or document.pop("checksum", None) != zlib.crc32(canonical(document)):
+    if not same or checksum != zlib.crc32(canonical(document)):
         raise StoreDamaged(f"{name} is damaged: its description does not match its checksum")
+    schema = document.get("schema")
+    if schema != SCHEMA:
+        raise StoreConflict(
+            f"{name} has schema {schema} and this i2am reads schema {SCHEMA}; "
+            "read it with the version of i2am that wrote it"
+        )
     try:
         places = _places(entries, document["tensors"], size - start)
     except (ValueError, KeyError, TypeError) as error:

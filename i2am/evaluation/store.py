@@ -72,7 +72,7 @@ class Store:
         """Opens a run folder; nothing in it is changed before something is committed.
 
         Raises:
-            StoreConflict: If it is not a run folder, or of a newer i2am.
+            StoreConflict: If it is not a run folder, or of another version of i2am.
             StoreDamaged: If its ``run.json`` is damaged.
             OSError: If it cannot be read.
         """
@@ -122,7 +122,7 @@ class Store:
             leaves these out from now on.
 
         Raises:
-            StoreConflict: If a shard belongs to another run, or a newer i2am wrote it.
+            StoreConflict: If a shard belongs to another run, or to another version of i2am.
             OSError: If one cannot be read.
         """
         for setting in self.settings():
@@ -186,7 +186,7 @@ class Store:
 
         Raises:
             ValueError: If the shard is not committed, or has no such map.
-            StoreConflict: If it belongs to another run, or a newer i2am wrote it.
+            StoreConflict: If it belongs to another run, or to another version of i2am.
             StoreDamaged: If it is truncated or damaged.
             OSError: If it cannot be read.
         """

@@ -65,7 +65,7 @@ def summarize(store: Store) -> dict[str, Summary]:
         By setting, in the plan's order.
 
     Raises:
-        StoreConflict: If a shard belongs to another run, or a newer i2am wrote it.
+        StoreConflict: If a shard belongs to another run, or to another version of i2am.
         StoreDamaged: If the scores of one are damaged.
         OSError: If one cannot be read.
     """
