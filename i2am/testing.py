@@ -1,15 +1,13 @@
 """Helpers shared by tests and benchmarks: inputs like a model's, and the ruler."""
 
-import json
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from i2am.attribution import Accumulator, AttentionSite, AttributionMaps, Grid
+from i2am.evaluation.memory import peak_bytes as peak_bytes
 
 
 def make_qkv(
@@ -106,20 +104,3 @@ def make_maps(
         rows=accumulator.rows,
         provenance=provenance or {},
     )
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that a call held at once, of all that PyTorch's CPU allocator gave it."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    live = peak = 0
-    for event in events:
-        if event.get("name") == "[memory]":
-            live += event["args"]["Bytes"]
-            peak = max(peak, live)
-    return peak

@@ -20,8 +20,13 @@ import i2am
 from i2am.cli.convert import convert
 from i2am.cli.demo import demo
 from i2am.cli.errors import CommandError, ExitCode, Terminated
+from i2am.cli.evaluate import evaluate
+from i2am.cli.export import export
 from i2am.cli.record import record
+from i2am.cli.score import score
+from i2am.cli.status import status
 from i2am.cli.train import train
+from i2am.cli.verify import verify
 
 log = logging.getLogger("i2am")
 
@@ -32,10 +37,8 @@ def app() -> None:
     """Record which parts of a reference image a diffusion model used, and where."""
 
 
-app.add_command(record)
-app.add_command(demo)
-app.add_command(train)
-app.add_command(convert)
+for command in (record, demo, evaluate, status, score, verify, export, train, convert):
+    app.add_command(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

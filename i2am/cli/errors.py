@@ -42,3 +42,12 @@ class OutputConflict(CommandError):
 
 class Terminated(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt no ``except Exception`` may swallow it."""
+
+
+class Stopped(CommandError):
+    """A signal arrived, and what was done so far stays."""
+
+    def __init__(self, message: str, stop: BaseException) -> None:
+        super().__init__(message)
+        interrupted = isinstance(stop, KeyboardInterrupt)
+        self.code = ExitCode.INTERRUPTED if interrupted else ExitCode.TERMINATED

@@ -45,10 +45,10 @@ class Estimate:
         needed = self.stays + self.transient + self.images
         if self.available is not None and needed > self.available:
             raise InputRejected(
-                f"not enough memory: the maps need about {_size(needed)} "
-                f"({_size(self.stays)} that stay, {_size(self.transient)} during the run), "
-                f"{_size(self.available)} are available; ask for fewer regions or time groups, or "
-                "for preset paper"
+                f"not enough memory: the maps need about {readable(needed)} "
+                f"({readable(self.stays)} that stay, {readable(self.transient)} during the run), "
+                f"{readable(self.available)} are available; ask for fewer regions or time groups, "
+                "or for preset paper"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,12 +56,12 @@ class Estimate:
         return asdict(self)
 
     def __str__(self) -> str:
-        available = "unknown" if self.available is None else _size(self.available)
+        available = "unknown" if self.available is None else readable(self.available)
         return "\n".join(
             [
-                f"maps that stay      {_size(self.stays)} in {self.layers} layers",
-                f"during the run      {_size(self.transient)} more",
-                f"images              {_size(self.images)}",
+                f"maps that stay      {readable(self.stays)} in {self.layers} layers",
+                f"during the run      {readable(self.transient)} more",
+                f"images              {readable(self.images)}",
                 f"memory available    {available}",
                 "nothing was written",
             ]
@@ -151,7 +151,8 @@ def _group_memory() -> int | None:
     return max(int(limit) - used + int(cached), 0)
 
 
-def _size(count: int) -> str:
+def readable(count: int) -> str:
+    """A number of bytes with a unit."""
     for unit, shift in (("GiB", 30), ("MiB", 20)):
         if count >= 1 << shift:
             return f"{count / (1 << shift):.1f} {unit}"

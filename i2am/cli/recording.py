@@ -1,8 +1,6 @@
 """What ``i2am record`` does: check, load, estimate, run."""
 
-import errno
 import logging
-import os
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -73,28 +71,15 @@ def _check(settings: Settings) -> Inputs:
 
 def _load(settings: Settings) -> "tuple[ReferencePipeline, Settings]":
     """The pipeline with its sampler, and the settings with the sampler's numbers."""
-    # read when diffusers is imported: whatever a folder says, no hub is asked
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import diffusers
-    import transformers
+    from i2am.models.loading import ModelRejected, load_offline
 
-    from i2am.models import load_pipeline
-
-    if not log.isEnabledFor(logging.DEBUG):
-        # the bar of the steps is diffusers' own and stays
-        diffusers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
     log.debug("loading %s", settings.model)
-    dtype = None if settings.dtype == "float32" else getattr(torch, settings.dtype)
     try:
-        pipe = load_pipeline(settings.model, torch_dtype=dtype)
-    except Exception as error:
-        # a folder of files may fail in any way; only the disk and the memory are not its fault
-        disk = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
-        if disk or isinstance(error, MemoryError):
-            raise
-        raise InputRejected(f"model {settings.model} cannot be loaded: {error}") from error
+        # the bar of the steps is diffusers' own and stays
+        verbose = log.isEnabledFor(logging.DEBUG)
+        pipe = load_offline(settings.model, dtype=settings.dtype, messages=verbose)
+    except ModelRejected as error:
+        raise InputRejected(str(error)) from error
     check_model(pipe, settings)
     settings = complete(pipe, settings)
     device = settings.device

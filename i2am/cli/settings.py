@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _REGION = re.compile(r"([A-Za-z0-9_-]+)=(\d+),(\d+),(\d+),(\d+)")
+_BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])(i)?B", re.IGNORECASE)
 _RESERVED = ("uniform", "mask")
 FILES = (
     "person",
@@ -83,6 +84,24 @@ class SizeType(click.ParamType):
         if not (cross and height.isdecimal() and width.isdecimal()):
             self.fail(f"{value!r} must be HEIGHTxWIDTH in pixels, 512x384 for example.", param, ctx)
         return int(height), int(width)
+
+
+class BytesType(click.ParamType):
+    """``12GiB`` on the command line: a number of bytes with a unit."""
+
+    name = "BYTES"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        found = _BYTES.fullmatch(value)
+        if found is None:
+            self.fail(f"{value!r} must be a number with a unit, 12GiB or 800MB for example.")
+        number, prefix, binary = found.groups()
+        power = " KMGT".index(prefix.upper())
+        return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 @dataclass(frozen=True)

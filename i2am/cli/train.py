@@ -8,19 +8,10 @@ from typing import Any
 
 import click
 
-from i2am.cli.errors import CommandError, ExitCode, InputRejected, OutputConflict, Terminated
+from i2am.cli.errors import ExitCode, InputRejected, OutputConflict, Stopped, Terminated
 
 DATA = "paper-doll"
 POCKET = "pocket"
-
-
-class Stopped(CommandError):
-    """A signal arrived."""
-
-    def __init__(self, out: Path, stop: BaseException) -> None:
-        super().__init__(f"stopped; the same command goes on from the last checkpoint in {out}")
-        interrupted = isinstance(stop, KeyboardInterrupt)
-        self.code = ExitCode.INTERRUPTED if interrupted else ExitCode.TERMINATED
 
 
 @click.command(short_help="Train the custom model; stopped at any moment, it resumes.")
@@ -139,6 +130,7 @@ def train(
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         raise InputRejected(str(error)) from error
     except (KeyboardInterrupt, Terminated) as stop:
-        raise Stopped(out, stop) from None
+        message = f"stopped; the same command goes on from the last checkpoint in {out}"
+        raise Stopped(message, stop) from None
     click.echo(json.dumps({"pipeline": None if pipeline is None else str(pipeline)}))
     return ExitCode.INCOMPLETE if pipeline is None else ExitCode.DONE

@@ -37,11 +37,7 @@ def create(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """
     stored = read(folder)
     if stored is None:
-        strange = [name for name in _names(folder) if not is_leftover(name)]
-        if strange:
-            raise StoreConflict(
-                f"{folder} holds {min(strange)} but no run of i2am evaluate; name another folder"
-            )
+        check_free(folder)
         make_folder(folder)
         _publish(path(folder), canonical(plan))
         stored = read(folder)
@@ -53,6 +49,20 @@ def create(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
             "name another folder"
         )
     return stored
+
+
+def check_free(folder: Path) -> None:
+    """Refuses a folder without a ``run.json`` that holds something else.
+
+    Raises:
+        StoreConflict: Naming it.
+        OSError: If the folder cannot be read.
+    """
+    strange = [name for name in _names(folder) if not is_leftover(name)]
+    if strange:
+        raise StoreConflict(
+            f"{folder} holds {min(strange)} but no run of i2am evaluate; name another folder"
+        )
 
 
 def read(folder: Path) -> dict[str, Any] | None:

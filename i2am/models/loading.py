@@ -1,5 +1,6 @@
 """One door to all pipelines: a built-in name, or a folder in diffusers layout."""
 
+import errno
 import os
 from importlib import import_module
 from pathlib import Path
@@ -60,6 +61,45 @@ def load_pipeline(
         raise ValueError(f"{name} holds a {class_name}; known pipelines are {', '.join(PIPELINES)}")
     pipeline_class = _lookup(PIPELINES[class_name], class_name)
     return pipeline_class.from_pretrained(name, torch_dtype=torch_dtype, variant=variant)
+
+
+class ModelRejected(ValueError):
+    """A model cannot be loaded, or not for what it is wanted; the message is one sentence."""
+
+
+def load_offline(
+    name_or_folder: str | os.PathLike[str], *, dtype: str = "float32", messages: bool = False
+) -> "ReferencePipeline":
+    """`load_pipeline` for programs: asks no hub, says nothing by itself, fails in one way.
+
+    Args:
+        name_or_folder: As for `load_pipeline`.
+        dtype: Name of the floating dtype of all weights.
+        messages: Whether diffusers and transformers may write messages of their own.
+
+    Raises:
+        ModelRejected: It cannot be loaded, for whatever reason that lies in the model.
+        OSError: The disk failed.
+        MemoryError: There is too little memory.
+    """
+    # read when diffusers is imported: whatever a folder says, no hub is asked
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import diffusers
+    import transformers
+
+    if not messages:
+        diffusers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    weights = None if dtype == "float32" else getattr(torch, dtype)
+    try:
+        return load_pipeline(name_or_folder, torch_dtype=weights)
+    except Exception as error:
+        # a folder of files may fail in any way; only the disk and the memory are not its fault
+        disk = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+        if disk or isinstance(error, MemoryError):
+            raise
+        raise ModelRejected(f"model {name_or_folder} cannot be loaded: {error}") from error
 
 
 def _lookup(module: str, attribute: str) -> Any:

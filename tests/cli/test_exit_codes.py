@@ -203,7 +203,7 @@ def test_whatever_ails_a_model_folder_it_is_rejected(
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("i2am.models.load_pipeline", fail)
+    monkeypatch.setattr("i2am.models.loading.load_pipeline", fail)
     done = run_here(record_line())
     assert done.code == code
     assert sentence in one_sentence(done.err)

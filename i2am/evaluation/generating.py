@@ -1,0 +1,99 @@
+"""One call of a model under the recorder, for a batch of a data set's items."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import i2am
+from i2am.evaluation.plan import Settings
+
+if TYPE_CHECKING:
+    from i2am.models.base import ReferencePipeline
+
+Item = Mapping[str, Tensor]
+"""What `VitonHD` gives for a pair; stacked, for a batch."""
+
+# what a pipeline calls its images, and what a data set does
+_IMAGES = {
+    "person": "image",
+    "mask": "mask",
+    "reference": "garment",
+    "pose": "pose",
+    "agnostic": "agnostic",
+    "warped": "warped",
+    "warped_mask": "warped_mask",
+    "reference_mask": "garment_mask",
+}
+
+
+class OutOfMemory(Exception):
+    """A batch does not fit; the message is one sentence that says what to change."""
+
+
+def generate(
+    pipe: "ReferencePipeline", items: Item, seeds: Sequence[int], settings: Settings
+) -> tuple[Tensor, i2am.AttributionMaps]:
+    """Makes the images of a batch and records all their maps in the same run.
+
+    Args:
+        pipe: The model.
+        items: Stacked items, ``[samples, ...]``.
+        seeds: One per sample, of all its noise.
+        settings: How the model is run.
+
+    Returns:
+        Images ``[samples, 3, height, width]`` in [0, 1], and their maps.
+
+    Raises:
+        OutOfMemory: It does not fit.
+    """
+    layout = replace(pipe.attribution_layout(), prefix_votes=settings.preset == "official")
+    images = {name: items.get(key) for name, key in _IMAGES.items()}
+    height, width = settings.size
+    try:
+        with i2am.record(
+            pipe,
+            layout=layout,
+            time_groups=settings.time_groups,
+            mask=_not_empty(items["mask"]),
+            reference_mask=_not_empty(items["garment_mask"]),
+            keep_keys=settings.preset == "official",
+            attach=settings.attach,
+        ) as recorder:
+            made = pipe(
+                **pipe.image_arguments(images),
+                height=height,
+                width=width,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                eta=settings.eta,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="pt",
+            ).images
+        return made, recorder.maps()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"a batch of {len(seeds)} does not fit into memory; start a new run with a smaller "
+            "--batch, or with --memory-budget, --vae-slicing or --offload; shards that are "
+            "committed stay"
+        ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: torch has a class for that on GPUs only."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _not_empty(masks: Tensor) -> Tensor:
+    """Masks to record by: one that is empty weighs nothing, and has no score whatever stands in."""
+    empty = ~masks.flatten(1).any(1)
+    return torch.where(empty[:, None, None], torch.ones_like(masks), masks)

@@ -1,0 +1,120 @@
+"""How much memory a batch takes, measured on a short run, and the largest batch for a budget."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+import i2am
+from i2am.data.images import ImageRejected
+from i2am.data.vitonhd import VitonHD
+
+if TYPE_CHECKING:
+    from i2am.evaluation.generating import Item
+    from i2am.evaluation.opening import Opened
+
+
+class Measured(NamedTuple):
+    """Of a short run of one batch."""
+
+    bytes: int
+    """The most that was in use at once: weights, activations and sums."""
+    seconds: float
+    """Of one denoising step with its part of the rest."""
+    map_bytes: int
+    """Of what a shard stores of one sample's maps."""
+
+
+class Need(NamedTuple):
+    """Memory in bytes as a line over the batch: ``fixed + batch * per_sample``."""
+
+    fixed: int
+    per_sample: int
+
+    def of(self, batch: int) -> int:
+        """What a batch takes."""
+        return self.fixed + batch * self.per_sample
+
+    def largest(self, budget: int) -> int:
+        """The largest batch in a budget, 0 where one sample does not fit."""
+        return max(0, (budget - self.fixed) // max(self.per_sample, 1))
+
+
+def measure(opened: "Opened", batch: int) -> Measured:
+    """Runs a few steps of a batch: copies of the first sample that can be read.
+
+    Raises:
+        ImageRejected: No sample can be read.
+        OutOfMemory: The batch does not fit.
+    """
+    from i2am.evaluation.generating import generate
+    from i2am.evaluation.scoring import kept_maps
+
+    settings = opened.settings
+    steps = max(2, settings.time_groups)
+    settings = replace(settings, steps=steps, batch=batch, shard=max(batch, settings.shard))
+    item = _first(opened.data[settings.pairs[0]])
+    items = {name: value.expand(batch, *value.shape) for name, value in item.items()}
+    opened.pipe.set_progress_bar_config(disable=True)
+    if settings.device == "cpu":
+        torch.set_num_threads(settings.threads)
+
+    def call() -> i2am.AttributionMaps:
+        return generate(opened.pipe, items, [0] * batch, settings)[1]
+
+    if settings.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.monotonic()
+    maps = call()
+    seconds = (time.monotonic() - started) / steps
+    stored = {}
+    if settings.maps != "none":
+        stored = kept_maps(maps, getattr(torch, settings.maps))
+    map_bytes = sum(tensor.nbytes for tensor in stored.values()) // batch
+    del maps, stored
+    if settings.device == "cuda":
+        return Measured(torch.cuda.max_memory_allocated(), seconds, map_bytes)
+    weights = sum(
+        tensor.nbytes
+        for module in opened.pipe.components.values()
+        if isinstance(module, torch.nn.Module)
+        for tensor in module.state_dict().values()
+    )
+    return Measured(weights + peak_bytes(call), seconds, map_bytes)
+
+
+def need(opened: "Opened") -> Need:
+    """Memory over the batch, from a batch of one and of two."""
+    one, two = (measure(opened, batch).bytes for batch in (1, 2))
+    return Need(2 * one - two, two - one)
+
+
+def _first(data: VitonHD) -> "Item":
+    for position in range(len(data) - 1):
+        try:
+            return data[position]
+        except ImageRejected:
+            continue
+    return data[len(data) - 1]
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that a call held at once, of all that PyTorch's CPU allocator gave it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    live = peak = 0
+    for event in events:
+        if event.get("name") == "[memory]":
+            live += event["args"]["Bytes"]
+            peak = max(peak, live)
+    return peak
