@@ -4,6 +4,7 @@ A file is read once: `read_bytes` hands out what `read_image` and `read_mask` de
 is an `ImageRejected` with one sentence; only the disk's own faults stay `OSError`.
 """
 
+import logging
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,11 @@ MAX_PIXELS = 50_000_000
 MAX_BYTES = 512 * 2**20  # twice MAX_PIXELS uncompressed; keeps a checkpoint from being read whole
 # not all that Pillow knows: it would start Ghostscript for an EPS file
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+_ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits in one channel
+
+log = logging.getLogger(__name__)
+_told: set[str] = set()
 
 
 class ImageRejected(ValueError):
@@ -81,7 +86,10 @@ def read_image(path: str | Path, *, name: str = "image", content: bytes | None =
         ImageRejected: As for `read_bytes`; or the content is no image of these formats, damaged,
             larger than 50 megapixels or of 16 bits or more per channel.
     """
-    return _over(_load(Path(path), name, content), background="white")
+    image = _load(Path(path), name, content)
+    if image.mode != "RGB":
+        _tell_once(f"of mode {image.mode} are converted to RGB", path)
+    return _over(image, background="white")
 
 
 def read_mask(
@@ -149,6 +157,8 @@ def _load(path: Path, name: str, content: bytes | None) -> "Image":
                         "deep",
                     )
                 image.load()
+                if image.getexif().get(_ORIENTATION, 1) != 1:
+                    _tell_once("that their EXIF data call rotated are turned upright", path)
                 return ImageOps.exif_transpose(image)
     except (ImageRejected, MemoryError):
         raise
@@ -176,6 +186,12 @@ def _over(image: "Image", *, background: str) -> "Image":
         return image.convert("RGB")
     canvas = Image.new("RGBA", image.size, background)
     return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+
+
+def _tell_once(what: str, path: str | Path) -> None:
+    if what not in _told:
+        _told.add(what)
+        log.info("images %s, %s is the first", what, path)
 
 
 def _pixels(size: tuple[int, int]) -> str:

@@ -1,7 +1,22 @@
-"""Reading a data set in the layout of VITON-HD: people, their garments, and what goes with them."""
+"""Reading a data set in the layout of VITON-HD: people, their garments, and what goes with them.
+
+In every mask of an item 1 is what is to be generated, or what shows the garment. What a pipeline
+makes of an item, called with its tensors and with the item's size to generate:
+
+- Paint-by-Example: `mask` is cut at 0.5 and turned over to 1 = keep, resized to latents
+  bilinearly without antialiasing. It paints `image` grey itself, with the cut mask. `garment` is
+  squashed to CLIP's square, bicubic. Neither `agnostic` nor `pose`.
+- DCI-VTON: the same mask, with everything squashed to the square of its UNet and the result
+  pulled back. `agnostic` as it is, `warped` over it where `warped_mask` and the cut mask say so.
+  `garment` is cropped to the box of `garment_mask`, which must not be empty then.
+- StableVITON: the mask is cut at 0.5, turned over, and stays soft when it is resized. `agnostic`
+  and `pose` as they are; the run starts from `image`.
+- Custom: no mask enters, `agnostic` stands for `image` and `mask`. `pose` as it is, `garment`
+  resized to the reference size of DINOv2.
+"""
 
 import json
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -10,7 +25,7 @@ import torch
 from torch import Tensor
 
 from i2am.data.images import ImageRejected, read_image, read_mask
-from i2am.data.vitonhd_files import KINDS, Files
+from i2am.data.vitonhd_files import KINDS, Files, mark_of
 from i2am.data.vitonhd_pairs import DataRejected, Pair, Problem, Setting, read_pairs
 
 __all__ = ["DataRejected", "Pair", "Problem", "VitonHD"]
@@ -180,25 +195,31 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
             for name in self.names:
                 path = self._files.path(name, pair)
                 if path not in marks:
-                    marks[path] = _mark(path, contents=contents)
+                    marks[path] = mark_of(path, contents=contents)
                 row += [path.name, marks[path]]
             total.update(json.dumps(row).encode())
         return total.hexdigest()
+
+    def mask_warnings(self, count: int = 16) -> tuple[str, ...]:
+        """Reads some masks and says which look inverted or are of one colour.
+
+        Args:
+            count: How many pairs to look at, spread evenly.
+
+        Returns:
+            Sentences, none where all is well; see `i2am.data.vitonhd_masks.mask_warnings`.
+
+        Raises:
+            ValueError: If the count is below 1.
+        """
+        from i2am.data.vitonhd_masks import mask_warnings
+
+        return mask_warnings(self, count)
 
     def _some_are_whole(self) -> bool:
         """Whether files are all that is missing, and there are pairs that lack none."""
         only_files = all(problem.code == "missing" and problem.line for problem in self.problems)
         return only_files and len({problem.line for problem in self.problems}) < len(self)
-
-
-def _mark(path: Path, *, contents: bool) -> int | str | None:
-    try:
-        if contents and path.is_file():
-            with path.open("rb") as file:
-                return file_digest(file, "sha256").hexdigest()
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
 
 
 def _read(path: Path, name: str, size: tuple[int, int], *, stretch: bool) -> Tensor:

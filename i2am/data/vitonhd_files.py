@@ -3,14 +3,15 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
 
 from i2am.data.vitonhd_pairs import ENDINGS, Pair, Problem
 
 # the archive has the first ending, copies of it the others
 _MASK_ENDINGS = (
-    *(f"_mask{ending}" for ending in (".png", ".jpg", ".jpeg")),
-    *(".png", ".jpg", ".jpeg", ".webp", ".bmp"),
+    *(f"_mask{ending}" for ending in (".png", *ENDINGS)),
+    *(".png", *ENDINGS),
 )
 
 
@@ -138,6 +139,28 @@ class Files:
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
+
+
+def mark_of(path: Path, *, contents: bool) -> int | str | None:
+    """What tells one version of a file from another.
+
+    Args:
+        path: The file.
+        contents: Whether its bytes count.
+
+    Returns:
+        The SHA-256 of its bytes, or their number; None where it is missing.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    try:
+        if contents and path.is_file():
+            with path.open("rb") as file:
+                return file_digest(file, "sha256").hexdigest()
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _names(name: str, pair: Pair) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 Setting = Literal["paired", "unpaired"]
 
-ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".bmp")
+ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """What names of pictures end in, the likeliest first."""
 _SHOWN = 5
 _ID_BYTES = 200  # leaves room for an ending in the 255 bytes that file systems allow

@@ -164,28 +164,46 @@ def huge(folder):
 
 
 @pytest.mark.parametrize(
-    ("make", "match"),
+    ("make", "code", "match"),
     [
-        pytest.param(missing, "does not exist", id="missing"),
-        pytest.param(a_folder, "is a folder, not an image file", id="folder"),
-        pytest.param(a_pipe, "must be a regular file, it is a pipe or a device", id="pipe"),
-        pytest.param(a_device, "must be a regular file, it is a pipe or a device", id="device"),
-        pytest.param(many_bytes, "at most 512 MiB, it has 536870913 bytes", id="bytes"),
-        pytest.param(postscript, "can be read: PNG, JPEG, WEBP, BMP, TIFF, GIF", id="postscript"),
-        pytest.param(text, "is not an image", id="text"),
-        pytest.param(empty, "is not an image", id="empty"),
-        pytest.param(truncated("jpg"), "is damaged: .*truncated", id="truncated-jpg"),
-        pytest.param(truncated("png"), "is damaged", id="truncated-png"),
-        pytest.param(sixteen_bits, "8 bits per channel, it is of mode I;16", id="16-bit"),
-        pytest.param(floats, "8 bits per channel, it is of mode F", id="float"),
-        pytest.param(huge, "at most 50 megapixels", id="bomb"),
+        pytest.param(missing, "missing", "does not exist", id="missing"),
+        pytest.param(a_folder, "unidentified_image", "is a folder, not an image file", id="folder"),
+        pytest.param(
+            a_pipe,
+            "unidentified_image",
+            "must be a regular file, it is a pipe or a device",
+            id="pipe",
+        ),
+        pytest.param(
+            a_device,
+            "unidentified_image",
+            "must be a regular file, it is a pipe or a device",
+            id="device",
+        ),
+        pytest.param(
+            many_bytes, "too_large", "at most 512 MiB, it has 536870913 bytes", id="bytes"
+        ),
+        pytest.param(
+            postscript,
+            "unidentified_image",
+            "can be read: PNG, JPEG, WEBP, BMP, TIFF, GIF",
+            id="postscript",
+        ),
+        pytest.param(text, "unidentified_image", "is not an image", id="text"),
+        pytest.param(empty, "unidentified_image", "is not an image", id="empty"),
+        pytest.param(truncated("jpg"), "truncated", "is damaged: .*truncated", id="truncated-jpg"),
+        pytest.param(truncated("png"), "truncated", "is damaged", id="truncated-png"),
+        pytest.param(sixteen_bits, "deep", "8 bits per channel, it is of mode I;16", id="16-bit"),
+        pytest.param(floats, "deep", "8 bits per channel, it is of mode F", id="float"),
+        pytest.param(huge, "too_large", "at most 50 megapixels", id="bomb"),
     ],
 )
 @pytest.mark.parametrize("read", [read_image, read_mask])
-def test_bad_file_is_refused_in_one_sentence(tmp_path, make, match, read):
+def test_bad_file_is_refused_in_one_sentence(tmp_path, make, code, match, read):
     path = make(tmp_path)
     with pytest.raises(ImageRejected, match=match) as caught:
         read(path, name="person")
+    assert caught.value.code == code
     assert str(caught.value).startswith(f"person {path} ")
     assert "\n" not in str(caught.value)
 
@@ -204,23 +222,50 @@ def test_file_cut_at_any_byte_is_refused_or_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pixels", "size", "match"),
+    ("pixels", "size", "code", "match"),
     [
-        pytest.param(np.zeros((4, 6)), None, "all of it is black", id="black"),
-        pytest.param(np.full((4, 6), 255), None, "all of it is white", id="white"),
-        pytest.param(np.full((4, 6), 100), None, "all of it is black", id="dark-grey"),
+        pytest.param(np.zeros((4, 6)), None, "empty_mask", "all of it is black", id="black"),
+        pytest.param(np.full((4, 6), 255), None, "full_mask", "all of it is white", id="white"),
+        pytest.param(np.full((4, 6), 100), None, "empty_mask", "all of it is black", id="grey"),
         pytest.param(
             np.eye(4) * 255,
             (4, 5),
+            "size",
             "must be 4 x 5 pixels like its image, got 4 x 4 pixels",
             id="size",
         ),
     ],
 )
-def test_useless_mask_is_refused(tmp_path, pixels, size, match):
+def test_useless_mask_is_refused(tmp_path, pixels, size, code, match):
     path = save(tmp_path / "x.png", pixels)
-    with pytest.raises(ImageRejected, match=match):
+    with pytest.raises(ImageRejected, match=match) as caught:
         read_mask(path, size=size)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_a_mask_of_one_colour_can_be_allowed(tmp_path, level):
+    path = save(tmp_path / "x.png", np.full((4, 6), level))
+    assert read_mask(path, allow_uniform=True).getextrema() == (level, level)
+    with pytest.raises(ImageRejected, match="must be 6 x 5 pixels"):
+        read_mask(path, size=(6, 5), allow_uniform=True)
+
+
+def test_a_conversion_is_told_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("i2am.data.images._told", set())
+    caplog.set_level("INFO", "i2am")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a", "b"):
+        read_image(save(tmp_path / f"{name}.jpg", np.zeros((4, 6)), exif=exif))
+        read_image(save(tmp_path / f"{name}.tif", np.zeros((4, 6)), "CMYK"))
+        read_image(save(tmp_path / f"{name}.png", np.zeros((4, 6)), "RGB"))
+    assert caplog.messages == [
+        f"images that their EXIF data call rotated are turned upright, {tmp_path}/a.jpg is the "
+        "first",
+        f"images of mode L are converted to RGB, {tmp_path}/a.jpg is the first",
+        f"images of mode CMYK are converted to RGB, {tmp_path}/a.tif is the first",
+    ]
 
 
 def test_good_mask_passes_its_size_check(half):
