@@ -1,1 +1,31 @@
-"""One self-contained page where you point at a patch and see where it looked."""
+"""One self-contained page where you point at a patch and see where it looked.
+
+    page = i2am.viewer.page(maps, generated=image, reference=garment)
+
+The page asks nobody for anything: pictures and maps are in it. Every name is imported when it is
+first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from i2am.lazy import lazy
+
+# for type checkers, who cannot follow __getattr__
+# ruff: noqa: F401
+if TYPE_CHECKING:
+    from i2am.viewer.content import Sample, Stack, sample
+    from i2am.viewer.html import render
+    from i2am.viewer.report import page, write_report
+
+_MODULES = {
+    "Sample": "content",
+    "Stack": "content",
+    "page": "report",
+    "render": "html",
+    "sample": "content",
+    "write_report": "report",
+}
+
+__all__ = sorted(_MODULES)
+
+__getattr__, __dir__ = lazy(__name__, _MODULES)
