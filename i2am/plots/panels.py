@@ -138,25 +138,28 @@ def grid(
         for row in cells
     ]
     # what stands above already is not said again
-    titles = [
-        [""] * columns if number and row == titles[number - 1] else row
+    shown = [
+        [
+            "" if number and text == titles[number - 1][column] else text
+            for column, text in enumerate(row)
+        ]
         for number, row in enumerate(titles)
     ]
-    lines = sum(max(title.count("\n") + bool(title) for title in row) for row in titles)
+    lines = sum(max(title.count("\n") + bool(title) for title in row) for row in shown)
     width = height * sum(ratios) + 0.08 * columns + _BAR + (0.25 if any(labels) else 0)
     headline = _wrapped(heading or "", width * 0.94)
     tall = len(rows) * (height + 0.1) + lines * _LINE + 0.1
     tall += _LINE * (headline.count("\n") + 1.5) if heading else 0
     figure = figure_type(figsize=(width, tall), dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False, width_ratios=ratios)
-    for panels, texts, places in zip(cells, titles, axes, strict=True):
+    for panels, texts, places in zip(cells, shown, axes, strict=True):
         for panel, text, place in zip(panels, texts, places, strict=True):
             _draw(place, panel, text)
     for label, places in zip(labels, axes, strict=bool(labels)):
         places[0].set_ylabel(label, fontsize=_TITLE)
     if heading:
-        figure.suptitle(headline, fontsize=_TITLE + 1)
-    _color_bar(figure, axes, look, share=min(1.0, 2.4 / tall))
+        figure.suptitle(headline, fontsize=_TITLE)
+    _color_bar(figure, axes, look, inches=min(2.4, 0.9 * tall), tall=tall)
     return figure, [list(places) for places in axes]
 
 
@@ -180,19 +183,19 @@ def _draw(place: "Axes", panel: Panel | None, title: str) -> None:
     place.set_title(title, fontsize=_TITLE)
 
 
-def _color_bar(figure: "Figure", axes: NDArray, look: Look, *, share: float) -> None:
+def _color_bar(figure: "Figure", axes: NDArray, look: Look, *, inches: float, tall: float) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
     table = color_table(look.style) / 255
     scale = ScalarMappable(Normalize(0, 1), ListedColormap(table))
-    bar = figure.colorbar(scale, ax=axes, shrink=share, aspect=18, pad=0.02)
+    bar = figure.colorbar(scale, ax=axes, shrink=inches / tall, aspect=18, pad=0.02)
     bar.outline.set_linewidth(0.5)
     text = "one scale per row" if look.shared else "each map on its own scale"
     ticks = [0.0, 1.0]
     if look.threshold:
         ticks.insert(1, look.threshold)
-        text += f", up to {look.threshold:g} left out"
+        text += f",\nup to {look.threshold:g} left out"
         # what is left out is 0, and has the look of 0
         left_out = "white" if look.style == "default" else table[0]
         bar.ax.axhspan(0, look.threshold, facecolor=left_out, edgecolor="0.6", hatch="////", lw=0)
