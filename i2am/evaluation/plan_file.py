@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from i2am.evaluation.errors import StoreConflict, StoreDamaged
 from i2am.evaluation.folder_lock import is_leftover, make_folder, sync_folder
 from i2am.evaluation.shard_header import SCHEMA, canonical
 
+# of one file in whatever folder, whatever the system
+_NAME = re.compile(r"[^/\\\0]+", re.DOTALL)
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 
 
@@ -35,11 +38,12 @@ def create(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         StoreDamaged: If its ``run.json`` is damaged.
         OSError: If it cannot be written.
     """
+    data = canonical(plan)
     stored = read(folder)
     if stored is None:
         check_free(folder)
         make_folder(folder)
-        _publish(path(folder), canonical(plan))
+        _publish(path(folder), data)
         stored = read(folder)
     if stored is None:
         raise StoreDamaged(f"{path(folder)} was removed while it was being made")
@@ -132,9 +136,9 @@ def check(plan: dict[str, Any]) -> None:
 def _is_name(name: Any) -> bool:
     return (
         isinstance(name, str)
-        and name not in ("", ".", "..")
-        and not {"/", "\\", "\0"} & {*name}
-        and len(os.fsencode(name)) <= 240
+        and _NAME.fullmatch(name) is not None
+        and name not in (".", "..")
+        and (len(name) <= 60 or len(os.fsencode(name)) <= 240)
     )
 
 

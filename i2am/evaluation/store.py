@@ -20,7 +20,8 @@ from i2am.evaluation.shard_header import Header, read_header
 
 __all__ = ["Store", "StoreConflict", "StoreDamaged", "StoreError"]
 
-_SHARD = re.compile(r"(\d{6,})\.safetensors")
+# a number has one way to be written
+_SHARD = re.compile(r"(\d{6}|[1-9]\d{6,})\.safetensors", re.ASCII)
 
 
 class Store:
@@ -126,14 +127,16 @@ class Store:
             OSError: If one cannot be read.
         """
         for setting in self.settings():
-            self._damaged[setting] = {}
+            damaged = self._damaged[setting] = {}
+            # text, because there are many, and a Path for each takes longer than to read it
+            folder = str(self.folder / "shards" / setting)
             for number in sorted(self._found(setting)):
-                path = self.shard_path(setting, number)
+                path = f"{folder}{os.sep}{number:06d}.safetensors"
                 try:
                     with open(path, "rb", buffering=0) as file:
                         self._check_owner(setting, number, read_header(file, path))
                 except StoreDamaged as error:
-                    self._damaged[setting][number] = str(error)
+                    damaged[number] = str(error)
         return {setting: dict(found) for setting, found in self._damaged.items()}
 
     def commit(self, shard: Shard, images: Mapping[str, bytes]) -> None:
@@ -265,20 +268,19 @@ class Store:
 
     def _found(self, setting: str) -> set[int]:
         numbers = self.shard_numbers(setting)
-        names = {int(m[1]): m[0] for m in map(_SHARD.fullmatch, self._names(setting)) if m}
-        return {n for n, name in names.items() if n in numbers and name == f"{n:06d}.safetensors"}
+        found = {int(match[1]) for match in map(_SHARD.fullmatch, self._names(setting)) if match}
+        return found.intersection(numbers)
 
     def _check_owner(self, setting: str, number: int, header: Header) -> None:
-        path = self.shard_path(setting, number)
-        document, positions = header.document, self.positions(setting, number)
+        document, size = header.document, self._size
         if document.get("fingerprint") != self.plan["fingerprint"]:
             raise StoreConflict(
-                f"{path} belongs to another run: its fingerprint is {document.get('fingerprint')}, "
-                f"that of this run {self.plan['fingerprint']}"
+                f"{header.name} belongs to another run: its fingerprint is "
+                f"{document.get('fingerprint')}, that of this run {self.plan['fingerprint']}"
             )
-        found = tuple(document.get(key) for key in ("setting", "number", "ids"))
-        if found != (setting, number, self._ids[setting][positions.start : positions.stop]):
-            raise StoreDamaged(f"{path} holds other samples than the plan wants there")
+        ids = self._ids[setting][number * size : (number + 1) * size]
+        if [document.get(key) for key in ("setting", "number", "ids")] != [setting, number, ids]:
+            raise StoreDamaged(f"{header.name} holds other samples than the plan wants there")
 
     def _image_problems(self, shard: Shard) -> Iterator[str]:
         for id, checksum in shard.images.items():
