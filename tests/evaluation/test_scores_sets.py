@@ -275,7 +275,7 @@ def test_kid_needs_two_pictures_on_each_side(sizes):
 
 
 def test_kid_needs_as_many_pictures_as_a_subset():
-    with pytest.raises(ValueError, match="generated pictures must be at least 50, .* got 49"):
+    with pytest.raises(ValueError, match=r"generated pictures must be at least 50, .* got 49"):
         subset_kernel_distance(drawn(49, 3, 1), drawn(60, 3, 2))
 
 
