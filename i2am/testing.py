@@ -103,4 +103,5 @@ def make_maps(
         votes=accumulator.votes,
         rows=accumulator.rows,
         provenance=provenance or {},
+        joint=accumulator.joint(),
     )

@@ -22,12 +22,16 @@ else:
         attention_statistics,
         attention_with_statistics,
     )
+    from i2am.kernels.joint import accumulate_joint_statistics
+    from i2am.kernels.pooling import Pooling
     from i2am.kernels.types import AttentionStatistics, Impl
 
     __all__ = [
         "AttentionStatistics",
         "Impl",
+        "Pooling",
         "accumulate_attention_statistics",
+        "accumulate_joint_statistics",
         "attention",
         "attention_statistics",
         "attention_with_statistics",

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from i2am.kernels import reference, streaming
+from i2am.kernels.arguments import check_sums, expanded_bias, given_scale, prepare
 from i2am.kernels.types import AttentionStatistics, Impl
-
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def attention_statistics(
@@ -57,13 +56,13 @@ def attention_statistics(
         >>> attention_statistics(query, key).g2r.shape
         torch.Size([1, 8, 1, 13])
     """
-    chosen = _prepare(query, key, impl, others=(bias, query_weights, key_weights))
-    bias = _expanded_bias(bias, query, key)
+    chosen = prepare(query, key, impl, others=(bias, query_weights, key_weights))
+    bias = expanded_bias(bias, query, key)
     rows = _query_weights(query_weights, query)
     votes = _key_weights(key_weights, key)
     r2g, g2r = _empty_sums(query, key, rows, votes)
     query_lse, key_lse = torch.ops.i2am.accumulate(
-        query, key, bias, rows, votes, None, r2g, g2r, _scale(scale, query), chosen.value
+        query, key, bias, rows, votes, None, r2g, g2r, given_scale(scale, query), chosen.value
     )
     return _named(r2g, g2r, query_lse, key_lse, key_weights)
 
@@ -96,10 +95,10 @@ def attention(
         RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
         NotImplementedError: A gradient is asked for.
     """
-    chosen = _prepare(query, key, impl, value, others=(bias,))
-    bias = _expanded_bias(bias, query, key)
+    chosen = prepare(query, key, impl, value, others=(bias,))
+    bias = expanded_bias(bias, query, key)
     result: tuple[Tensor, Tensor] = torch.ops.i2am.attention(
-        query, key, value, bias, _scale(scale, query), chosen.value
+        query, key, value, bias, given_scale(scale, query), chosen.value
     )
     return result
 
@@ -136,12 +135,12 @@ def attention_with_statistics(
         RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
         NotImplementedError: A gradient is asked for.
     """
-    chosen = _prepare(query, key, impl, value, others=(bias, query_weights, key_weights))
-    bias = _expanded_bias(bias, query, key)
+    chosen = prepare(query, key, impl, value, others=(bias, query_weights, key_weights))
+    bias = expanded_bias(bias, query, key)
     rows = _query_weights(query_weights, query)
     votes = _key_weights(key_weights, key)
     r2g, g2r = _empty_sums(query, key, rows, votes)
-    softmax_scale = _scale(scale, query)
+    softmax_scale = given_scale(scale, query)
     output, lse = torch.ops.i2am.attention(query, key, value, bias, softmax_scale, chosen.value)
     query_lse, key_lse = torch.ops.i2am.accumulate(
         query, key, bias, rows, votes, lse, r2g, g2r, softmax_scale, chosen.value
@@ -161,7 +160,7 @@ def accumulate_attention_statistics(
     key_weights: Tensor | None = None,
     query_lse: Tensor | None = None,
     impl: Impl | str | None = None,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """Add the sums of :func:`attention_statistics` into given accumulators, in place.
 
     Args:
@@ -178,37 +177,27 @@ def accumulate_attention_statistics(
             has it, of exactly these inputs: it saves one pass.
         impl: Which implementation.
 
+    Returns:
+        ``(query_lse, key_lse)``, ``[batch, heads, seqlen_q]`` and ``[batch, heads, seqlen_k]``,
+        fp32 (fp64 with fp64 inputs).
+
     Raises:
         ValueError: As :func:`attention_statistics`, or an accumulator does not fit.
         RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
         NotImplementedError: A gradient is asked for.
     """
-    chosen = _prepare(query, key, impl, others=(bias, query_weights, key_weights, r2g, g2r))
-    bias = _expanded_bias(bias, query, key)
+    chosen = prepare(query, key, impl, others=(bias, query_weights, key_weights, r2g, g2r))
+    bias = expanded_bias(bias, query, key)
     rows = _query_weights(query_weights, query)
     votes = _key_weights(key_weights, key)
     batch, heads, seqlen_q, _ = query.shape
-    _check_sums("r2g", r2g, (batch, heads, votes.shape[1], seqlen_q), query)
-    _check_sums("g2r", g2r, (batch, heads, rows.shape[1], key.shape[2]), query)
-    _check_sums("query_lse", query_lse, (batch, heads, seqlen_q), query)
-    torch.ops.i2am.accumulate(
-        query, key, bias, rows, votes, query_lse, r2g, g2r, _scale(scale, query), chosen.value
+    check_sums("r2g", r2g, (batch, heads, votes.shape[1], seqlen_q), query)
+    check_sums("g2r", g2r, (batch, heads, rows.shape[1], key.shape[2]), query)
+    check_sums("query_lse", query_lse, (batch, heads, seqlen_q), query)
+    row_lse, key_lse = torch.ops.i2am.accumulate(
+        query, key, bias, rows, votes, query_lse, r2g, g2r, given_scale(scale, query), chosen.value
     )
-
-
-def implementation(impl: Impl | str | None, device: torch.device) -> Impl:
-    """The implementation a request means on ``device``; ``None`` is fused on CUDA, else streaming.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    if impl is None:
-        return Impl.FUSED if device.type == "cuda" else Impl.STREAMING
-    try:
-        return Impl(impl)
-    except ValueError:
-        names = ", ".join(repr(str(known)) for known in Impl)
-        raise ValueError(f"impl must be one of {names} or None, got {impl!r}") from None
+    return row_lse, key_lse
 
 
 def module_of(impl: Impl) -> ModuleType:
@@ -284,70 +273,6 @@ def _(query, key, value, bias, scale, impl):  # type: ignore[no-untyped-def]
     )
 
 
-def _prepare(
-    query: Tensor,
-    key: Tensor,
-    impl: Impl | str | None,
-    value: Tensor | None = None,
-    *,
-    others: tuple[Tensor | None, ...],
-) -> Impl:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor is None:
-            continue
-        if tensor.ndim != 4 or 0 in tensor.shape:
-            raise ValueError(
-                f"{name} must be [batch, heads, seqlen, head_dim] and not empty, "
-                f"got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype not in _FLOATING:
-            raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
-        if (tensor.dtype, tensor.device) != (query.dtype, query.device):
-            raise ValueError(
-                f"{name} must have the dtype and device of query, {query.dtype} on {query.device}, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-    for axis, what in ((0, "batch"), (1, "heads"), (3, "head_dim")):
-        if query.shape[axis] != key.shape[axis]:
-            raise ValueError(
-                f"query and key must have the same {what}, "
-                f"got {query.shape[axis]} and {key.shape[axis]}"
-            )
-    if value is not None and value.shape != key.shape:
-        raise ValueError(
-            f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}"
-        )
-    tensors = [tensor for tensor in (query, key, value, *others) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise NotImplementedError(
-            "attention statistics are inference-only; call them under torch.no_grad()"
-        )
-    return implementation(impl, query.device)
-
-
-def _scale(scale: float | None, query: Tensor) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else float(scale)
-
-
-def _expanded_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    if bias is None:
-        return None
-    shape = (*query.shape[:3], key.shape[2])
-    if bias.device != query.device:
-        raise ValueError(f"bias must be on the device of query, {query.device}, got {bias.device}")
-    if bias.dtype == torch.bool:
-        bias = torch.where(bias, 0.0, float("-inf")).float()
-    elif bias.dtype.is_floating_point:
-        # the lowest number of a dtype means masked too; kept finite, fp32 would lose the scores
-        bias = bias.masked_fill(bias <= torch.finfo(bias.dtype).min / 2, float("-inf"))
-    else:
-        raise ValueError(f"bias must be bool or floating point, got {bias.dtype}")
-    try:
-        return bias.expand(shape)
-    except RuntimeError:
-        raise ValueError(f"bias must broadcast to {shape}, got {tuple(bias.shape)}") from None
-
-
 def _query_weights(weights: Tensor | None, query: Tensor) -> Tensor:
     batch, _, seqlen_q, _ = query.shape
     if weights is None:
@@ -390,17 +315,6 @@ def _empty_sums(query: Tensor, key: Tensor, rows: Tensor, votes: Tensor) -> tupl
         query.new_zeros((batch, heads, votes.shape[1], seqlen_q), dtype=statistics),
         query.new_zeros((batch, heads, rows.shape[1], key.shape[2]), dtype=statistics),
     )
-
-
-def _check_sums(name: str, sums: Tensor | None, shape: tuple[int, ...], query: Tensor) -> None:
-    statistics = torch.promote_types(query.dtype, torch.float32)
-    if sums is None:
-        return
-    if tuple(sums.shape) != shape or sums.dtype != statistics or sums.device != query.device:
-        raise ValueError(
-            f"{name} must be {shape} in {statistics} on {query.device}, "
-            f"got {tuple(sums.shape)} in {sums.dtype} on {sums.device}"
-        )
 
 
 def _named(

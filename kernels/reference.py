@@ -7,6 +7,8 @@ other implementations are measured with.
 import torch
 from torch import Tensor
 
+from i2am.kernels.pooling import Pooling
+
 
 def _softmax_from_lse(scores: Tensor, lse: Tensor) -> Tensor:
     # a fully masked row or column has lse = -inf and no weight at all: -inf - -inf would be NaN
@@ -55,3 +57,30 @@ def attention(
     query_lse = scores.logsumexp(dim=-1)
     over_keys = _softmax_from_lse(scores, query_lse[..., None])
     return (over_keys @ value.to(scores.dtype)).to(query.dtype), query_lse
+
+
+def accumulate_joint(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None,
+    query_lse: Tensor,
+    key_lse: Tensor,
+    query_pooling: Pooling | None,
+    key_pooling: Pooling | None,
+    g2r: tuple[Tensor, Tensor | None],
+    r2g: tuple[Tensor, Tensor | None],
+) -> None:
+    """Add ``W P V^T`` to ``g2r`` and ``W C V^T`` to ``r2g``: mean over the heads, every head."""
+    scores = _scores(query, key, scale, bias)
+    over_keys = _softmax_from_lse(scores, query_lse[..., None])  # P
+    over_queries = _softmax_from_lse(scores, key_lse[..., None, :])  # C
+    for softmax, (mean, per_head) in ((over_keys, g2r), (over_queries, r2g)):
+        if query_pooling is not None:
+            softmax = query_pooling.dense(scores.dtype) @ softmax
+        if key_pooling is not None:
+            softmax = softmax @ key_pooling.dense(scores.dtype).mT
+        mean += softmax.mean(dim=1)
+        if per_head is not None:
+            per_head += softmax

@@ -132,14 +132,14 @@ class _Sweep:
         """Blocks of queries against all keys."""
         length, against = self.query.shape[1], self.key.shape[1]
         kept = len(self.buffer) // (length * against)
-        for heads, blocks in _tiles(*self.query.shape[:2], against=against, most=kept):
+        for heads, blocks in tiles(*self.query.shape[:2], against=against, most=kept):
             if not self._shared_exponential(heads, blocks):
                 self._separate_exponentials(heads, blocks)
 
     def key_blocks(self) -> None:
         """All queries against blocks of keys, given ``query_lse``: the sums of a tile are final."""
         inverse_rows = (-self.query_lse).exp()
-        for heads, blocks in _tiles(*self.key.shape[:2], against=self.query.shape[1]):
+        for heads, blocks in tiles(*self.key.shape[:2], against=self.query.shape[1]):
             weights = self.query_weights * inverse_rows[heads, None]
             for keys in blocks:
                 exponentials = self._scores(heads, _ALL, keys).exp_()  # [h, M, n]
@@ -246,7 +246,7 @@ class _Sweep:
 _ALL = slice(None)
 
 
-def _tiles(
+def tiles(
     heads: int, length: int, *, against: int, most: int = 0
 ) -> Iterator[tuple[slice, list[slice]]]:
     """Groups of heads, at most ``most`` if given, with equal blocks of ``length``."""

@@ -13,8 +13,9 @@ from i2am.adapters.recorder import Recorder
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions, region_weights
+from i2am.attribution.joint_sums import JointGrids
 from i2am.kernels import Impl
-from i2am.kernels.api import implementation
+from i2am.kernels.arguments import implementation
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, TokenLayout
 
 GUIDANCE = {
@@ -39,6 +40,7 @@ def record(
     num_inference_steps: int | None = None,
     keep_keys: bool = False,
     sums: str = "native",
+    joint: JointGrids = False,
     attach: str = "beside",
 ) -> Recorder:
     """Record the attention of a pipeline's runs, without changing a bit of the images.
@@ -73,6 +75,12 @@ def record(
         sums: ``"native"`` keeps every layer on its own grid, so that every axis can be read;
             ``"resized"`` adds all layers up, bilinearly resized, on the finest grid: below 1 MiB
             per sample whatever the number of layers, for the same time-and-head maps.
+        joint: Also record every patch against every patch, for ``maps.joint``: True, the grid
+            ``(height, width)`` over the generated image, or that and one over the reference image.
+            What is not given is the finest grid of the layers, halved until it has at most 1024
+            cells. Keeps ``8 * (time groups + heads) * cells * reference cells`` bytes per sample,
+            heads only where all layers have equally many, and costs about as much time again as the
+            recorded attention calls.
         attach: ``"beside"`` leaves the model's own attention calls as they are; ``"fused"`` lets
             recorded layers attend by the forward of ``impl``, which yields what recording needs:
             images are then the same to rounding, not to the bit. Layers that PyTorch runs by flash
@@ -113,6 +121,7 @@ def record(
         reference_mask=as_mask("reference_mask", reference_mask),
         keep_keys=keep_keys,
         sums=sums,
+        joint=joint,
         impl=impl,
     )
     # options are judged here, not at the first attention call

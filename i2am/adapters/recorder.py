@@ -149,14 +149,16 @@ class Recorder:
         accumulator = self._branches.recorded.get(branch)
         if accumulator is None or not len(accumulator):
             raise RuntimeError(self._seen.nothing(branch, met=self._branches.met, lost=lost))
-        sums = accumulator.layers()
-        for remark in self._remarks(sums, lost):
+        sums, joint = accumulator.layers(), accumulator.joint()
+        no_joint = joint is None and accumulator.records_joint
+        for remark in self._remarks(sums, lost, no_joint=no_joint):
             warnings.warn(remark, stacklevel=2)
         return AttributionMaps(
             apply(lambda held: held.clone(), sums),
             votes=accumulator.votes,
             rows=accumulator.rows,
             provenance=self._provenance(branch, accumulator),
+            joint=joint,
         )
 
     @property
@@ -276,10 +278,15 @@ class Recorder:
             if self._layers[name].processor is not installed
         }
 
-    def _remarks(self, sums: list[LayerSums], lost: dict[str, str]) -> list[str]:
+    def _remarks(self, sums: list[LayerSums], lost: dict[str, str], *, no_joint: bool) -> list[str]:
         """What was not said yet about this run."""
         over = not self._attached
         remarks = self._seen.remarks(sums, lost=lost, over=over)
+        if no_joint:
+            remarks.append(
+                "joint maps were asked for and there are none: they need reference tokens with a "
+                "place on the reference image, which no recorded layer has"
+            )
         announced, made = self._clock.evaluations, self._clock.evaluation
         if over and announced is not None and made != announced:
             remarks.append(

@@ -13,6 +13,8 @@ from torch import Tensor
 from i2am.attribution import weights
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions
+from i2am.attribution.joint import JointMaps
+from i2am.attribution.joint_sums import JointGrids, as_joint
 from i2am.attribution.resized import ResizedSums
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.attribution.weights import as_batch, own_mask
@@ -56,13 +58,18 @@ class Accumulator:
             O(seqlen_q * seqlen_k), for parity checks only.
         sums: ``"native"`` keeps every layer on its own grid; ``"resized"`` adds all layers up on
             the finest grid of the first evaluation, so that what stays does not grow with them.
+        joint: Also add up every cell of a generated grid against every cell of a reference grid,
+            both directions, for :meth:`joint`: True, the generated grid ``(height, width)``, or
+            both grids. What is not given is the layers' finest, halved until it has at most 1024
+            cells. Layers without a reference grid do not take part.
         impl: Implementation of the statistics; see :mod:`i2am.kernels`.
         unresolved: See above.
 
     Raises:
         ValueError: ``time_groups`` is below 1, no direction is given, a region has a reserved name
             or is none (see :func:`as_regions`), a mask is not ``[(batch,) height, width]`` or is 0
-            everywhere, ``sums`` is unknown, or keys are to be kept of resized sums.
+            everywhere, ``sums`` is unknown, keys are to be kept of resized sums, or ``joint`` is no
+            grid.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class Accumulator:
         reference_mask: Tensor | None = None,
         keep_keys: bool = False,
         sums: str = "native",
+        joint: JointGrids = False,
         impl: Impl | str | None = None,
         unresolved: bool = False,
     ) -> None:
@@ -101,6 +109,7 @@ class Accumulator:
         self.impl = impl
         self.unresolved = unresolved
         self._layers: dict[str, _Layer] = {}
+        self._joint = as_joint(joint)
         # all layers of the first evaluation must be seen before their finest grid is known; until
         # then each has sums of its own, which are for this time group
         self._resized: ResizedSums | None = None
@@ -168,7 +177,7 @@ class Accumulator:
         elif layer.site != site:
             raise ValueError(f"{site.layer} changed during the run, from {layer.site} to {site}")
         slot = group if self.sums == "native" else 0
-        accumulate_attention_statistics(
+        lse = accumulate_attention_statistics(
             query,
             key,
             r2g=None if layer.r2g is None else layer.r2g[:, slot],
@@ -180,6 +189,18 @@ class Accumulator:
             query_lse=query_lse,
             impl=self.impl,
         )
+        if self._joint is not None:
+            self._joint.add(
+                site,
+                query,
+                key[:, :, reference],
+                group=group,
+                query_lse=lse[0],
+                key_lse=lse[1][..., reference],
+                scale=scale,
+                bias=bias if bias is None or bias.shape[-1] == 1 else bias[..., reference],
+                impl=self.impl,
+            )
         if layer.by_key is not None:
             over_queries = _softmax_over_queries(query, key, scale, bias)
             layer.by_key[:, group] += over_queries[..., layer.voters]
@@ -201,6 +222,7 @@ class Accumulator:
             impl=self.impl,
         )
         resolved._first_group = self._first_group
+        resolved._joint = None if self._joint is None else self._joint.resolve(rows)
         samples = len(range(self.samples or 0)[rows])
         for name, layer in self._layers.items():
             r2g = layer.r2g if layer.r2g is None else layer.r2g[rows]
@@ -230,6 +252,16 @@ class Accumulator:
             assert self._resized is not None
             return [self._resized.mean()]
         return [self._sums(layer) for layer in self._layers.values()]
+
+    @property
+    def records_joint(self) -> bool:
+        """Whether :meth:`joint` was asked for."""
+        return self._joint is not None
+
+    def joint(self) -> JointMaps | None:
+        """Every patch against every patch, as a copy; ``None`` if that was not asked for, or no
+        layer has a reference grid."""
+        return None if self._joint is None else self._joint.maps(self.time_groups)
 
     def _begin_resizing(self) -> None:
         """Move what the first evaluation left; from now on layers of one shape share their sums."""

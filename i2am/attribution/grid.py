@@ -197,8 +197,8 @@ def resize(maps: Tensor, size: Grid, *, mode: ResizeMode = "bilinear") -> Tensor
     if (height, width) == tuple(size):
         return maps
     if mode == "area":
-        rows = _area_weights(height, size[0], maps)
-        columns = _area_weights(width, size[1], maps)
+        rows = area_weights(height, size[0]).to(maps)
+        columns = area_weights(width, size[1]).to(maps)
         return rows @ maps @ columns.mT
     flat = maps.reshape(1, math.prod(maps.shape[:-2]), height, width)
     if flat.shape[1] == 0:
@@ -265,13 +265,13 @@ def mask_weights(mask: Tensor, grid: Grid) -> Tensor:
     return resize(mask.double(), grid, mode="area").flatten(-2).float()
 
 
-def _area_weights(source: int, target: int, like: Tensor) -> Tensor:
-    """Box-overlap matrix ``[target, source]`` whose rows sum to 1."""
+def area_weights(source: int, target: int) -> Tensor:
+    """Fp64 ``[target, source]``: each of `target` equal parts as the mean of what it covers."""
     # counted in 1 / (source * target), where every edge is a whole number and overlaps are exact
-    start = torch.arange(target, device=like.device)[:, None] * source
-    cell = torch.arange(source, device=like.device)[None, :] * target
+    start = torch.arange(target)[:, None] * source
+    cell = torch.arange(source)[None, :] * target
     overlap = (start + source).minimum(cell + target) - start.maximum(cell)
-    return overlap.clamp(min=0).to(like.dtype) / source
+    return overlap.clamp(min=0).double() / source
 
 
 def _overlap(start: int, length: int, size: int, cells: int) -> Tensor:

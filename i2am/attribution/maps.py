@@ -1,5 +1,6 @@
 """``AttributionMaps``: what a run recorded, and every way of reading it."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -11,18 +12,19 @@ from torch import Tensor
 
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Grid, Patch
-from i2am.attribution.joint import JointMaps
+from i2am.attribution.joint import JointMaps, concatenate_joint
 from i2am.attribution.layers import apply, check_layers, recorded, tensors, without_grid
 from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import (
     LayerWeighting,
     check_resized,
+    find_region,
     kept_axes,
     layers_of,
     missing_for_official,
     reduce_layers,
-    region_name,
+    undeclared,
 )
 from i2am.attribution.summary import summary
 from i2am.attribution.sums import LayerSums
@@ -227,20 +229,38 @@ class AttributionMaps:
 
         Args:
             region: A region that was declared before the run: its name, or the :class:`Patch` or
-                :class:`Box` itself, whatever name it was given.
-            per: Axes to keep.
+                :class:`Box` itself, whatever name it was given. A :class:`Patch` of the grid of
+                :attr:`joint` need not have been declared.
+            per: Axes to keep; of a patch read from :attr:`joint` one of time and head at most.
             size: Grid of the result; by default the finest reference grid.
-            preset: As in :meth:`generated_to_reference`.
-            layer_weighting: As in :meth:`generated_to_reference`.
+            preset: As in :meth:`generated_to_reference`; a patch from :attr:`joint` needs bilinear
+                maps of all layers, those of ``"paper"``.
+            layer_weighting: As in :meth:`generated_to_reference`; likewise ``"paper"``.
 
         Returns:
-            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized.
+            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized. From :attr:`joint`
+            it is that of the layers with a reference grid, as fine as the joint reference grid is.
 
         Raises:
-            ValueError: If the region was not declared, or as :meth:`generated_to_reference` does.
+            ValueError: If the region was not declared, nor is it a cell of :attr:`joint` that can
+                be read so, or as :meth:`generated_to_reference` does.
         """
-        name = region_name(region, self.regions, self.provenance.get("regions") or {})
-        return self._read_row(name, per, size, preset, layer_weighting)
+        descriptions = self.provenance.get("regions") or {}
+        name = find_region(region, self.regions, descriptions)
+        if name is not None:
+            return self._read_row(name, per, size, preset, layer_weighting)
+        cell = None if self.joint is None else self.joint.cell(region)
+        if self.joint is None or cell is None:
+            joint = None if self.joint is None else self.joint.generated_grid
+            raise undeclared(region, self.regions, descriptions, joint)
+        grids = [layer.site.reference_grid or (1, 1) for layer in self.layer_sums]
+        return self.joint.read_cell(
+            cell,
+            kept_axes(per),
+            size=size or max(grids, key=math.prod),
+            preset=get_preset(preset),
+            layer_weighting=layer_weighting,
+        )
 
     # Subsets, batches, devices
 
@@ -250,6 +270,8 @@ class AttributionMaps:
         samples: int | slice | Sequence[int] | None = None,
     ) -> "AttributionMaps":
         """The same maps for some layers and samples only.
+
+        :attr:`joint` is an average over layers, so it does not survive a choice of them.
 
         Args:
             layers: Layer paths or patterns such as ``"up_blocks.*"``; None keeps all. The order of
@@ -265,6 +287,7 @@ class AttributionMaps:
             IndexError: If a sample index is out of range.
         """
         chosen: Sequence[LayerSums] = self.layer_sums
+        joint = self.joint if layers is None else None
         if layers is not None:
             patterns = [layers] if isinstance(layers, str) else list(layers)
             for pattern in patterns:
@@ -289,11 +312,13 @@ class AttributionMaps:
             if not wanted:
                 raise ValueError(f"samples must leave at least one of {len(every)}, got {samples}")
             chosen = apply(lambda sums: sums[wanted], chosen)
-        return self._with(chosen)
+            joint = joint and joint.apply(lambda sums: sums[wanted])
+        return self._with(chosen, joint)
 
     def to(self, device: torch.device | str) -> "AttributionMaps":
         """The same maps on another device."""
-        return self._with(apply(lambda sums: sums.to(device), self.layer_sums))
+        layers = apply(lambda sums: sums.to(device), self.layer_sums)
+        return self._with(layers, self.joint and self.joint.apply(lambda sums: sums.to(device)))
 
     @classmethod
     def merge(cls, results: Iterable["AttributionMaps"]) -> "AttributionMaps":
@@ -310,16 +335,21 @@ class AttributionMaps:
 
         Raises:
             ValueError: If `results` is empty, or they differ in layers, grids, heads, time groups,
-                votes, rows, recorded sums, guidance, layout, the votes of prefix tokens or what a
-                region's name stands for.
+                votes, rows, recorded sums, guidance, layout, the votes of prefix tokens, what a
+                region's name stands for, or joint maps.
         """
         results = list(results)
         if not results:
             raise ValueError("results must hold at least one AttributionMaps, got none")
         check_mergeable(results)
         layers = concatenate([result.layer_sums for result in results])
-        provenance = merge_provenance([result.provenance for result in results])
-        return cls(layers, votes=results[0].votes, rows=results[0].rows, provenance=provenance)
+        return cls(
+            layers,
+            votes=results[0].votes,
+            rows=results[0].rows,
+            provenance=merge_provenance([result.provenance for result in results]),
+            joint=concatenate_joint([result.joint for result in results if result.joint]),
+        )
 
     # Pictures
 
@@ -453,5 +483,7 @@ class AttributionMaps:
             layer_weighting=layer_weighting,
         )
 
-    def _with(self, layers: Sequence[LayerSums]) -> "AttributionMaps":
-        return type(self)(layers, votes=self.votes, rows=self.rows, provenance=self.provenance)
+    def _with(self, layers: Sequence[LayerSums], joint: JointMaps | None) -> "AttributionMaps":
+        return type(self)(
+            layers, votes=self.votes, rows=self.rows, provenance=self.provenance, joint=joint
+        )

@@ -36,7 +36,7 @@ def layers_of(layers: Sequence[LayerSums], preset: Preset) -> list[LayerSums]:
     Raises:
         ValueError: If none does.
     """
-    counted = [layer for layer in layers if _counts(layer.site.layer, preset)]
+    counted = [layer for layer in layers if counts(layer.site.layer, preset)]
     if not counted:
         raise ValueError(
             f"preset {preset.name!r} leaves out every layer here: "
@@ -59,7 +59,7 @@ def check_resized(
             other than bilinearly or left out.
     """
     merged = [name for layer in layers for name in layer.site.merged]
-    leaves_out = not all(_counts(name, preset) for name in merged)
+    leaves_out = not all(counts(name, preset) for name in merged)
     resizes = preset.clamp_after_grid_resize or preset.grid_resize != "bilinear"
     for what, refused in {
         "per='layer'": "layer" in per,
@@ -73,34 +73,48 @@ def check_resized(
             )
 
 
-def region_name(
+def find_region(
     region: str | Patch | Box, names: Sequence[str], descriptions: Mapping[str, str]
-) -> str:
-    """The name under which a region was recorded.
+) -> str | None:
+    """The name under which a region was recorded, ``None`` if it was not.
 
     Args:
         region: Its name, or the region itself.
         names: The recorded ones.
         descriptions: What :func:`describe_regions` says of some of them; a name without an entry
             describes itself.
-
-    Raises:
-        ValueError: If it was not recorded.
     """
     text = str(region)
     described = {name: descriptions.get(name, name) for name in names}
     # a name wins, but a Patch is not what is recorded where its text names another region
     if text in described and (isinstance(region, str) or described[text] == text):
         return text
-    for name, description in described.items():
-        if description == text:
-            return name
+    return next((name for name, description in described.items() if description == text), None)
+
+
+def undeclared(
+    region: str | Patch | Box,
+    names: Sequence[str],
+    descriptions: Mapping[str, str],
+    joint_grid: Grid | None,
+) -> ValueError:
+    """What to raise for a region that was not recorded; see :func:`find_region`.
+
+    Args:
+        region: What was asked for.
+        names: The recorded ones.
+        descriptions: What some of them stand for.
+        joint_grid: Grid whose patches are known without a declaration, if there is one.
+    """
     known = ", ".join(
-        name if description == name else f"{name} ({description})"
-        for name, description in described.items()
+        name if descriptions.get(name, name) == name else f"{name} ({descriptions[name]})"
+        for name in names
     )
-    raise ValueError(
-        "region must be declared before the run with record(regions=...); "
+    joint = ""
+    if joint_grid is not None:
+        joint = f" or be a Patch of the joint grid {joint_grid[0]}x{joint_grid[1]}"
+    return ValueError(
+        f"region must be declared before the run with record(regions=...){joint}; "
         f"declared: {known or 'none'}; got {region}"
     )
 
@@ -188,7 +202,8 @@ def reduce_layers(
     return result.squeeze([i for i, axis in enumerate(AXES, start=1) if axis not in per])
 
 
-def _counts(layer: str, preset: Preset) -> bool:
+def counts(layer: str, preset: Preset) -> bool:
+    """Whether a layer counts under a preset."""
     if not preset.mid_block and {"mid_block", "middle_block"} & {*layer.split(".")}:
         return False
     warp = re.match(r"warp_blocks\.(\d+)\.", layer)

@@ -11,21 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from i2am.attribution.layers import SUMS, apply, tensors
+from i2am.attribution.joint import JointMaps
+from i2am.attribution.layers import SUMS, tensors
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.sums import AttentionSite, LayerSums
 
 SCHEMA = 1
-"""Version of the file layout that is written, and the newest that can be read."""
+"""Version of the file layout of maps without joint maps."""
+
+JOINT_SCHEMA = 2
+"""That of maps with joint maps: what cannot read these says so, and does not leave them out."""
+
+JOINT_SUMS = ("g2r", "r2g")
+JOINT_FACTS = ("generated_grid", "reference_grid", "time_groups", "heads", "layers")
 
 
 def save_maps(maps: AttributionMaps, path: str | Path) -> None:
     """Writes maps to one ``.safetensors`` file that any safetensors reader opens.
 
-    Tensors are named ``<layer number>.<field>``. A single metadata entry, ``i2am``, holds canonical
-    JSON: schema, sites, votes, rows, provenance, and dtype, shape and CRC-32 of each tensor. Time
-    and machine are not among them, so equal maps give equal bytes, and the file is complete or not
-    there at all.
+    Tensors are named ``<layer number>.<field>``, those of joint maps ``joint.<field>``. A single
+    metadata entry, ``i2am``, holds canonical JSON: schema, sites, votes, rows, provenance, the
+    grids of joint maps, and dtype, shape and CRC-32 of each tensor. Time and machine are not among
+    them, so equal maps give equal bytes, and the file is complete or not there at all. Maps without
+    joint maps give files of schema 1.
 
     Args:
         maps: What to write; moved to the CPU.
@@ -37,23 +45,28 @@ def save_maps(maps: AttributionMaps, path: str | Path) -> None:
     """
     from safetensors.torch import save
 
-    # copies, because tensors of a safetensors file must not share memory
-    layers = apply(
-        lambda sums: sums.detach().to("cpu", copy=True, memory_format=torch.contiguous_format),
-        maps.layer_sums,
-    )
-    content = {
+    held = {
         f"{number:03d}.{name}": sums
-        for number, layer in enumerate(layers)
+        for number, layer in enumerate(maps.layer_sums)
         for name, sums in tensors(layer).items()
     }
+    joint: dict[str, Any] = {}
+    if maps.joint is not None:
+        held |= {f"joint.{name}": getattr(maps.joint, name) for name in JOINT_SUMS}
+        joint["joint"] = {name: getattr(maps.joint, name) for name in JOINT_FACTS}
+    # copies, because tensors of a safetensors file must not share memory
+    content = {
+        name: sums.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, sums in held.items()
+    }
     document: dict[str, Any] = {
-        "schema": SCHEMA,
-        "sites": [asdict(layer.site) for layer in layers],
+        "schema": JOINT_SCHEMA if joint else SCHEMA,
+        "sites": [asdict(layer.site) for layer in maps.layer_sums],
         "votes": maps.votes,
         "rows": maps.rows,
         "provenance": maps.provenance,
         "tensors": {name: _summary(sums) for name, sums in content.items()},
+        **joint,
     }
     try:
         # through JSON once, because integer keys sort differently after they have become strings
@@ -92,9 +105,9 @@ def load_maps(path: str | Path) -> AttributionMaps:
         schema = document["schema"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is a safetensors file, but not one of i2am maps") from error
-    if schema != SCHEMA:
+    if schema not in (SCHEMA, JOINT_SCHEMA):
         raise ValueError(
-            f"{path} has schema {schema}, and this i2am reads schema {SCHEMA}; "
+            f"{path} has schema {schema}, and this i2am reads schemas {SCHEMA} and {JOINT_SCHEMA}; "
             "read it with the version of i2am that wrote it"
         )
     if document.pop("checksum", None) != zlib.crc32(_canonical(document)):
@@ -110,6 +123,7 @@ def load_maps(path: str | Path) -> AttributionMaps:
         votes=document["votes"],
         rows=document["rows"],
         provenance=document["provenance"],
+        joint=_joint(document.get("joint"), content),
     )
 
 
@@ -157,6 +171,13 @@ def _summary(sums: Tensor) -> dict[str, Any]:
         "dtype": str(sums.dtype),
         "shape": list(sums.shape),
     }
+
+
+def _joint(facts: dict[str, Any] | None, content: dict[str, Tensor]) -> JointMaps | None:
+    if facts is None:
+        return None
+    facts = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+    return JointMaps(g2r=content["joint.g2r"], r2g=content["joint.r2g"], **facts)
 
 
 def _site(fields: dict[str, Any]) -> AttentionSite:

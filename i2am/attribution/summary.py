@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 def summary(maps: "AttributionMaps") -> str:
     """A few lines about maps, for people."""
     sums = [held for layer in maps.layer_sums for held in tensors(layer).values()]
-    mebibytes = sum(held.nbytes for held in sums) / 2**20
+    nbytes = sum(held.nbytes for held in sums) + (maps.joint.nbytes if maps.joint else 0)
     head = (
         f"AttributionMaps: {_count(maps.n_samples, 'sample')}, "
         f"{_count(maps.time_groups, 'time group')}, {_count(len(maps.layers), 'layer')}, "
-        f"{mebibytes:.1f} MiB, guidance {maps.provenance.get('guidance', 'unknown')}"
+        f"{nbytes / 2**20:.1f} MiB, guidance {maps.provenance.get('guidance', 'unknown')}"
     )
     lines = [
         head,
@@ -25,6 +25,9 @@ def summary(maps: "AttributionMaps") -> str:
         f"  votes: {', '.join(maps.votes)}; rows: {', '.join(maps.rows)}",
         *(f"  {_line(layer.site)}" for layer in maps.layer_sums),
     ]
+    if maps.joint is not None:
+        layers = _count(len(maps.joint.layers), "layer")
+        lines.append(f"  joint: {maps.joint.extent}, mean of {layers}")
     if note := maps.provenance.get("note"):
         lines.append(f"  note: {note}")
     return "\n".join(lines)

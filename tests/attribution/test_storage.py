@@ -141,7 +141,7 @@ def test_every_flipped_byte_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=2), "has schema 2, and this i2am reads schema 1"),
+        (lambda d: d.update(schema=3), "has schema 3, and this i2am reads schemas 1 and 2"),
         (lambda d: d.pop("schema"), "not one of i2am maps"),
         (lambda d: d["sites"][0].update(layer="down.1"), "its description does not match"),
         (lambda d: d.pop("checksum"), "its description does not match"),

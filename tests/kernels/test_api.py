@@ -13,12 +13,12 @@ from i2am.kernels import (
     AttentionStatistics,
     Impl,
     accumulate_attention_statistics,
-    api,
     attention_statistics,
     attention_with_statistics,
     reference,
     streaming,
 )
+from i2am.kernels.arguments import implementation
 from i2am.testing import make_qkv
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -344,11 +344,19 @@ def test_none_skips_a_direction(impl):
     query, key, _ = make_qkv(B, H, M, N, D)
     both_r2g, both_g2r = accumulated(query, key, impl=impl)
     r2g, g2r = torch.zeros_like(both_r2g), torch.zeros_like(both_g2r)
-    assert accumulate_attention_statistics(query, key, r2g=r2g, impl=impl) is None
+    accumulate_attention_statistics(query, key, r2g=r2g, impl=impl)
     accumulate_attention_statistics(query, key, g2r=g2r, impl=impl)
     accumulate_attention_statistics(query, key, impl=impl)
     assert torch.equal(r2g, both_r2g)
     assert torch.equal(g2r, both_g2r)
+
+
+def test_accumulating_returns_the_log_sum_exps(impl):
+    query, key, _ = make_qkv(B, H, M, N, D)
+    query_lse, key_lse = accumulate_attention_statistics(query, key, impl=impl)
+    expected = attention_statistics(query, key, impl=impl)
+    close(query_lse, expected.query_lse)
+    close(key_lse, expected.key_lse)
 
 
 def test_nan_in_an_accumulator_stays_where_it_was(impl):
@@ -364,9 +372,9 @@ def test_nan_in_an_accumulator_stays_where_it_was(impl):
 
 
 def test_the_default_is_fused_on_cuda_and_streaming_elsewhere():
-    assert api.implementation(None, torch.device("cuda")) is Impl.FUSED
-    assert api.implementation(None, torch.device("cpu")) is Impl.STREAMING
-    assert api.implementation(None, torch.device("mps")) is Impl.STREAMING
+    assert implementation(None, torch.device("cuda")) is Impl.FUSED
+    assert implementation(None, torch.device("cpu")) is Impl.STREAMING
+    assert implementation(None, torch.device("mps")) is Impl.STREAMING
 
 
 @functions

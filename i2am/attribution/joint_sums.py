@@ -1,0 +1,236 @@
+"""Sums of joint maps: call by call, pooled to at most about a thousand cells per image.
+
+A call is pooled to the grids of its own layer, each halved until it is coarse enough, and layers of
+equal grids share their sums. What stays is therefore a pyramid, at most a third more than its
+finest level, whatever the number of layers; it is resized once, when the maps are read.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from i2am.attribution.grid import Grid, ResizeMode, area_weights, resize
+from i2am.attribution.joint import JointMaps
+from i2am.attribution.sums import AttentionSite
+from i2am.kernels import Impl, Pooling, accumulate_joint_statistics
+
+CELLS = 1024
+"""Most cells of a grid that is not asked for by its size: 32 x 32, or 32 x 24."""
+
+JointGrids = bool | Grid | tuple[Grid, Grid]
+"""``joint=``: False, True for grids of at most :data:`CELLS` cells, the generated grid ``(height,
+width)``, or the generated and the reference grid."""
+
+
+@dataclass
+class _Level:
+    """The sums of all layers of one pair of grids."""
+
+    mean: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By time group, G2R and R2G ``[B, cells, reference cells]``, averaged over heads."""
+    heads: tuple[Tensor, Tensor] | None = None
+    """G2R and R2G ``[B, H, cells, reference cells]``, summed over time."""
+
+
+class JointSums:
+    """Adds up what :class:`JointMaps` will show.
+
+    Args:
+        generated_grid: Grid of the result over the generated image; ``None`` for the finest of the
+            layers', each halved until it has at most :data:`CELLS` cells.
+        reference_grid: Likewise over the reference image.
+    """
+
+    def __init__(self, generated_grid: Grid | None, reference_grid: Grid | None) -> None:
+        self._grids = (generated_grid, reference_grid)
+        self._levels: dict[tuple[Grid, Grid], _Level] = {}
+        self._layers: dict[str, int] = {}
+        self._poolings: dict[tuple[Grid, Grid], Pooling | None] = {}
+
+    def add(
+        self,
+        site: AttentionSite,
+        query: Tensor,
+        key: Tensor,
+        *,
+        group: int,
+        query_lse: Tensor,
+        key_lse: Tensor,
+        scale: float | None,
+        bias: Tensor | None,
+        impl: Impl | str | None,
+    ) -> None:
+        """Add one call; a layer without a reference grid does not take part.
+
+        Args:
+            site: The layer.
+            query: ``[batch, heads, seqlen_q, head_dim]``: the tokens of the generated grid.
+            key: ``[batch, heads, seqlen_k, head_dim]``: the reference tokens.
+            group: Time group.
+            query_lse: Log-sum-exp over all keys of the call, ``[batch, heads, seqlen_q]``.
+            key_lse: Log-sum-exp over the queries, ``[batch, heads, seqlen_k]``.
+            scale: Softmax scale.
+            bias: Additive or bool mask of these keys.
+            impl: Implementation.
+        """
+        if site.reference_grid is None:
+            return
+        self._layers[site.layer] = site.heads
+        grids = (
+            _pooled(site.generated_grid, self._grids[0]),
+            _pooled(site.reference_grid, self._grids[1]),
+        )
+        level = self._levels.setdefault(grids, _Level())
+        cells = (math.prod(grids[0]), math.prod(grids[1]))
+        # tensors born in inference mode could not be updated outside of it later
+        with torch.inference_mode(False):
+            if group not in level.mean:
+                level.mean[group] = _zeros(query_lse, len(query), *cells)
+            if not self._heads:
+                # nobody could read them: kept neither here nor where they began
+                for each in self._levels.values():
+                    each.heads = None
+            elif level.heads is None:
+                level.heads = _zeros(query_lse, *query.shape[:2], *cells)
+        g2r, r2g = level.mean[group]
+        heads = level.heads or (None, None)
+        accumulate_joint_statistics(
+            query,
+            key,
+            query_lse=query_lse,
+            key_lse=key_lse,
+            g2r=g2r,
+            r2g=r2g,
+            g2r_per_head=heads[0],
+            r2g_per_head=heads[1],
+            query_pooling=self._pooling(site.generated_grid, grids[0]),
+            key_pooling=self._pooling(site.reference_grid, grids[1]),
+            scale=scale,
+            bias=bias,
+            impl=impl,
+        )
+
+    def resolve(self, rows: slice) -> "JointSums":
+        """Copies of some rows of the batch."""
+        resolved = JointSums(*self._grids)
+        resolved._layers = dict(self._layers)
+        resolved._poolings = self._poolings
+        for grids, level in self._levels.items():
+            resolved._levels[grids] = _Level(
+                {group: _rows(sums, rows) for group, sums in level.mean.items()},
+                None if level.heads is None else _rows(level.heads, rows),
+            )
+        return resolved
+
+    def maps(self, time_groups: int) -> JointMaps | None:
+        """The mean over the layers on the joint grids, as a copy; ``None`` if none took part."""
+        if not self._levels:
+            return None
+        generated = self._grids[0] or max((grids[0] for grids in self._levels), key=math.prod)
+        reference = self._grids[1] or max((grids[1] for grids in self._levels), key=math.prod)
+        some = next(iter(next(iter(self._levels.values())).mean.values()))[0]
+        shape = (
+            len(some),
+            time_groups + self._heads,
+            math.prod(generated),
+            math.prod(reference),
+        )
+        with torch.inference_mode(False):
+            g2r, r2g = some.new_zeros(shape), some.new_zeros(shape)
+            for (rows, columns), level in self._levels.items():
+                slices = dict(level.mean)
+                if level.heads is not None:
+                    apart = zip(level.heads[0].unbind(1), level.heads[1].unbind(1), strict=True)
+                    slices |= dict(enumerate(apart, start=time_groups))
+                for place, sums in slices.items():
+                    # a map is resized as maps are; the cell that it is of, as a region or mask is
+                    moved = _resized(sums[0], columns, reference, "bilinear")
+                    g2r[:, place] += _resized(moved.mT, rows, generated, "area").mT
+                    moved = _resized(sums[1], columns, reference, "area")
+                    r2g[:, place] += _resized(moved.mT, rows, generated, "bilinear").mT
+            g2r /= len(self._layers)
+            r2g /= len(self._layers)
+        layers = tuple(self._layers)
+        return JointMaps(generated, reference, time_groups, self._heads, layers, g2r, r2g)
+
+    @property
+    def _heads(self) -> int:
+        """The number of heads, 0 where layers differ."""
+        heads = set(self._layers.values())
+        return heads.pop() if len(heads) == 1 else 0
+
+    def _pooling(self, grid: Grid, target: Grid) -> Pooling | None:
+        if (grid, target) not in self._poolings:
+            self._poolings[grid, target] = None if grid == target else pooling(grid, target)
+        return self._poolings[grid, target]
+
+
+def as_joint(joint: JointGrids) -> JointSums | None:
+    """What ``joint=`` asks for.
+
+    Raises:
+        ValueError: It is not a bool, a grid or two.
+    """
+    if joint is False or joint is None:
+        return None
+    if joint is True:
+        return JointSums(None, None)
+    if (grid := _grid(joint)) is not None:
+        return JointSums(grid, None)
+    if isinstance(joint, Sequence) and len(joint) == 2:
+        generated, reference = map(_grid, joint)
+        if generated is not None and reference is not None:
+            return JointSums(generated, reference)
+    raise ValueError(
+        "joint must be True, a generated grid (height, width) of whole numbers >= 1, or a "
+        f"generated and a reference grid, got {joint!r}"
+    )
+
+
+def pooling(grid: Grid, target: Grid) -> Pooling:
+    """Every cell of ``target`` as the mean of the part of ``grid`` that it covers."""
+    down = area_weights(grid[0], target[0])
+    across = area_weights(grid[1], target[1])
+    bands = []
+    for weights in down:
+        covered = weights.nonzero()[:, 0]
+        top, bottom = int(covered[0]), int(covered[-1]) + 1
+        band = weights[top:bottom, None] * across[:, None]  # [cells, rows, columns]
+        bands.append((top * grid[1], band.flatten(1)))
+    return Pooling.of(bands, math.prod(grid))
+
+
+def _pooled(grid: Grid, asked: Grid | None) -> Grid:
+    """The grid on which a layer's sums are kept."""
+    if asked is not None:
+        return asked if math.prod(asked) < math.prod(grid) else grid
+    while math.prod(grid) > CELLS:
+        grid = (-(-grid[0] // 2), -(-grid[1] // 2))
+    return grid
+
+
+def _resized(sums: Tensor, grid: Grid, target: Grid, mode: ResizeMode) -> Tensor:
+    """The last axis, cells of a grid, as those of another."""
+    if grid == target:
+        return sums
+    return resize(sums.unflatten(-1, grid), target, mode=mode).flatten(-2)
+
+
+def _rows(sums: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+    return sums[0][rows].clone(), sums[1][rows].clone()
+
+
+def _zeros(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
+    return like.new_zeros(shape), like.new_zeros(shape)
+
+
+def _grid(value: object) -> Grid | None:
+    """A grid that a caller gave, if it is one."""
+    if not isinstance(value, Sequence) or len(value) != 2:
+        return None
+    height, width = value
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in (height, width))
+    return (height, width) if whole and height > 0 and width > 0 else None

@@ -1,0 +1,87 @@
+"""Pooling: cells that are weighted means of tokens, as a sparse matrix in compressed rows."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pooling:
+    """A sparse ``[cells, tokens]`` matrix whose cells come in bands.
+
+    The cells of a band have their tokens in one range. In raster order a band is a row of cells,
+    and its tokens are the rows of the token grid under it.
+
+    Attributes:
+        tokens: int64 ``[entries]``: the token of each entry, cell after cell.
+        starts: int64 ``[cells]``: the first entry of each cell; none is empty.
+        weights: fp32 ``[entries]``.
+        bands: Cells, tokens and entries of each band; the cells of all bands follow each other.
+        size: Tokens that are pooled.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    weights: Tensor
+    bands: tuple[tuple[slice, slice, slice], ...]
+    size: int
+
+    @classmethod
+    def of(cls, bands: Iterable[tuple[int, Tensor]], size: int) -> "Pooling":
+        """A pooling of ``size`` tokens.
+
+        Args:
+            bands: For each band its first token and its weights ``[cells, tokens]``.
+            size: Number of tokens.
+
+        Raises:
+            ValueError: A cell has no weight other than 0, or a band reaches beyond the tokens.
+        """
+        tokens, starts, weights, ranges = [], [], [], []
+        cells = entries = 0
+        for first, band in bands:
+            in_cell, place = band.nonzero(as_tuple=True)
+            counts = torch.bincount(in_cell, minlength=len(band))
+            if not len(band) or not bool((counts > 0).all()):
+                raise ValueError("every cell must have a weight other than 0, got one without")
+            if first < 0 or first + band.shape[1] > size:
+                raise ValueError(
+                    f"a band must lie within {size} tokens, got {first} to {first + band.shape[1]}"
+                )
+            tokens.append(place + first)
+            starts.append(entries + counts.cumsum(0) - counts)
+            weights.append(band[in_cell, place].float())
+            ranges.append(
+                (
+                    slice(cells, cells + len(band)),
+                    slice(first, first + band.shape[1]),
+                    slice(entries, entries + len(place)),
+                )
+            )
+            cells += len(band)
+            entries += len(place)
+        return cls(torch.cat(tokens), torch.cat(starts), torch.cat(weights), tuple(ranges), size)
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        return len(self.starts)
+
+    def to(self, device: torch.device) -> "Pooling":
+        """The same on another device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            starts=self.starts.to(device),
+            weights=self.weights.to(device),
+        )
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """``[cells, tokens]``"""
+        counts = self.starts.diff(append=self.starts.new_tensor([len(self.tokens)]))
+        cells = torch.arange(self.cells, device=self.tokens.device).repeat_interleave(counts)
+        matrix = self.weights.new_zeros((self.cells, self.size), dtype=dtype)
+        matrix[cells, self.tokens] = self.weights.to(dtype)
+        return matrix
