@@ -14,6 +14,7 @@ from PIL import Image
 import i2am
 from i2am.cli import main
 from i2am.data import VitonHD, write_viton_hd
+from i2am.evaluation.store import Store
 from i2am.models import (
     CustomPipeline,
     DCIVTONPipeline,
@@ -277,6 +278,32 @@ def test_record(folder, files, name, tmp_path, capsys) -> None:
         )
         assert difference[keep].mean() < 0.02
         assert difference[~keep].mean() > 0.05
+
+
+def test_evaluate(folder, scenes, name, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    options = ["--batch", "2", "--shard", "2", "--sampler", "paper", "--steps", "2"]
+    options += ["--time-groups", "2", "--threads", "1", "--size", "32x24"]
+    line = ["evaluate", str(folder), "--data", str(scenes), "-o", str(out), *options]
+    assert main(line) == 0, capsys.readouterr().err
+    store = Store.open(out)
+    assert store.plan["settings"]["guidance"] == (1 if name == "dci_vton" else 5)
+    assert not store.verify()
+    for setting in ("paired", "unpaired"):
+        for shard in store.shards(setting, tensors=None):
+            found = dict(zip(shard.score_names, shard.scores.T, strict=True))
+            assert found["imacs_g"].isfinite().all()
+            assert found["imacs_g_official"].isfinite().all() == (name != "custom")
+            spatial = name in ("stableviton", "custom")
+            assert found["imacs_r"].isfinite().all() == spatial
+            assert ("g2r_mask" in shard.maps) == spatial
+            if not spatial:
+                # a single reference token has no place: not an error, and not 0
+                reason = shard.reasons[shard.ids[0]]["imacs_r"]
+                assert reason.code == "not_defined"
+                assert "no reference grid" in reason.message
+            for id in shard.ids:
+                assert Image.open(store.image_path(setting, id)).size == (24, 32)
 
 
 @pytest.mark.parametrize("name", ["dci_vton", "stableviton"])
