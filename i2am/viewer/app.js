@@ -161,7 +161,8 @@ function sync() {
   for (const { sample, side, score } of panels) {
     const masked = state.weights === "mask" && side === "generated" ? sample.scores.imacs_g_mask_votes : null;
     const found = masked ?? sample.scores[SIDES[side].score];
-    score.textContent = found ? `IMACS ${found.value === null ? "undefined" : signed(found.value)}` : "";
+    score.replaceChildren(...(found
+      ? ["IMACS", make("sub", { textContent: side[0] }), ` ${found.value === null ? "undefined" : signed(found.value)}`] : []));
     score.title = found?.reason ?? "";
   }
   for (const input of document.querySelectorAll("input[type=range]"))

@@ -187,18 +187,17 @@ def sample(
 
     stacks = []
     if Direction.REFERENCE_TO_GENERATED in maps.directions:
-        for votes in maps.votes:
-            # tokens without a place are in no mask
-            source = spatial if votes == "mask" else maps
-            if source is not None:
-                read = partial(AttributionMaps.reference_to_generated, votes=votes, preset=preset)
-                stacks.append(overall("r2g_mask" if votes == "mask" else "r2g", source, read))
+        read = partial(AttributionMaps.reference_to_generated, preset=preset)
+        stacks.append(overall("r2g", maps, read))
+        # tokens without a place are in no mask
+        if "mask" in maps.votes and spatial is not None:
+            stacks.append(overall("r2g_mask", spatial, partial(read, votes="mask")))
     regions: list[dict[str, Any]] = []
     if Direction.GENERATED_TO_REFERENCE in maps.directions and spatial is not None:
-        for row in ("uniform", "mask"):
-            if row in maps.rows:
-                read = partial(AttributionMaps.generated_to_reference, weights=row, preset=preset)
-                stacks.append(overall("g2r_mask" if row == "mask" else "g2r", spatial, read))
+        read = partial(AttributionMaps.generated_to_reference, preset=preset)
+        stacks.append(overall("g2r", spatial, read))
+        if "mask" in maps.rows:
+            stacks.append(overall("g2r_mask", spatial, partial(read, weights="mask")))
         described = maps.provenance.get("regions") or {}
         for number, region in enumerate(maps.regions):
             read = partial(AttributionMaps.specific_reference, region=region, preset=preset)
@@ -217,7 +216,7 @@ def sample(
         generated=generated,
         reference=reference,
         stacks=stacks,
-        times=_step_names(maps.time_groups, maps.provenance.get("steps")),
+        times=step_names(maps.time_groups, maps.provenance.get("steps")),
         heads=[f"head {head}" for head in range(counted[0].heads)] if alike else [],
         layers=layers,
         mask=mask,
@@ -254,7 +253,8 @@ def _levels(stack: Stack, slice: str) -> int:
     return MEDIUM if slice == "all" else COARSE
 
 
-def _step_names(groups: int, steps: int | None) -> list[str]:
+def step_names(groups: int, steps: int | None) -> list[str]:
+    """Names of time groups: their steps, counted from 1, where the number of steps is known."""
     if not steps:
         return [f"group {group + 1} of {groups}" for group in range(groups)]
     edges = [-(-group * steps // groups) for group in range(groups + 1)]

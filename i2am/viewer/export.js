@@ -25,7 +25,7 @@ function drawView(scale) {
   panels.forEach((panel, i) => {
     const wide = widths[i], high = heights[i], top = head + caption, ratio = wide / panel.picture.width;
     write(SIDES[panel.side].title, left, head + 14, { weight: 600, room: wide / 2 });
-    write(panel.score.textContent, left + wide, head + 14, { ink: "--soft", align: "right", room: wide / 2 });
+    write(panel.score.textContent.replace(/^IMACS/, "IMACS_"), left + wide, head + 14, { ink: "--soft", align: "right", room: wide / 2 });
     write(panels.length > 2 ? `${panel.sample.id}: ${panel.subtitle.textContent}` : panel.subtitle.textContent,
       left, head + 34, { size: 12, ink: "--soft", room: wide });
     context.drawImage(panel.canvas, left, top, wide, high);

@@ -41,7 +41,7 @@ function showList() {
 
 function startList() {
   const names = [...new Set(INDEX.samples.flatMap(({ scores }) => Object.keys(scores ?? {})))];
-  sort.replaceChildren(make("option", { value: "", textContent: "order of the run" }),
+  sort.replaceChildren(make("option", { value: "", textContent: "run order" }),
     ...names.map((name) => make("option", { value: name, textContent: name })));
   filter.addEventListener("input", showList);
   sort.addEventListener("change", showList);

@@ -58,5 +58,5 @@ def encode(data: bytes, *, compress: bool) -> dict[str, Any]:
     """
     if compress:
         # no name and no time: equal content gives equal pages
-        data = gzip.compress(data, compresslevel=9, mtime=0)
+        data = gzip.compress(data, compresslevel=6, mtime=0)
     return {"gzip": compress, "base64": base64.b64encode(data).decode()}

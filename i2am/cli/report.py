@@ -1,0 +1,86 @@
+"""``i2am report``: pages where you point at a patch, of recorded or evaluated samples."""
+
+import json
+import logging
+from pathlib import Path
+
+import click
+
+from i2am.cli.errors import ExitCode
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(
+    short_help="Write pages where you point at a patch and see where it looked.",
+    context_settings={"show_default": True},
+)
+@click.argument("runs", metavar="RUN...", type=FILE, nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--out",
+    type=FILE,
+    required=True,
+    help="A name that ends in .html becomes one page with everything in it, any other a folder "
+    "with index.html and files for each sample.",
+)
+@click.option("--title", show_default="the name of the first RUN", help="Name of the page.")
+@click.option(
+    "--setting",
+    type=click.Choice(["paired", "unpaired"]),
+    show_default="both",
+    help="Samples of an evaluation to show.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), help="Show the first samples of each RUN and setting only."
+)
+@click.option(
+    "--data", type=FILE, show_default="that of the run", help="Data set of an evaluation."
+)
+@click.option(
+    "--compress/--no-compress",
+    default=True,
+    help="Deflate the maps; browsers from before 2023 need pages without.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier report in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+def report(
+    runs: tuple[Path, ...],
+    out: Path,
+    title: str | None,
+    setting: str | None,
+    limit: int | None,
+    data: Path | None,
+    compress: bool,
+    overwrite: bool,
+    as_json: bool,
+    verbose: bool,
+) -> ExitCode:
+    """Write pages that show the generated image and its reference, and answer when you point.
+
+    RUN is an output folder of i2am record, or a run folder of i2am evaluate; samples of several are
+    shown side by side on request. The pages open from disk and ask no server for anything. They
+    appear complete or not at all.
+
+    Exit codes: 0 done, 1 unexpected, 2 usage, 3 finished but samples are left out, 4 input
+    rejected, 5 output folder in use or run damaged, 74 disk fault, 130 interrupted, 143 terminated.
+    """
+    if verbose:
+        logging.getLogger("i2am").setLevel(logging.DEBUG)
+    from i2am.cli.folder import no_conflict
+    from i2am.cli.reporting import Wanted, samples_of
+    from i2am.viewer import write_report
+
+    wanted = Wanted(runs, setting=setting, limit=limit, data=data)
+    title = title or runs[0].resolve().name
+    with no_conflict():
+        samples = samples_of(wanted)
+        files = write_report(out, samples, title=title, overwrite=overwrite, compress=compress)
+    page = out if out.name in files else out / files[0]
+    if as_json:
+        left_out = [{"id": id, "reason": reason} for id, reason in wanted.left_out.items()]
+        click.echo(json.dumps({"page": str(page), "files": files, "left_out": left_out}))
+    else:
+        click.echo(page)
+    return ExitCode.INCOMPLETE if wanted.left_out else ExitCode.DONE
