@@ -78,6 +78,7 @@ setup(
         "metrics": ["torchmetrics[image]>=1.8"],
         "plots": ["matplotlib>=3.9"],
         "export": ["pyarrow>=17", "zarr>=3.1"],
+        "ray": ["ray>=2.40"],
         "space": ["gradio>=6.0"],
         "train": ["accelerate>=1.0", "torchmetrics>=1.8"],
         "test": TEST,
