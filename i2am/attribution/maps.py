@@ -239,7 +239,7 @@ class AttributionMaps:
 
         Returns:
             fp32 ``[samples, (time), (layer), (head), *size]``, not normalized. From :attr:`joint`
-            it is that of the layers with a reference grid, as fine as the joint reference grid is.
+            it is the mean of the layers with a reference grid, on the joint one, resized.
 
         Raises:
             ValueError: If the region was not declared, nor is it a cell of :attr:`joint` that can
