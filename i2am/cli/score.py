@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from i2am.cli.errors import ExitCode
+from i2am.cli.errors import ExitCode, Stopped, Terminated
 from i2am.cli.runs import open_run
 
 if TYPE_CHECKING:
@@ -95,19 +95,25 @@ def score(
     from i2am.evaluation.scores.tables import labels
 
     scoring = Scoring(metrics=metrics, protocol=PROTOCOLS[protocol], replicates=replicates, **files)
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise click.UsageError("the same RUN is given twice.")
     if verbose:
         log.setLevel(logging.DEBUG)
+    scored = []
     # all first: a name that is no run is not found out after hours
     with ExitStack() as stack:
         stores = [stack.enter_context(open_run(run)) for run in runs]
-        scored = []
         for store in stores:
-            scores = score_run(store, scoring, progress=not quiet and sys.stderr.isatty())
-            write_results(store.folder, scores)
+            try:
+                scores = score_run(store, scoring, progress=not quiet and sys.stderr.isatty())
+                write_results(store.folder, scores)
+            except (KeyboardInterrupt, Terminated) as stop:
+                hint = "the same command goes on from the shards whose pictures were measured"
+                raise Stopped(f"stopped while scoring {store.folder}; {hint}", stop) from None
             _tell_progress(store.folder, scores)
             scored.append(scores)
     documents = [scores.document for scores in scored]
-    names = labels(documents, [run.resolve().name for run in runs])
+    names = labels(documents, [str(run) for run in runs])
     complete = all(scores.complete for scores in scored)
     complete &= _report(scored, names, out=out, as_json=as_json)
     return ExitCode.DONE if complete else ExitCode.INCOMPLETE

@@ -66,7 +66,9 @@ def inception(protocol: Protocol, weights: str | Path | None) -> Features:
     Raises:
         NotComputable: If they are missing or not these, or torch-fidelity cannot be imported.
     """
-    checked = Weights("Inception for FID and KID", weights, option="--inception", published=PUBLISHED)
+    checked = Weights(
+        "Inception for FID and KID", weights, option="--inception", published=PUBLISHED
+    )
     with needs("Inception for FID and KID", "torch-fidelity"):
         import torch_fidelity
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
