@@ -5,7 +5,6 @@ is an `ImageRejected` with one sentence; only the disk's own faults stay `OSErro
 """
 
 import logging
-import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,25 +140,24 @@ def _load(path: Path, name: str, content: bytes | None) -> "Image":
         content = read_bytes(path, name=name)
     bomb = (Image.DecompressionBombWarning, Image.DecompressionBombError)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(content), formats=FORMATS) as image:
-                # the header alone has been read so far
-                if image.width * image.height > MAX_PIXELS:
-                    raise ImageRejected(
-                        f"{name} {path} must have at most {MAX_PIXELS // 10**6} megapixels, "
-                        f"its header says {_pixels(image.size)}",
-                        "too_large",
-                    )
-                if image.mode.startswith(_DEEP_MODES):
-                    raise ImageRejected(
-                        f"{name} {path} must have 8 bits per channel, it is of mode {image.mode}",
-                        "deep",
-                    )
-                image.load()
-                if image.getexif().get(_ORIENTATION, 1) != 1:
-                    _tell_once("that their EXIF data call rotated are turned upright", path)
-                return ImageOps.exif_transpose(image)
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            # the header alone has been read so far; that Pillow may have warned of a bomb is not
+            # made an error, because filters of warnings are shared with other threads
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageRejected(
+                    f"{name} {path} must have at most {MAX_PIXELS // 10**6} megapixels, "
+                    f"its header says {_pixels(image.size)}",
+                    "too_large",
+                )
+            if image.mode.startswith(_DEEP_MODES):
+                raise ImageRejected(
+                    f"{name} {path} must have 8 bits per channel, it is of mode {image.mode}",
+                    "deep",
+                )
+            image.load()
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                _tell_once("that their EXIF data call rotated are turned upright", path)
+            return ImageOps.exif_transpose(image)
     except (ImageRejected, MemoryError):
         raise
     except bomb as error:

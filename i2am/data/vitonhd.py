@@ -1,14 +1,14 @@
 """Reading a data set in the layout of VITON-HD: people, their garments, and what goes with them.
 
 In every mask of an item 1 is what is to be generated, or what shows the garment. What a pipeline
-makes of an item, called with its tensors and with the item's size to generate:
+makes of an item, called with its tensors:
 
 - Paint-by-Example: `mask` is cut at 0.5 and turned over to 1 = keep, resized to latents
   bilinearly without antialiasing. It paints `image` grey itself, with the cut mask. `garment` is
   squashed to CLIP's square, bicubic. Neither `agnostic` nor `pose`.
-- DCI-VTON: the same mask, with everything squashed to the square of its UNet and the result
-  pulled back. `agnostic` as it is, `warped` over it where `warped_mask` and the cut mask say so.
-  `garment` is cropped to the box of `garment_mask`, which must not be empty then.
+- DCI-VTON: the same mask; called without a size it squashes everything to the square of its UNet
+  and pulls the result back. `agnostic` as it is, `warped` over it where `warped_mask` and the cut
+  mask say so. `garment` is cropped to the box of `garment_mask`, which must not be empty then.
 - StableVITON: the mask is cut at 0.5, turned over, and stays soft when it is resized. `agnostic`
   and `pose` as they are; the run starts from `image`.
 - Custom: no mask enters, `agnostic` stands for `image` and `mask`. `pose` as it is, `garment`

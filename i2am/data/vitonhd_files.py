@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
+from stat import S_ISREG
 
 from i2am.data.vitonhd_pairs import ENDINGS, Pair, Problem
 
@@ -149,18 +150,21 @@ def mark_of(path: Path, *, contents: bool) -> int | str | None:
         contents: Whether its bytes count.
 
     Returns:
-        The SHA-256 of its bytes, or their number; None where it is missing.
+        The SHA-256 of its bytes, or their number; None where no regular file is.
 
     Raises:
         OSError: It cannot be read.
     """
     try:
-        if contents and path.is_file():
-            with path.open("rb") as file:
-                return file_digest(file, "sha256").hexdigest()
-        return path.stat().st_size
+        status = os.stat(path)
     except FileNotFoundError:
         return None
+    if not S_ISREG(status.st_mode):
+        return None
+    if not contents:
+        return status.st_size
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _names(name: str, pair: Pair) -> tuple[str, str]:

@@ -1,6 +1,8 @@
 import os
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from i2am.data.images import (
     read_image,
     read_mask,
 )
+
+# what a test makes of them is its own matter
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
 
 def save(path, array, mode=None, **options):
@@ -97,6 +102,34 @@ def test_pixel_cap_is_on_the_header_not_on_the_file(tmp_path):
     path.write_bytes(png_header(10_000, MAX_PIXELS // 10_000 + 1))
     with pytest.raises(ImageRejected, match="at most 50 megapixels, its header says 10000 x 5001"):
         read_image(path)
+
+
+# 89 megapixels are what Pillow warns of, twice that what it refuses
+@pytest.mark.parametrize("side", [9_000, 10_000, 14_000])
+@pytest.mark.parametrize("action", ["error", "ignore"])
+def test_a_bomb_is_refused_whatever_pillow_does(tmp_path, side, action):
+    (tmp_path / "bomb.png").write_bytes(png_header(side, side))
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        with pytest.raises(ImageRejected, match="at most 50 megapixels") as caught:
+            read_image(tmp_path / "bomb.png")
+    assert caught.value.code == "too_large"
+
+
+def test_threads_keep_the_filters_of_warnings(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png_header(10_000, 10_000))
+    save(tmp_path / "good.png", np.zeros((64, 48, 3)))
+    before = list(warnings.filters)
+
+    def read(index):
+        try:
+            return read_image(tmp_path / ("good.png" if index % 2 else "bomb.png")).size
+        except ImageRejected as error:
+            return error.code
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(read, range(200))] == ["too_large", (48, 64)] * 100
+    assert list(warnings.filters) == before
 
 
 def missing(folder):

@@ -94,6 +94,7 @@ def wide(path):
     ],
 )
 @pytest.mark.parametrize("name", ["image", "garment", "mask"])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bad_file_spoils_its_pair_alone(root, written, spoil, code, name):
     path = VitonHD(root, "test", SIZE).path(name, 1)
     plain = VitonHD(written, "test", SIZE)

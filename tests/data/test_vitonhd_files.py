@@ -292,6 +292,11 @@ def change_a_byte(root):
     path.write_bytes(content)
 
 
+def make_a_folder_of_a_file(root):
+    remove_a_file(root)
+    (root / "test/image/00001_00.jpg").mkdir()
+
+
 def digests(root, **options):
     data = VitonHD(root, "test", SIZE, missing="keep", **options)
     return data.digest(), data.digest(contents=True)
@@ -306,6 +311,7 @@ def digests(root, **options):
         rename_a_mask,
         drop_the_poses,
         remove_a_file,
+        make_a_folder_of_a_file,
     ],
 )
 def test_a_digest_shows_what_changed(root, written, change):
