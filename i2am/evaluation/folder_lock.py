@@ -30,21 +30,14 @@ class FolderLock:
         """
         # writable, because locks over NFS need that
         descriptor = os.open(file, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        try:
+            if fcntl is not None:
+                _lock(descriptor, clean)
+        except BaseException:
+            # now, not when the exception is forgotten: others wait for it
+            os.close(descriptor)
+            raise
         weakref.finalize(self, os.close, descriptor)
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            # held by another process, or locks are not supported
-            pass
-        else:
-            for folder in clean:
-                _remove_leftovers(folder)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        except OSError:
-            pass
 
 
 def make_folder(folder: Path) -> None:
@@ -73,6 +66,23 @@ def sync_folder(folder: Path) -> None:
 def is_leftover(name: str) -> bool:
     """Whether a file has a temporary name of `write_atomically`."""
     return name.startswith(".i2am-") and name.endswith(".tmp")
+
+
+def _lock(descriptor: int, clean: Iterable[Path]) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except OSError:
+        # held by another process, or locks are not supported
+        alone = False
+    if alone:
+        for folder in clean:
+            _remove_leftovers(folder)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    except OSError:
+        if alone:
+            raise
 
 
 def _remove_leftovers(folder: Path) -> None:
