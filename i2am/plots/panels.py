@@ -1,4 +1,4 @@
-"""Panels in rows: what every figure is made of. The only module that imports matplotlib.
+"""Panels in rows: what every figure is made of.
 
 Figures are made without pyplot and without touching rcParams, so nothing is shown, kept alive or
 changed for other figures.
@@ -206,12 +206,12 @@ def _color_bar(figure: "Figure", axes: NDArray, look: Look, *, inches: float, ta
 
 def _figure_type() -> "type[Figure]":
     try:
-        from matplotlib.figure import Figure
+        from i2am.plots.shown import ShownFigure
     except ImportError as error:
         raise ImportError(
             f'figures need matplotlib ({error}); install it with: pip install "i2am[plots]"'
         ) from error
-    return Figure
+    return ShownFigure
 
 
 def _aspect(panel: Panel | None) -> float:

@@ -306,6 +306,7 @@ def test_runs_of_two_presets_need_a_choice(recorded, run_here, tmp_path):
 
 def test_without_matplotlib_one_sentence_names_the_extra(recorded, run_here, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "i2am.plots.shown", raising=False)
     done = run_here(["figure", str(recorded()), "--which", "5", "-o", str(tmp_path / "out")])
     assert done.code == ExitCode.REJECTED
     assert 'install it with: pip install "i2am[plots]"' in done.err

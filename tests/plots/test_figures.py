@@ -1,5 +1,6 @@
 """Figures: titles, axes, extents and the very pixels they hold; and what they refuse."""
 
+import io
 import subprocess
 import sys
 
@@ -239,6 +240,14 @@ def test_nothing_global_changes_and_nothing_is_kept(image, maps):
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
+def test_a_notebook_shows_a_figure(image, maps):
+    from PIL import Image
+
+    figure = heads(image(), maps(2, *R2G))
+    with Image.open(io.BytesIO(figure._repr_png_())) as shown:
+        assert shown.size == tuple(int(150 * side) for side in figure.get_size_inches())
+
+
 def test_resized_keeps_the_shape_and_enlarged_never_shrinks(image):
     assert resized(image((30, 20)), 60).shape == (60, 40, 3)
     assert resized(image((300, 1)), 3).shape == (3, 1, 3)
@@ -436,6 +445,7 @@ def test_refusals(call, match):
 
 def test_without_matplotlib_one_sentence_names_the_extra(image, maps, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "i2am.plots.shown", raising=False)
     with pytest.raises(
         ImportError, match=r'figures need matplotlib .* pip install "i2am\[plots\]"'
     ):
