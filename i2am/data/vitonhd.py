@@ -234,7 +234,7 @@ def _read(path: Path, name: str, size: tuple[int, int], *, stretch: bool) -> Ten
     if not stretch and abs(image.width * height / (image.height * width) - 1) > ASPECT_TOLERANCE:
         raise ImageRejected(
             f"{name} {path} must have the shape of {width} x {height} pixels to within "
-            f"{ASPECT_TOLERANCE:.0%}, it has {image.width} x {image.height}",
+            f"{ASPECT_TOLERANCE:.0%}, it has {image.width} x {image.height}; stretch allows others",
             "aspect",
         )
     image = image.resize((width, height), Resampling.BILINEAR)
