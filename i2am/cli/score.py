@@ -110,7 +110,7 @@ def score(
             except (KeyboardInterrupt, Terminated) as stop:
                 hint = "the same command goes on from the shards whose pictures were measured"
                 raise Stopped(f"stopped while scoring {store.folder}; {hint}", stop) from None
-            _tell_progress(store.folder, scores)
+            _tell(store.folder, scores)
             scored.append(scores)
     documents = [scores.document for scores in scored]
     names = labels(documents, [str(run) for run in runs])
@@ -119,7 +119,12 @@ def score(
     return ExitCode.DONE if complete else ExitCode.INCOMPLETE
 
 
-def _tell_progress(run: Path, scores: "RunScores") -> None:
+def _tell(run: Path, scores: "RunScores") -> None:
+    for name, of in scores.document["computed_with"].items():
+        if not of.get("weights", {"published": True})["published"]:
+            log.warning(
+                f"the weights of {name} are not the published ones: no paper has numbers like these"
+            )
     for setting, of in scores.document["settings"].items():
         if of["n_missing"]:
             shards = f"{of['shards_committed']} of {of['shards_expected']} shards"

@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import shutil
 import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from PIL import Image
 
 from i2am.data.images import read_image
@@ -169,6 +171,10 @@ def test_the_document_names_protocol_and_bootstrap_and_is_strict_json(run):
     assert document["protocol"]["name"] == "i2am"
     assert document["bootstrap"] == {"replicates": 50, "seed": 0, "level": 0.95}
     assert document["fingerprint"] == run.plan["fingerprint"]
+    assert document["computed_with"] == {
+        "ssim": {"torch": torch.__version__, "torchmetrics": torchmetrics.__version__},
+        "features": {"torch": torch.__version__, "name": "tiny"},
+    }
     assert str(run.folder) not in to_json(document)
 
 
@@ -288,7 +294,7 @@ def test_shards_committed_meanwhile_do_not_enter(tmp_path):
 
     features = tiny_features()()
     extract, features._extractor = features._extractor, commit_another
-    features.key |= {"name": "again"}
+    shutil.rmtree(store.folder / "features")
     during = score_run(store, ALL, features=lambda: features)
     assert store.committed("unpaired") == {0, 1, 2}
     assert everything(during) == before

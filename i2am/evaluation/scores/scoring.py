@@ -115,6 +115,7 @@ def score_run(
         "fingerprint": plan["fingerprint"],
         "model": plan["model"],
         "protocol": protocol.as_dict(),
+        "computed_with": run.identities,
         "bootstrap": {"replicates": scoring.replicates, "seed": scoring.seed, "level": 0.95},
         "settings": settings,
     }
@@ -141,6 +142,15 @@ class _Run:
                 )
             else:
                 self._measures[name] = attempt(makers[name])
+
+    @property
+    def identities(self) -> dict[str, Any]:
+        """By measure that can be had, its libraries and weights, as JSON values."""
+        return {
+            name: {key: value for key, value in measure.key.items() if key != "protocol"}
+            for name, measure in self._measures.items()
+            if not isinstance(measure, str)
+        }
 
     def entries(self, samples: Samples, *, progress: bool) -> dict[str, Entry]:
         """Every metric of one setting."""
