@@ -70,5 +70,5 @@ def _lines(setting: str, summary: "Summary") -> list[str]:
         lines.append(f"  {len(summary.failed) - _LISTED} more failed; --json lists all")
     for score, codes in summary.undefined.items():
         counts = ", ".join(f"{count} {code}" for code, count in codes.items())
-        lines.append(f"  {score} is undefined for {sum(codes.values())} samples: {counts}")
+        lines.append(f"  {score} is undefined in {sum(codes.values())} of {summary.ok}: {counts}")
     return lines

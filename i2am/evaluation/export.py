@@ -29,11 +29,11 @@ _ROWS = 65_536
 def to_zarr(store: Store, folder: Path, *, progress: bool = False) -> None:
     """Writes maps and scores of what is committed to a zarr folder of format 3.
 
-    A setting is a group with ``id``, ``person``, ``garment``, ``status`` and each score by
-    ``[sample]``. Below it, ``r2g`` and ``g2r`` are groups with the maps, float32 in the unit they
-    were recorded in, that is multiplied by their scale, with the axes `AXES`; two groups, because
-    the directions differ in height and width. Maps and scores are NaN where undefined, failed or
-    missing.
+    A setting is a group with ``person``, ``garment``, ``status`` and each score by ``[sample]``.
+    Below it, ``r2g`` and ``g2r`` are groups with the maps, float32 in the unit they were recorded
+    in, that is multiplied by their scale, with the axes `AXES`; two groups, because the directions
+    differ in height and width. In all of them ``sample`` holds the ids. Maps and scores are NaN
+    where undefined, failed or missing.
 
     Args:
         store: The run.
@@ -57,7 +57,7 @@ def to_zarr(store: Store, folder: Path, *, progress: bool = False) -> None:
             first = next(shards, None)
             if first is not None:
                 empty = False
-                group = root.create_group(setting, attributes={"coordinates": " ".join(_PAIR)})
+                group = root.create_group(setting, attributes={"coordinates": "person garment"})
                 _fill(group, store, setting, first, chain([first], shards))
         if empty:
             raise ValueError(f"{store.folder} has no committed shard, so nothing can be exported")
@@ -111,11 +111,9 @@ def to_parquet(store: Store, file: Path, *, progress: bool = False) -> None:
 
 def _fill(group: Any, store: Store, setting: str, first: Shard, shards: Iterator[Shard]) -> None:
     samples, size = len(store.ids(setting)), len(store.positions(setting, 0))
-    for column, name in enumerate(_PAIR):
-        array = group.create_array(
-            name, shape=(samples,), dtype="string", dimension_names=["sample"]
-        )
-        array[:] = [str(pair[column]) for pair in store.plan["data"]["pairs"][setting]]
+    pairs = store.plan["data"]["pairs"][setting]
+    for column, name in enumerate(("sample", "person", "garment")):
+        _label(group, name, [str(pair[column]) for pair in pairs])
     status = group.create_array(
         "status",
         shape=(samples,),
@@ -134,7 +132,10 @@ def _fill(group: Any, store: Store, setting: str, first: Shard, shards: Iterator
     for name in (name for name in first.maps if not name.endswith("_scale")):
         direction, votes = name.split("_", 1)
         shape = [*first.maps[name].shape[1:]]
-        maps[name] = group.require_group(direction).create_array(
+        below = group.require_group(direction)
+        if "sample" not in below:
+            _label(below, "sample", store.ids(setting))
+        maps[name] = below.create_array(
             votes,
             shape=(samples, *shape),
             dtype="float32",
@@ -153,6 +154,13 @@ def _fill(group: Any, store: Store, setting: str, first: Shard, shards: Iterator
     status[:] = known.numpy()
     for column, array in enumerate(scores.values()):
         array[:] = values[:, column].numpy()
+
+
+def _label(group: Any, name: str, values: list[str]) -> None:
+    array = group.create_array(
+        name, shape=(len(values),), dtype="string", dimension_names=["sample"]
+    )
+    array[:] = values
 
 
 def _recorded(shard: Shard, name: str) -> Tensor:
