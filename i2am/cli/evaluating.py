@@ -183,6 +183,8 @@ def _open(options: dict[str, Any], sources: Sources, share: Share) -> Opened:
     for name, data in opened.data.items():
         for problem in data.problems[:5]:
             log.warning("%s: %s", name, problem.message)
+        for warning in data.mask_warnings() if share.rank == 0 else ():
+            log.warning("%s: %s", name, warning)
     budget = options["memory_budget"]
     if budget is not None and stored is None:
         found = need(opened)

@@ -10,10 +10,13 @@ from i2am.lazy import lazy
 # for type checkers, who cannot follow __getattr__
 # ruff: noqa: F401
 if TYPE_CHECKING:
+    from i2am.data.images import ImageRejected
     from i2am.data.paper_doll import PaperDolls, Scenes, render, write_viton_hd
-    from i2am.data.vitonhd import VitonHD
+    from i2am.data.vitonhd import DataRejected, VitonHD
 
 _MODULES = {
+    "DataRejected": "vitonhd",
+    "ImageRejected": "images",
     "PaperDolls": "paper_doll",
     "Scenes": "paper_doll",
     "VitonHD": "vitonhd",

@@ -25,7 +25,6 @@ _IMAGES = {
     "agnostic": "agnostic",
     "warped": "warped",
     "warped_mask": "warped_mask",
-    "reference_mask": "garment_mask",
 }
 
 
@@ -51,22 +50,22 @@ def generate(
         OutOfMemory: It does not fit.
     """
     layout = replace(pipe.attribution_layout(), prefix_votes=settings.preset == "official")
+    mask, reference_mask = (_not_empty(items[name]) for name in ("mask", "garment_mask"))
     images = {name: items.get(key) for name, key in _IMAGES.items()}
-    height, width = settings.size
+    images["reference_mask"] = reference_mask
     try:
         with i2am.record(
             pipe,
             layout=layout,
             time_groups=settings.time_groups,
-            mask=_not_empty(items["mask"]),
-            reference_mask=_not_empty(items["garment_mask"]),
+            mask=mask,
+            reference_mask=reference_mask,
             keep_keys=settings.preset == "official",
             attach=settings.attach,
         ) as recorder:
             made = pipe(
                 **pipe.image_arguments(images),
-                height=height,
-                width=width,
+                **pipe.size_arguments(settings.size),
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
                 eta=settings.eta,
@@ -94,6 +93,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _not_empty(masks: Tensor) -> Tensor:
-    """Masks to record by: one that is empty weighs nothing, and has no score whatever stands in."""
-    empty = ~masks.flatten(1).any(1)
+    """Masks to work by: one that is empty weighs nothing, and has no score whatever stands in."""
+    empty = ~(masks > 0.5).flatten(1).any(1)
     return torch.where(empty[:, None, None], torch.ones_like(masks), masks)

@@ -75,7 +75,7 @@ def open_run(sources: Sources, options: Mapping[str, Any], *, contents: bool = F
     if asked.get("batch", Settings.batch) > asked.get("shard", Settings.shard):
         asked.setdefault("shard", asked["batch"])
     settings = Settings(**asked)
-    pipe.check_size(*settings.size)
+    pipe.size_arguments(settings.size)
     data = _open_data(pipe, sources, settings)
     _prepare(pipe, settings)
     plan = make_plan(

@@ -168,6 +168,18 @@ class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
         names = ("num_inference_steps", "guidance_scale", "eta")
         return {name: parameters[name].default for name in names if name in parameters}
 
+    def size_arguments(self, size: tuple[int, int]) -> dict[str, Any]:
+        """The arguments of a call whose images are to have a size.
+
+        Args:
+            size: (height, width) in pixels.
+
+        Raises:
+            ValueError: The pipeline cannot make it.
+        """
+        height, width = self.check_size(*size)
+        return {"height": height, "width": width}
+
     @classmethod
     def takes(cls, image: str) -> bool:
         """Whether a call has an argument for an image, named as in `IMAGES`."""

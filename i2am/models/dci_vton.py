@@ -63,6 +63,10 @@ class DCIVTONPipeline(SingleTokenPipeline):
         height = self.default_size()[0]
         return height, max(round(height * columns / rows), 1)
 
+    def size_arguments(self, size: tuple[int, int]) -> dict[str, Any]:
+        """The published way: generated as a square, then resized."""
+        return {"output_size": size}
+
     @torch.no_grad()
     def __call__(
         self,

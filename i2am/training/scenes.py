@@ -81,7 +81,7 @@ class FolderScenes:
     ) -> None:
         from i2am.data.vitonhd import VitonHD
 
-        self.items = VitonHD(folder, split, size)
+        self.items = VitonHD(folder, split, size, stretch=True)
         if count is not None and count > len(self.items):
             raise ValueError(f"scenes must be at most {len(self.items)} for {folder}, got {count}")
         self.count = len(self.items) if count is None else count

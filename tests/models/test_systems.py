@@ -14,6 +14,9 @@ from PIL import Image
 import i2am
 from i2am.cli import main
 from i2am.data import VitonHD, write_viton_hd
+from i2am.evaluation.generating import generate
+from i2am.evaluation.plan import Settings
+from i2am.evaluation.scoring import score
 from i2am.evaluation.store import Store
 from i2am.models import (
     CustomPipeline,
@@ -304,6 +307,32 @@ def test_evaluate(folder, scenes, name, tmp_path, capsys) -> None:
                 assert "no reference grid" in reason.message
             for id in shard.ids:
                 assert Image.open(store.image_path(setting, id)).size == (24, 32)
+
+
+@pytest.mark.parametrize("name", ["dci_vton"])
+def test_an_empty_garment_mask_costs_scores_alone(system, scenes, tmp_path) -> None:
+    # DCI-VTON cuts the garment out by it
+    data = VitonHD(scenes, "test", SIZE, warps=True)
+    items = {key: value[None] for key, value in data[0].items()}
+    items["garment_mask"] = torch.zeros(1, *SIZE)
+    settings = Settings(SIZE, steps=2, guidance=1.0, time_groups=1, batch=1, shard=1)
+    images, maps = generate(system, items, [0], settings)
+    assert images.shape == (1, 3, *SIZE)
+    values, reasons = score(maps, items["mask"], items["garment_mask"], "paper")
+    assert values[0].isfinite().any()
+    assert reasons[0]["imacs_r"].code == "not_defined"
+
+
+@pytest.mark.parametrize("name", ["dci_vton"])
+def test_evaluated_images_are_made_in_the_published_square(system, scenes, monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(system, "check_size", lambda *size: made.append(size) or size)
+    data = VitonHD(scenes, "test", (48, 36), warps=True)
+    items = {key: value[None] for key, value in data[0].items()}
+    settings = Settings((48, 36), steps=2, guidance=1.0, time_groups=1, batch=1, shard=1)
+    images, _ = generate(system, items, [0], settings)
+    assert images.shape == (1, 3, 48, 36)
+    assert made == [system.default_size()]
 
 
 @pytest.mark.parametrize("name", ["dci_vton", "stableviton"])
