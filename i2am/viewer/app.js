@@ -216,7 +216,7 @@ function readLink(hash = location.hash) {
   const [a, patch = "-", slice = "all", b] = hash.slice(1).split("/");
   const entry = (name) => INDEX.samples.find(({ id }) => named(id) === name) ?? null;
   const first = entry(a) ?? (INDEX.folder ? null : INDEX.samples[0]);
-  const before = panels.length ? [state.a, state.b] : null;
+  const before = panels.length ? [panels[0].sample.id, panels[2]?.sample.id ?? null] : null;
   clearTimeout(linkTimer);
   view(first);
   if (!first) return;
