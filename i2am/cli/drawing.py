@@ -154,10 +154,8 @@ def _heading(which: str, runs: list[RecordedRun], drawing: Drawing, preset: str)
         what += f", {Reading(runs[0].maps, preset).heads_of}"
     facts: list[str] = []
     # what differs between rows stands beside them
-    for of_all in ({run.model for run in runs}, set(map(_guidance, runs))):
+    for of_all in (set(map(_model, runs)), set(map(_guidance, runs))):
         facts += of_all if len(of_all) == 1 else []
-    if not all(run.trained for run in runs):
-        facts.append("random weights")
     if not all(run.maps.causal for run in runs):
         facts.append("layers with a single reference token, whose maps show no cause")
     if preset != "paper":
@@ -175,13 +173,17 @@ def _labels(runs: Sequence[RecordedRun]) -> list[str]:
     if len(runs) == 1:
         return [""]
     for labels in (
-        [run.model for run in runs],
+        [_model(run) for run in runs],
         [_guidance(run) for run in runs],
         [run.folder.resolve().name for run in runs],
     ):
         if len(set(labels)) == len(runs):
             return labels
     return [str(run.folder) for run in runs]
+
+
+def _model(run: RecordedRun) -> str:
+    return run.model if run.trained else f"{run.model}, random weights"
 
 
 def _guidance(run: RecordedRun) -> str:

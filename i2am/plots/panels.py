@@ -221,7 +221,12 @@ def _aspect(panel: Panel | None) -> float:
 
 
 def _wrapped(text: str, inches: float) -> str:
+    """The text in lines of about one length that fit into a width."""
     letters = max(8, int(inches * 72 / (_TITLE * _LETTER)))
     # long names of layers break at their dots
-    parts = textwrap.wrap(text.replace(".", ".\u200b "), letters)
+    breakable = text.replace(".", ".\u200b ")
+    parts = textwrap.wrap(breakable, letters)
+    if len(parts) > 1:
+        even = textwrap.wrap(breakable, min(letters, len(text) // len(parts) + 6))
+        parts = even if len(even) == len(parts) else parts
     return "\n".join(part.replace("\u200b ", "").replace("\u200b", "") for part in parts)

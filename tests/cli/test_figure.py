@@ -321,7 +321,10 @@ def test_random_weights_and_single_tokens_are_said(recorded):
         "heads", [replace(run, trained=False, maps=single)], asked, "official"
     )
     assert heading == (
-        "R2G per head, averaged over 1 of 1 layers (pocket, guidance 2, random weights, layers "
+        "R2G per head, averaged over 1 of 1 layers (pocket, random weights, guidance 2, layers "
         "with a single reference token, whose maps show no cause, preset official). R2G: every "
         "reference token votes"
     )
+    # of two models it stands beside the one it is true of
+    labels = drawing._labels([run, replace(run, trained=False)])
+    assert labels == ["pocket", "pocket, random weights"]
