@@ -11,14 +11,25 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 
+EXPORT = ["pyarrow>=17", "zarr>=3.1"]
+PLOTS = ["matplotlib>=3.9"]
+RAY = ["ray>=2.40"]
+TRAIN = ["accelerate>=1.0", "torchmetrics>=1.8"]
+# without torchvision and torch-fidelity, which have no CPU build everywhere: tests stand in for them
 TEST = [
-    "accelerate>=1.0",
+    *EXPORT,
+    *PLOTS,
+    *RAY,
+    *TRAIN,
     "hypothesis>=6.100",
+    "playwright>=1.50",
+    "psutil>=6.0",
     "pytest>=8.0",
     "pytest-benchmark>=5.0",
     "pytest-cov>=5.0",
     "scikit-image>=0.24",
-    "torchmetrics>=1.8",
+    "scipy>=1.13",
+    "xarray>=2025.1",
 ]
 
 setup(
@@ -75,12 +86,11 @@ setup(
         ),
     ],
     extras_require={
-        "metrics": ["torchmetrics[image]>=1.8"],
-        "plots": ["matplotlib>=3.9"],
-        "export": ["pyarrow>=17", "zarr>=3.1"],
-        "ray": ["ray>=2.40"],
-        "space": ["gradio>=6.0"],
-        "train": ["accelerate>=1.0", "torchmetrics>=1.8"],
+        "metrics": ["scipy>=1.13", "torch-fidelity>=0.3", "torchmetrics[image]>=1.8"],
+        "plots": PLOTS,
+        "export": EXPORT,
+        "ray": RAY,
+        "train": TRAIN,
         "test": TEST,
         "dev": [*TEST, "mypy>=1.15", "ruff>=0.12"],
     },
