@@ -362,7 +362,7 @@ def test_power_lost_after_every_operation(tmp_path, reference, choose):
 
 
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -394,3 +394,22 @@ def test_the_disk_of_these_tests_forgets_what_is_not_synced(tmp_path, reference,
         return False
 
     assert any(is_lost(number, choose) for number in range(len(disk.states)) for choose in CHOICES)
+
+
+# Two processes that write the same
+
+
+def test_two_processes_with_the_same_shards(tmp_path, reference):
+    for attempt in range(8):
+        folder, children = tmp_path / f"{attempt}", []
+        for _ in range(3):
+            children.append(os.fork())
+            if not children[-1]:
+                with suppress(BaseException):
+                    store = Store.create(folder, PLAN)
+                    for shard, images in SHARDS:
+                        store.commit(shard, images)
+                    os._exit(0)
+                os._exit(1)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+        assert files(folder) == reference
