@@ -1,6 +1,6 @@
 """Pooling: cells that are weighted means of tokens, as a sparse matrix in compressed rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,6 +69,15 @@ class Pooling:
         """Number of cells."""
         return len(self.starts)
 
+    def parts(self) -> Iterator[tuple[slice, slice, "Pooling"]]:
+        """For each band its cells, its tokens, and how these make those."""
+        for cells, tokens, entries in self.bands:
+            places = self.tokens[entries] - tokens.start
+            starts = self.starts[cells] - entries.start
+            size = tokens.stop - tokens.start
+            whole = (slice(0, len(starts)), slice(0, size), slice(0, len(places)))
+            yield cells, tokens, Pooling(places, starts, self.weights[entries], (whole,), size)
+
     def to(self, device: torch.device) -> "Pooling":
         """The same on another device."""
         return replace(
@@ -80,8 +89,11 @@ class Pooling:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """``[cells, tokens]``"""
-        counts = self.starts.diff(append=self.starts.new_tensor([len(self.tokens)]))
-        cells = torch.arange(self.cells, device=self.tokens.device).repeat_interleave(counts)
+        entries = len(self.tokens)
+        counts = self.starts.diff(append=self.starts.new_full((1,), entries))
+        cells = torch.arange(self.cells, device=self.tokens.device)
+        # their number is told, so that no GPU is asked for it
+        cells = cells.repeat_interleave(counts, output_size=entries)
         matrix = self.weights.new_zeros((self.cells, self.size), dtype=dtype)
         matrix[cells, self.tokens] = self.weights.to(dtype)
         return matrix

@@ -48,7 +48,7 @@ class JointSums:
         self._grids = (generated_grid, reference_grid)
         self._levels: dict[tuple[Grid, Grid], _Level] = {}
         self._layers: dict[str, int] = {}
-        self._poolings: dict[tuple[Grid, Grid], Pooling | None] = {}
+        self._poolings: dict[tuple[Grid, Grid, torch.device], Pooling] = {}
 
     def add(
         self,
@@ -87,14 +87,16 @@ class JointSums:
         cells = (math.prod(grids[0]), math.prod(grids[1]))
         # tensors born in inference mode could not be updated outside of it later
         with torch.inference_mode(False):
+            # where reference cells are pooled, maps of a call come reference first in memory
+            turned = grids[1] != site.reference_grid
             if group not in level.mean:
-                level.mean[group] = _zeros(query_lse, len(query), *cells)
+                level.mean[group] = _zeros(query_lse, len(query), *cells, turned=turned)
             if not self._heads:
                 # nobody could read them: kept neither here nor where they began
                 for each in self._levels.values():
                     each.heads = None
             elif level.heads is None:
-                level.heads = _zeros(query_lse, *query.shape[:2], *cells)
+                level.heads = _zeros(query_lse, *query.shape[:2], *cells, turned=turned)
         g2r, r2g = level.mean[group]
         heads = level.heads or (None, None)
         accumulate_joint_statistics(
@@ -106,8 +108,8 @@ class JointSums:
             r2g=r2g,
             g2r_per_head=heads[0],
             r2g_per_head=heads[1],
-            query_pooling=self._pooling(site.generated_grid, grids[0]),
-            key_pooling=self._pooling(site.reference_grid, grids[1]),
+            query_pooling=self._pooling(site.generated_grid, grids[0], query.device),
+            key_pooling=self._pooling(site.reference_grid, grids[1], query.device),
             scale=scale,
             bias=bias,
             impl=impl,
@@ -162,10 +164,12 @@ class JointSums:
         heads = set(self._layers.values())
         return heads.pop() if len(heads) == 1 else 0
 
-    def _pooling(self, grid: Grid, target: Grid) -> Pooling | None:
-        if (grid, target) not in self._poolings:
-            self._poolings[grid, target] = None if grid == target else pooling(grid, target)
-        return self._poolings[grid, target]
+    def _pooling(self, grid: Grid, target: Grid, device: torch.device) -> Pooling | None:
+        if grid == target:
+            return None
+        if (grid, target, device) not in self._poolings:
+            self._poolings[grid, target, device] = pooling(grid, target).to(device)
+        return self._poolings[grid, target, device]
 
 
 def as_joint(joint: JointGrids) -> JointSums | None:
@@ -223,7 +227,11 @@ def _rows(sums: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
     return sums[0][rows].clone(), sums[1][rows].clone()
 
 
-def _zeros(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
+def _zeros(like: Tensor, *shape: int, turned: bool) -> tuple[Tensor, Tensor]:
+    if turned:
+        *leading, rows, columns = shape
+        g2r, r2g = _zeros(like, *leading, columns, rows, turned=False)
+        return g2r.mT, r2g.mT
     return like.new_zeros(shape), like.new_zeros(shape)
 
 
