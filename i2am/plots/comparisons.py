@@ -74,7 +74,8 @@ def models(
         generated: The image of each.
         maps: R2G of each, ``[height, width]``.
         reference: The reference image of each; a single one is everybody's.
-        reference_maps: G2R of each, ``[height, width]``, or None where it does not exist.
+        reference_maps: G2R of each, ``[height, width]``, or None where there is none: it does not
+            exist with a single reference token.
         style, threshold, preset, heading: See `i2am.plots`.
     """
     look = Look(style, threshold, preset=preset)
@@ -95,9 +96,7 @@ def models(
         [look.panel("", image, one) for image, one in zip(images, r2g, strict=True)],
         [image_panel("", image) for image in references],
         [
-            Panel("", None, sentence="no G2R: it has no reference patches")
-            if one is None
-            else look.panel("", image, one)
+            Panel("", None, sentence="no G2R") if one is None else look.panel("", image, one)
             for image, one in zip(references, g2r, strict=True)
         ],
     ]

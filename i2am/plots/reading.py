@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from i2am.attribution.direction import Direction
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import layers_of
@@ -30,6 +31,7 @@ class Reading:
     Attributes:
         maps, preset: As given.
         spatial: `maps` of the layers with a reference grid, or None.
+        has_g2r: Whether these recorded G2R.
         invert: Whether R2G is to be drawn as ``1 - map``.
         head_count: Heads of a map per head.
         heads_of: Which layers such a map averages.
@@ -41,6 +43,8 @@ class Reading:
     def __init__(self, maps: AttributionMaps, preset: str | Preset = "paper") -> None:
         self.maps, self.preset = maps, get_preset(preset)
         self.spatial = with_reference_grid(maps)
+        recorded = self.spatial.directions if self.spatial else ()
+        self.has_g2r = Direction.GENERATED_TO_REFERENCE in recorded
         counted = [layer.site for layer in layers_of(maps.layer_sums, self.preset)]
         single = all(site.reference_tokens == 1 for site in counted)
         self.invert = self.preset.invert_single_token and single

@@ -87,8 +87,11 @@ def lacks(which: str, recorded: Sequence[Recorded]) -> str | None:
         return "it shows a single recording"
     for one in recorded:
         reading = Reading(one.maps)
-        if which in ("reference_maps", "specific_reference") and reading.spatial is None:
-            return "no layer has reference patches"
+        if which in ("reference_maps", "specific_reference"):
+            if reading.spatial is None:
+                return "no layer has reference patches"
+            if not reading.has_g2r:
+                return "G2R was not recorded"
         if which == "specific_reference" and not one.maps.regions:
             return "no region was recorded"
         if which == "layers" and any(layer.site.merged for layer in one.maps.layer_sums):
@@ -166,9 +169,9 @@ class _Source:
         ]
 
     def g2r(self, per: str = "") -> list[Tensor | None]:
-        """None where there are no reference patches."""
+        """None where there are no reference patches, or it was not recorded."""
         return [
-            reading.g2r(per or (), weights=self._weights)[0].cpu() if reading.spatial else None
+            reading.g2r(per or (), weights=self._weights)[0].cpu() if reading.has_g2r else None
             for reading in self.readings
         ]
 
@@ -177,7 +180,7 @@ Options = dict[str, Any]
 
 
 def _time_and_head(source: _Source, options: Options) -> "Figure":
-    if all(reading.spatial for reading in source.readings):
+    if all(reading.has_g2r for reading in source.readings):
         options |= {"reference": source.references(), "reference_maps": source.g2r()}
     return comparisons.time_and_head(
         source.generated(), source.r2g(), labels=source.labels, **options
@@ -229,7 +232,7 @@ def _layers(source: _Source, options: Options) -> "Figure":
     (reading,) = source.readings
     images, names = source.generated(), [_counted(reading.maps, reading)]
     maps: list[Tensor | None] = [*source.r2g("layer")]
-    if reading.spatial:
+    if reading.spatial and reading.has_g2r:
         images += source.references()
         maps += source.g2r("layer")
         names.append(_counted(reading.spatial, reading))

@@ -102,6 +102,16 @@ def test_several_recordings_are_rows_and_one_direction_needs_all(calls, one):
     assert columns["reference_maps"][1] is None
 
 
+def test_a_direction_that_was_not_recorded_is_left_out(calls, one):
+    maps = make_maps([FINE], samples=1, directions=["reference_to_generated"])
+    assert lacks("reference_maps", [one(maps)]) == "G2R was not recorded"
+    figure("time_and_head", [one(maps)])
+    figure("layers", [one(maps)])
+    (_, _, whole), (_, (images, *_), _) = calls
+    assert "reference_maps" not in whole
+    assert len(images) == 1
+
+
 def test_layers_of_both_kinds_have_their_own_names(calls, one):
     figure("layers", [one(record(FINE, SINGLE))])
     _, (images, maps, names), _ = calls[0]
