@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 import i2am
+from i2am.data.images import ImageRejected
+from i2am.data.vitonhd import VitonHD
 from i2am.evaluation.plan import Settings
 
 if TYPE_CHECKING:
     from i2am.models.base import ReferencePipeline
+
+_TRIED = 16
 
 Item = Mapping[str, Tensor]
 """What `VitonHD` gives for a pair; stacked, for a batch."""
@@ -81,6 +85,23 @@ def generate(
             "--batch, or with --memory-budget, --vae-slicing or --offload; shards that are "
             "committed stay"
         ) from error
+
+
+def first_whole(data: VitonHD) -> Item:
+    """The first item that can be read.
+
+    Raises:
+        ImageRejected: None of the first `_TRIED` can be: size or data set are wrong altogether.
+    """
+    refusals = []
+    for position in range(min(_TRIED, len(data))):
+        try:
+            return data[position]
+        except ImageRejected as error:
+            refusals.append(error)
+    raise ImageRejected(
+        f"none of the first {len(refusals)} pairs can be read: {refusals[0]}", refusals[0].code
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:

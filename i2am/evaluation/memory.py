@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 import i2am
-from i2am.data.images import ImageRejected
-from i2am.data.vitonhd import VitonHD
 
 if TYPE_CHECKING:
-    from i2am.evaluation.generating import Item
     from i2am.evaluation.opening import Opened
 
 
@@ -52,13 +49,13 @@ def measure(opened: "Opened", batch: int) -> Measured:
         ImageRejected: No sample can be read.
         OutOfMemory: The batch does not fit.
     """
-    from i2am.evaluation.generating import generate
-    from i2am.evaluation.scoring import kept_maps
+    from i2am.evaluation.generating import first_whole, generate
+    from i2am.evaluation.kept import kept_maps
 
     settings = opened.settings
     steps = max(2, settings.time_groups)
     settings = replace(settings, steps=steps, batch=batch, shard=max(batch, settings.shard))
-    item = _first(opened.data[settings.pairs[0]])
+    item = first_whole(opened.data[settings.pairs[0]])
     items = {name: value.expand(batch, *value.shape) for name, value in item.items()}
     opened.pipe.set_progress_bar_config(disable=True)
     if settings.device == "cpu":
@@ -92,15 +89,6 @@ def need(opened: "Opened") -> Need:
     """Memory over the batch, from a batch of one and of two."""
     one, two = (measure(opened, batch).bytes for batch in (1, 2))
     return Need(2 * one - two, two - one)
-
-
-def _first(data: VitonHD) -> "Item":
-    for position in range(len(data) - 1):
-        try:
-            return data[position]
-        except ImageRejected:
-            continue
-    return data[len(data) - 1]
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from i2am.data.vitonhd import VitonHD
+from i2am.evaluation.generating import first_whole
 from i2am.evaluation.plan import Settings, digest_of, make_plan
 from i2am.evaluation.store import Store
 from i2am.evaluation.worker import Worker
@@ -56,6 +57,7 @@ def open_run(sources: Sources, options: Mapping[str, Any], *, contents: bool = F
     Raises:
         ModelRejected: The model cannot be loaded, or does not suit the data or the settings.
         DataRejected: The data set lacks something; it has all problems.
+        ImageRejected: None of the first pairs can be read.
         ValueError: A setting is out of its range.
         FileNotFoundError: There is no data set.
     """
@@ -77,6 +79,8 @@ def open_run(sources: Sources, options: Mapping[str, Any], *, contents: bool = F
     settings = Settings(**asked)
     pipe.size_arguments(settings.size)
     data = _open_data(pipe, sources, settings)
+    for pairs in data.values():
+        first_whole(pairs)
     _prepare(pipe, settings)
     plan = make_plan(
         pipe,

@@ -1,6 +1,7 @@
 """What decides the bytes of a run: model, data, settings, versions; and their fingerprint."""
 
 import hashlib
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -147,7 +148,9 @@ def make_plan(
         },
     }
     plan["fingerprint"] = hashlib.sha256(canonical(_deciding(plan))).hexdigest()
-    return plan
+    # as it is read again: tuples have become lists
+    stored: dict[str, Any] = json.loads(canonical(plan))
+    return stored
 
 
 def digest_of(model: str) -> str:

@@ -17,8 +17,8 @@ import i2am
 from i2am.data.images import ImageRejected
 from i2am.data.vitonhd import VitonHD
 from i2am.evaluation.generating import Item, generate
+from i2am.evaluation.kept import SCORES, failed, kept_maps, score
 from i2am.evaluation.plan import Settings, host, seed_of
-from i2am.evaluation.scoring import SCORES, failed, kept_maps, score
 from i2am.evaluation.shard import FAILED, OK, SAMPLE, Reason, Shard
 from i2am.evaluation.store import Store
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import i2am
-from i2am.evaluation import generating, scoring, worker
+from i2am.evaluation import generating, kept, worker
 from i2am.evaluation.engines import Share, open_jobs, run_here
 from i2am.evaluation.generating import OutOfMemory
 from i2am.evaluation.memory import Need, need
@@ -333,4 +333,4 @@ def test_no_maps_are_stored_when_none_are_asked_for(tmp_path, dolls, open_dolls)
     shard = first_shard(tmp_path, open_dolls(dolls, maps="none")[0])
     assert not shard.maps
     assert shard.scores[:, 0].isfinite().all()
-    assert set(shard.score_names) == set(scoring.SCORES)
+    assert set(shard.score_names) == set(kept.SCORES)

@@ -15,8 +15,8 @@ import i2am
 from i2am.cli import main
 from i2am.data import VitonHD, write_viton_hd
 from i2am.evaluation.generating import generate
+from i2am.evaluation.kept import score
 from i2am.evaluation.plan import Settings
-from i2am.evaluation.scoring import score
 from i2am.evaluation.store import Store
 from i2am.models import (
     CustomPipeline,

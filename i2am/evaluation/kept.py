@@ -1,4 +1,4 @@
-"""IMACS of a generated batch, and a reason wherever there is none."""
+"""What a shard keeps of a batch's maps: IMACS, with a reason wherever there is none, and means."""
 
 import math
 import warnings
