@@ -1,5 +1,7 @@
 """A recording of random attention, its page, and Chromium to open it in."""
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -206,11 +208,10 @@ class View:
 
     def pixels(self, side: str) -> np.ndarray:
         """uint8 ``[height, width, 3]`` of a picture's canvas."""
-        width, height, data = self.page.locator(f".stage[data-side={side}] canvas").evaluate(
-            "canvas => [canvas.width, canvas.height, Array.from(canvas.getContext('2d')"
-            ".getImageData(0, 0, canvas.width, canvas.height).data)]"
-        )
-        return np.array(data, dtype=np.uint8).reshape(height, width, 4)[..., :3]
+        stage = self.page.locator(f".stage[data-side={side}] canvas")
+        address = stage.evaluate("canvas => canvas.toDataURL('image/png')")
+        data = base64.b64decode(address.split(",")[1])
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
     def close(self) -> None:
         """Ends the visit, which must have been a quiet one."""

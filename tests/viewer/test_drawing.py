@@ -173,4 +173,4 @@ def test_the_view_is_saved_as_a_picture(view, tmp_path):
     difference = np.abs(shown - np.asarray(drawn)).max(-1)
     # outline and peak are drawn on top
     assert (difference <= 12).mean() > 0.85
-    assert (difference > 60).mean() > 0.01
+    assert (difference > 60).any()
