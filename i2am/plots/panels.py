@@ -4,6 +4,7 @@ Figures are made without pyplot and without touching rcParams, so nothing is sho
 changed for other figures.
 """
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,6 +151,8 @@ def grid(
     headline = _wrapped(heading or "", width * 0.94)
     tall = len(rows) * (height + 0.1) + lines * _LINE + 0.1
     tall += _LINE * (headline.count("\n") + 1.5) if heading else 0
+    # room for the text along the scale
+    tall = max(tall, 1.7)
     figure = figure_type(figsize=(width, tall), dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False, width_ratios=ratios)
     for panels, texts, places in zip(cells, shown, axes, strict=True):
@@ -223,10 +226,20 @@ def _aspect(panel: Panel | None) -> float:
 def _wrapped(text: str, inches: float) -> str:
     """The text in lines of about one length that fit into a width."""
     letters = max(8, int(inches * 72 / (_TITLE * _LETTER)))
-    # long names of layers break at their dots
-    breakable = text.replace(".", ".\u200b ")
-    parts = textwrap.wrap(breakable, letters)
-    if len(parts) > 1:
-        even = textwrap.wrap(breakable, min(letters, len(text) // len(parts) + 6))
-        parts = even if len(even) == len(parts) else parts
-    return "\n".join(part.replace("\u200b ", "").replace("\u200b", "") for part in parts)
+    lines = _lines(text, letters)
+    if len(lines) > 1:
+        even = _lines(text, min(letters, len(text) // len(lines) + 6))
+        lines = even if len(even) == len(lines) else lines
+    return "\n".join(line.strip() for line in lines)
+
+
+def _lines(text: str, letters: int) -> list[str]:
+    # behind spaces, and behind the dots in names of layers
+    parts = re.split(r"(?<=\s)|(?<=\.)(?=\S)", text)
+    lines = [""]
+    for part in parts:
+        for piece in (part[at : at + letters] for at in range(0, len(part), letters)):
+            if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > letters:
+                lines.append("")
+            lines[-1] += piece
+    return lines

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.patches import ConnectionPatch, Rectangle
+from matplotlib.text import Text
 
 from i2am.attribution import picture
 from i2am.plots import (
@@ -237,6 +238,47 @@ def test_nothing_global_changes_and_nothing_is_kept(image, maps):
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+LAYERS = [f"down_blocks.{n}.attentions.{n % 2}.transformer_blocks.0.attn2" for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        pytest.param(
+            lambda image, maps: layers(image(), maps(9, 4, 3), LAYERS, heading="R2G. " * 30),
+            id="long-names",
+        ),
+        pytest.param(
+            lambda image, maps: heads(image((20, 60)), maps(8, 4, 9), labels=["wide"]), id="wide"
+        ),
+        pytest.param(
+            lambda image, maps: time_and_head(image((60, 20)), maps(9, 3), heading="One, tall"),
+            id="narrow",
+        ),
+        pytest.param(
+            lambda image, maps: specific_reference(
+                image(), image(), maps(3, *R2G), [None] * 3, truths=[(0, 1)] * 3, names=["a"] * 3
+            ),
+            id="patches",
+        ),
+    ],
+)
+def test_no_text_is_cut_off_and_no_titles_touch(image, maps, draw):
+    figure = draw(image, maps)
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    for text in texts:
+        left, bottom, right, top = text.get_window_extent().extents
+        assert left >= 0, text
+        assert bottom >= 0, text
+        assert right <= figure.bbox.width, text
+        assert top <= figure.bbox.height, text
+    titles = [place.title for place in figure.axes[:-1] if place.get_title()]
+    boxes = [title.get_window_extent() for title in titles]
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number]), titles[number]
 
 
 def test_a_notebook_shows_a_figure(image, maps):
