@@ -155,7 +155,7 @@ def work_in_child(folder, strike):
         return [*pipe.read()], os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("wrong", [kill_before, kill_after])
+@pytest.mark.parametrize("wrong", [kill_before, pytest.param(kill_after, marks=pytest.mark.slow)])
 def test_killed_at_every_operation(tmp_path, reference, wrong):
     number, seen = 0, []
     while True:
@@ -349,7 +349,13 @@ def oldest_content_with_newest_names(states):
 CHOICES = [first, last, oldest_content_with_newest_names]
 
 
-@pytest.mark.parametrize("choose", CHOICES)
+@pytest.mark.parametrize(
+    "choose",
+    [
+        oldest_content_with_newest_names,
+        *(pytest.param(choose, marks=pytest.mark.slow) for choose in (first, last)),
+    ],
+)
 def test_power_lost_after_every_operation(tmp_path, reference, choose):
     disk = recorded(tmp_path)
     assert disk.acknowledged == [0, 1]

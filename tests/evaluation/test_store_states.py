@@ -8,6 +8,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -149,7 +150,7 @@ class Runs(RuleBasedStateMachine):
         return path.exists() and path.read_bytes() == f"PNG of {setting} {id}".encode()
 
 
-TestRuns = Runs.TestCase
+TestRuns = pytest.mark.slow(Runs.TestCase)
 TestRuns.settings = settings(
     max_examples=15,
     stateful_step_count=20,
