@@ -1,7 +1,9 @@
 """Runs in this process: the same bytes however they are split, exact scores, isolated failures."""
 
+import gc
 import math
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -327,6 +329,41 @@ def test_memory_is_a_line_over_the_batch(dolls, open_dolls):
     line = Need(fixed=100, per_sample=10)
     assert [line.largest(budget) for budget in (99, 109, 110, 145)] == [0, 0, 1, 4]
     assert line.of(line.largest(145)) <= 145
+
+
+def test_memory_does_not_grow_with_the_samples(monkeypatch, tmp_path, dolls, open_dolls):
+    many = tmp_path / "set"
+    shutil.copytree(dolls, many)
+    pairs = [f"0000{p}_00.jpg 0000{g}_00.jpg" for p in range(5) for g in range(5) if p != g]
+    (many / "test_pairs.txt").write_text("\n".join(pairs))
+    opened, _ = open_dolls(many, batch=1, shard=1, pairs=("unpaired",))
+    store = Store.create(tmp_path / "run", opened.plan)
+    computing = Worker(store, opened.pipe, opened.data, opened.settings)
+    item = opened.data["unpaired"][0]
+    made = generating.generate(
+        opened.pipe, {name: value[None] for name, value in item.items()}, [0], opened.settings
+    )
+    # everything but the model, which keeps nothing
+    monkeypatch.setattr(worker, "generate", lambda *_: made)
+    held = []
+    tracemalloc.start()
+    for number in store.shard_numbers("unpaired"):
+        computing.run("unpaired", number)
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert len(held) == 20
+    # Python's own caches fill for a while; ten samples leave less behind than one picture has
+    assert held[-1] - held[9] < 128 * 96 * 3 / 2
+
+
+def test_two_workers_on_one_shard_write_the_same(whole, tmp_path, digest):
+    store, opened = whole
+    before = digest(store.folder)
+    for _ in range(2):
+        again = Store.create(store.folder, opened.plan)
+        Worker(again, opened.pipe, opened.data, opened.settings).run("unpaired", 1)
+    assert digest(store.folder) == before
 
 
 def test_no_maps_are_stored_when_none_are_asked_for(tmp_path, dolls, open_dolls):
