@@ -117,6 +117,14 @@ function sentence(found) {
   return `${who} ${verb} ${to} ${peakName(found[at])} of the ${where}: ${percent(own.high / own.total)} of this map${during}.`;
 }
 
+// A circle around the patch with the largest value, wide enough to leave it to be seen.
+function ring(panel, { own, stack }) {
+  const row = Math.floor(own.peak / stack.grid[1]), column = own.peak % stack.grid[1];
+  const { x, y, width, height } = panel.place({ cells: [row, column, row, column], grid: stack.grid });
+  const r = Math.max(0.85 * Math.max(width, height), 0.02 * panel.picture.height);
+  return { cx: x + width / 2, cy: y + height / 2, r };
+}
+
 function show() {
   if (!panels.length) return;
   const began = performance.now(), found = answers();
@@ -127,16 +135,9 @@ function show() {
     panel.draw(stack ? answer : null, state, key);
     panel.outline(outlines && panel.picture.outline ? { d: panel.picture.outline } : null);
     panel.box(answer.box ? panel.place(answer.box) : null);
-    const radius = 0.026 * Math.max(panel.picture.width, panel.picture.height);
-    let peak = null;
-    if (stack && query && !flat(own)) {
-      const row = Math.floor(own.peak / stack.grid[1]), column = own.peak % stack.grid[1];
-      const { x, y, width, height } = panel.place({ cells: [row, column, row, column], grid: stack.grid });
-      peak = { cx: x + width / 2, cy: y + height / 2, r: radius };
-    }
-    panel.peak(peak);
+    panel.peak(stack && query && !flat(own) ? ring(panel, answer) : null);
     const { truth } = answer, { width, height } = panel.picture;
-    panel.truth(truth ? { cx: truth[1] * width, cy: truth[0] * height, r: 1.5 * radius } : null);
+    panel.truth(truth ? { ...ring(panel, answer), cx: truth[1] * width, cy: truth[0] * height } : null);
     const region = stack?.name.startsWith("region") ? `G2R \u00b7 where ${query.region} looked` : null;
     panel.subtitle.textContent = answer.missing ?? region ?? NAMES[stack?.name] ?? "what is asked about";
     if (stack && flat(own)) panel.subtitle.textContent += " (the same everywhere)";

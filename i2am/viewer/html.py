@@ -14,15 +14,10 @@ import numpy as np
 from i2am.plots import heat
 from i2am.viewer.content import Sample
 
+# in the order in which they are run, one after the other, in one scope
 _SCRIPTS = (
-    "decode.js",
-    "draw.js",
-    "view.js",
-    "ask.js",
-    "point.js",
-    "export.js",
-    "list.js",
-    "app.js",
+    *("decode.js", "draw.js", "samples.js", "view.js", "ask.js", "point.js"),
+    *("controls.js", "links.js", "export.js", "list.js", "app.js"),
 )
 
 

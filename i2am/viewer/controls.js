@@ -1,0 +1,114 @@
+// Controls: what the page offers for the samples it shows, and which of it is chosen.
+
+let linkTimer = 0;
+
+function build() {
+  const { sample } = panels[0], pairs = [];
+  for (let i = 0; i < panels.length; i += 2) {
+    const pair = make("div", { className: "pair" }, panels[i].figure, panels[i + 1].figure);
+    const aspects = panels[i].picture.width / panels[i].picture.height + panels[i + 1].picture.width / panels[i + 1].picture.height;
+    pair.style.setProperty("--aspects", aspects);
+    const heading = panels.length > 2 ? [make("h2", { textContent: panels[i].sample.id })] : [];
+    pairs.push(make("section", { className: "one" }, ...heading, pair));
+  }
+  byId("pictures").replaceChildren(...pairs);
+  byId("pictures").classList.toggle("two", panels.length > 2);
+  panels.forEach(listen);
+
+  byId("regions").replaceChildren(...(sample.regions.length ? [null, ...sample.regions.map(({ name }) => name)] : []).map((name) =>
+    chip(name ?? "Everything", () => ask(name === null ? null : { region: name }, name !== null), name ?? "")));
+  byId("weighted").hidden = !sample.stacks.r2g_mask && !sample.stacks.g2r_mask;
+  byId("question").hidden = byId("weighted").hidden && !sample.regions.length;
+  byId("time").max = sample.times.length;
+  byId("time").hidden = byId("time-name").parentElement.hidden = sample.times.length < 2;
+  byId("head-row").hidden = sample.heads.length < 2;
+  byId("heads").replaceChildren(chip("all", () => slice("all"), "all"),
+    ...sample.heads.map((name, i) => chip(String(i), () => slice(`h${i}`), `h${i}`, name)));
+  byId("layer-row").hidden = sample.layers.length < 2;
+  byId("layer").replaceChildren(make("option", { value: "all", textContent: "all layers" }),
+    ...shortened(sample.layers).map((name, i) => make("option", { value: `l${i}`, textContent: name, title: sample.layers[i] })));
+  byId("facts").replaceChildren(...Object.entries(sample.facts).flatMap(([name, value]) =>
+    [make("dt", { textContent: name }), make("dd", { textContent: value })]));
+  byId("notes").replaceChildren(...sample.notes.map((text) => make("li", { textContent: text })));
+  const others = Object.keys(sample.scores).filter((name) => !/^imacs_[gr]/.test(name));
+  byId("facts").append(...others.flatMap((name) => [make("dt", { textContent: name }), make("dd", { textContent: scoreText(sample.scores[name]) })]));
+  byId("facts").parentElement.hidden = !byId("facts").children.length && !sample.notes.length;
+  describe();
+  sync();
+}
+
+// Layers differ in what comes first: an ending that all have says nothing.
+function shortened(names) {
+  const parts = names.map((name) => name.split("."));
+  let same = 0;
+  while (parts.every((one) => one.length > same + 1 && one.at(-1 - same) === parts[0].at(-1 - same))) same++;
+  return parts.map((one) => one.slice(0, one.length - same).join("."));
+}
+
+function describe() {
+  for (const { stage, sample, side } of panels) {
+    const what = `${SIDES[side].title} picture${panels.length > 2 ? ` of ${sample.id}` : ""}`;
+    if (!askable(sample)) {
+      stage.setAttribute("aria-label", `${what}. Patches cannot be pointed at.`);
+      stage.classList.remove("live");
+      continue;
+    }
+    const [rows, columns] = sample.stacks[JOINT[side]].asked;
+    stage.setAttribute("aria-label", `${what}, ${rows} rows by ${columns} columns of patches. Arrow keys move the patch, with Shift they widen it, Enter holds it, Escape clears it.`);
+    stage.classList.add("live");
+  }
+}
+
+function chip(text, action, value, label) {
+  const button = make("button", { type: "button", textContent: text, value });
+  if (label) button.setAttribute("aria-label", label);
+  button.addEventListener("click", action);
+  return button;
+}
+
+function scoreText({ value, reason }) {
+  return value === null ? `undefined: ${reason}` : signed(value);
+}
+
+function pressed(group, value) {
+  for (const button of byId(group).children) button.setAttribute("aria-pressed", String(button.value === value));
+}
+
+function sync() {
+  const { sample } = panels[0], { query, threshold, opacity } = state;
+  pressed("regions", query ? query.region ?? null : "");
+  pressed("heads", state.slice[0] === "h" ? state.slice : "all");
+  pressed("ranges", state.range);
+  byId("time").value = state.slice[0] === "t" ? Number(state.slice.slice(1)) + 1 : 0;
+  byId("time-name").textContent = state.slice[0] === "t" ? sliceName(sample) : "all steps";
+  byId("time").setAttribute("aria-valuetext", byId("time-name").textContent);
+  byId("layer").value = state.slice[0] === "l" ? state.slice : "all";
+  byId("threshold").value = threshold;
+  byId("threshold-value").textContent = threshold.toFixed(2);
+  byId("opacity").value = opacity;
+  byId("opacity-value").textContent = opacity.toFixed(2);
+  byId("weights").checked = state.weights === "mask";
+  byId("outlines").checked = state.outlines;
+  for (const { sample, side, score } of panels) {
+    const masked = state.weights === "mask" && side === "generated" ? sample.scores.imacs_g_mask_votes : null;
+    const found = masked ?? sample.scores[SIDES[side].score];
+    score.replaceChildren(...(found
+      ? ["IMACS", make("sub", { textContent: side[0] }), ` ${found.value === null ? "undefined" : signed(found.value)}`] : []));
+    score.title = found?.reason ?? "";
+  }
+  for (const input of document.querySelectorAll("input[type=range]"))
+    input.style.setProperty("--part", (input.value - input.min) / (input.max - input.min || 1));
+}
+
+function slice(name) {
+  state.slice = name;
+  changed();
+}
+
+function changed() {
+  show();
+  sync();
+  clearTimeout(linkTimer);
+  // not while pointing: browsers allow few changes of the address
+  linkTimer = setTimeout(writeLink, 150);
+}

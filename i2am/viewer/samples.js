@@ -1,0 +1,76 @@
+// The samples: where their content is, and the panels of those that are shown.
+
+const byId = (id) => document.getElementById(id);
+const [status, reading, filter, sort, order, count, cards] =
+  ["status", "reading", "filter", "sort", "order", "count", "cards"].map(byId);
+const INDEX = JSON.parse(byId("index").textContent), COLORS = bytesOf(INDEX.colors);
+const loaded = new Map(), waiting = new Map(), KEPT = 4;
+let opening = 0;
+
+function named(id) {
+  return encodeURIComponent(id.toWellFormed ? id.toWellFormed() : id);
+}
+
+function documentOf(entry) {
+  if (!INDEX.folder) {
+    const blocks = document.querySelectorAll("script.sample");
+    return Promise.resolve(JSON.parse(blocks[INDEX.samples.indexOf(entry)].textContent));
+  }
+  return new Promise((resolve, reject) => {
+    waiting.set(entry.id, resolve);
+    const script = make("script", { src: entry.data });
+    script.onload = () => script.remove();
+    script.onerror = () => reject(new Error(`${entry.data} is missing beside this page.`));
+    document.head.append(script);
+  });
+}
+
+// called by the files of a folder
+window.i2am = { sample: (content) => waiting.get(content.id)?.(content) };
+
+async function load(entry) {
+  if (loaded.has(entry.id)) return loaded.get(entry.id);
+  const content = await documentOf(entry);
+  const sample = { ...content, stacks: {} };
+  const take = async (part) => {
+    if (!content.payloads[part]) return;
+    const buffer = await unpacked(content.payloads[part]);
+    for (const map of content.maps) if (map.part === part) sample.stacks[map.name] = new Stack(map, buffer);
+  };
+  await take("overall");
+  sample.joint = () => (sample.unpacking ??= take("joint"));
+  loaded.set(entry.id, sample);
+  if (loaded.size > KEPT) loaded.delete(loaded.keys().next().value);
+  return sample;
+}
+
+async function open() {
+  const turn = ++opening, entries = [state.a, state.b].map((id) => INDEX.samples.find((entry) => entry.id === id)).filter(Boolean);
+  ready = false;
+  status.dataset.ready = false;
+  try {
+    const samples = await Promise.all(entries.map(load));
+    const next = samples.flatMap((sample) => [new Panel(sample, "generated"), new Panel(sample, "reference")]);
+    await Promise.all(next.map((panel) => panel.load()));
+    if (turn !== opening) return;
+    panels = next;
+    settle();
+    build();
+    show();
+    await new Promise((resolve) => requestAnimationFrame(resolve));
+    await Promise.all(samples.map((sample) => sample.joint()));
+    if (turn !== opening) return;
+    ready = true;
+    settle();
+    describe();
+    show();
+    sync();
+  } catch (error) {
+    fail(error);
+  }
+}
+
+function fail(error) {
+  byId("trouble").hidden = false;
+  byId("trouble").textContent = error.message;
+}
