@@ -12,7 +12,6 @@ from PIL import Image
 
 from i2am.attribution import Box
 from i2am.cli import drawing
-from i2am.cli.app import app
 from i2am.cli.errors import ExitCode, InputRejected
 from i2am.cli.figure import WHICH
 from i2am.cli.figure import figure as command
@@ -24,11 +23,6 @@ from i2am.testing import make_maps, make_site
 
 SITES = (make_site("down_blocks.0", (4, 3), (5, 5)), make_site("up_blocks.0", (8, 6), (5, 5)))
 LOGO = NamedBox("logo", top=40, left=24, height=16, width=16, truth=(0.25, 0.5))
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(app.commands, "figure", command)
 
 
 @pytest.fixture
