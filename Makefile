@@ -14,7 +14,7 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python;
 STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint kernels benchmark gpu plots accuracy clean
+.PHONY: help setup demo gallery test lint kernels benchmark gpu plots accuracy clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 18
@@ -23,6 +23,9 @@ setup: $(STAMP) ## a virtual environment in .venv with pinned packages
 
 demo: $(STAMP) ## dress drawn people with the pocket model and record it; pictures in demo/
 	$(PY) -m i2am demo --overwrite -o demo
+
+gallery: $(STAMP) ## make the pictures of docs/gallery.md again
+	$(PY) docs/gallery.py
 
 test: lint ## formatter, linter, types, then every test (fast ones: pytest -m "not slow")
 	$(PY) -m pytest --cov=i2am.kernels --cov=i2am.attribution --cov-report=term:skip-covered --cov-fail-under=95

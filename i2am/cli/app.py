@@ -22,7 +22,9 @@ from i2am.cli.demo import demo
 from i2am.cli.errors import CommandError, ExitCode, Terminated
 from i2am.cli.evaluate import evaluate
 from i2am.cli.export import export
+from i2am.cli.figure import figure
 from i2am.cli.record import record
+from i2am.cli.report import report
 from i2am.cli.score import score
 from i2am.cli.status import status
 from i2am.cli.train import train
@@ -37,7 +39,20 @@ def app() -> None:
     """Record which parts of a reference image a diffusion model used, and where."""
 
 
-for command in (record, demo, evaluate, status, score, verify, export, train, convert):
+_COMMANDS = (
+    record,
+    demo,
+    report,
+    figure,
+    evaluate,
+    status,
+    score,
+    verify,
+    export,
+    train,
+    convert,
+)
+for command in _COMMANDS:
     app.add_command(command)
 
 
