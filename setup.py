@@ -69,6 +69,7 @@ setup(
         "i2am": ["py.typed"],
         "i2am.kernels": ["README.md"],
         "i2am.models": ["**/*.json", "*.md", "**/*.safetensors"],
+        "i2am.viewer": ["*.css", "*.html", "*.js"],
     },
     include_package_data=False,
     install_requires=[
