@@ -10,6 +10,7 @@ tiles and what is pooled of one.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,9 @@ def accumulate_joint(
     """Add ``W P V^T`` to ``g2r`` and ``W C V^T`` to ``r2g``."""
     compute = torch.promote_types(query.dtype, torch.float32)
     heads, seqlen_k = query.shape[1], key.shape[2]
-    blocks = list(_blocks(query_pooling, heads, query.shape[2], against=seqlen_k))
-    largest = max(_length(group) * _length(queries) for group, queries, _, _ in blocks) * seqlen_k
+    keys = None if key_pooling is None else _RowSums.of(key_pooling, heads, compute)
+    blocks = list(_blocks(query_pooling, heads, query.shape[2], against=seqlen_k, dtype=compute))
+    largest = max(_length(block.heads) * _length(block.queries) for block in blocks) * seqlen_k
     buffers = query.new_empty(2, largest, dtype=compute)
     for item in range(len(query)):
         sample = _Sample(
@@ -49,15 +51,62 @@ def accumulate_joint(
             bias=None if bias is None else bias[item],
             query_lse=query_lse[item],
             key_lse=key_lse[item],
-            key_pooling=key_pooling,
+            keys=keys,
             buffers=buffers,
         )
-        for group, queries, cells, pooling in blocks:
-            both = sample.maps(group, queries, pooling)
-            for (mean, per_head), maps in zip((g2r, r2g), both, strict=True):
+        for block in blocks:
+            for (mean, per_head), maps in zip((g2r, r2g), sample.maps(block), strict=True):
                 if per_head is not None:
-                    per_head[item, group, cells] += maps
-                mean[item, cells].add_(maps.sum(0), alpha=1 / heads)
+                    per_head[item, block.heads, block.cells] += maps
+                mean[item, block.cells].add_(maps.sum(0), alpha=1 / heads)
+
+
+@dataclass
+class _RowSums:
+    """Pools the rows of tiles, of all heads at once."""
+
+    rows: Tensor  # [H * E]: of a tile [H * tokens, n]
+    starts: Tensor  # [H * cells]
+    weights: Tensor  # [H, E]
+    pooling: Pooling
+
+    @classmethod
+    def of(cls, pooling: Pooling, heads: int, dtype: torch.dtype) -> "_RowSums":
+        """For tiles of up to so many heads."""
+        steps = torch.arange(heads, device=pooling.tokens.device)[:, None]
+        return cls(
+            (pooling.tokens + steps * pooling.size).flatten(),
+            (pooling.starts + steps * len(pooling.tokens)).flatten(),
+            pooling.weights.to(dtype).expand(heads, -1).contiguous(),
+            pooling,
+        )
+
+    def weighted(self, factors: Tensor) -> Tensor:
+        """Weights ``[h, E]`` of tokens that are multiplied by ``[h, tokens]``."""
+        return self.weights[: len(factors)] * factors[:, self.pooling.tokens]
+
+    def __call__(self, tile: Tensor, weights: Tensor) -> Tensor:
+        """``[h, cells, n]`` of a tile ``[h, tokens, n]``."""
+        heads, tokens, columns = tile.shape
+        sums = F.embedding_bag(
+            self.rows[: weights.numel()],
+            tile.view(heads * tokens, columns),
+            self.starts[: heads * self.pooling.cells],
+            mode="sum",
+            per_sample_weights=weights.view(-1),
+        )
+        return sums.view(heads, self.pooling.cells, columns)
+
+
+class _Block(NamedTuple):
+    """A tile: its heads and queries, the cells of these, and how they are pooled."""
+
+    heads: slice
+    queries: slice
+    cells: slice
+    pooled: _RowSums | None = None
+    weights: Tensor | None = None
+    """The same pooling as a matrix ``[cells, queries]``."""
 
 
 @dataclass
@@ -70,7 +119,7 @@ class _Sample:
     bias: Tensor | None  # [H, M, N]
     query_lse: Tensor  # [H, M]
     key_lse: Tensor  # [H, N]
-    key_pooling: Pooling | None
+    keys: _RowSums | None
     buffers: Tensor  # [2, elements of a tile]
 
     def __post_init__(self) -> None:
@@ -80,31 +129,36 @@ class _Sample:
         both = torch.cat([self.query_lse.flatten(), self.key_lse.flatten()])
         # then exp(S) neither over- nor underflows where it matters: see streaming.py
         self.shared = bool((both[both.isfinite()].abs() <= SHARED_RANGE).all())
+        self.rows = self.query_lse.neg().exp()
+        self.columns = self.key_lse.neg().exp()
+        self.column_weights = None
+        if self.shared and self.keys is not None:
+            self.column_weights = self.keys.weighted(self.columns)
 
-    def maps(self, heads: slice, queries: slice, pooling: Pooling | None) -> Iterator[Tensor]:
-        """``W P V^T`` and then ``W C V^T`` of a block, ``[h, cells of queries, cells of keys]``.
+    def maps(self, block: _Block) -> Iterator[Tensor]:
+        """``W P V^T`` and then ``W C V^T``, ``[h, cells of queries, cells of keys]``.
 
         The second may overwrite the first.
         """
+        heads, queries = block.heads, block.queries
         scores, other = self._scores(heads, queries)
-        rows, columns = self.query_lse[heads, queries], self.key_lse[heads]
         if self.shared:
             exponentials = scores.exp_()
-            yield self._pooled(exponentials, pooling, other, rows=rows.neg().exp())
-            yield self._pooled(exponentials, pooling, other, columns=columns.neg().exp())
+            yield self._pooled(exponentials, block, other, rows=self.rows[heads, queries])
+            yield self._pooled(exponentials, block, other, columns=self.columns[heads])
             return
-        rows, columns = rows[..., None], columns[:, None]
-        if self.key_pooling is not None:
+        rows, columns = self.query_lse[heads, queries, None], self.key_lse[heads, None]
+        if self.keys is not None:
             rows, columns = rows.mT, columns.mT
-        yield self._pooled(torch.sub(scores, rows, out=other).exp_(), pooling, other)
-        yield self._pooled(scores.sub_(columns).exp_(), pooling, scores)
+        yield self._pooled(torch.sub(scores, rows, out=other).exp_(), block, other)
+        yield self._pooled(scores.sub_(columns).exp_(), block, scores)
 
     def _scores(self, heads: slice, queries: slice) -> tuple[Tensor, Tensor]:
         """``scale * Q K^T + bias`` and as much room: ``[h, m, N]``, where keys are pooled
         ``[h, N, m]``."""
         left, right = self.query[heads, queries], self.key[heads]
         bias = None if self.bias is None else self.bias[heads, queries]
-        if self.key_pooling is not None:
+        if self.keys is not None:
             left, right = right, left
             bias = None if bias is None else bias.mT
         shape = (left.shape[0], left.shape[1], right.shape[1])
@@ -122,7 +176,7 @@ class _Sample:
     def _pooled(
         self,
         tile: Tensor,
-        pooling: Pooling | None,
+        block: _Block,
         out: Tensor,
         *,
         rows: Tensor | None = None,
@@ -132,52 +186,39 @@ class _Sample:
 
         One of ``rows`` ``[h, m]`` and ``columns`` ``[h, N]`` may be given.
         """
-        if self.key_pooling is not None:
-            maps = _row_sums(tile, self.key_pooling, columns)  # [h, cells of keys, m]
-            if pooling is not None:
-                weights = pooling.dense(tile.dtype)
-                maps = maps @ (weights if rows is None else weights * rows[:, None]).mT
+        if self.keys is not None:
+            weights = self.keys.weights if columns is None else self.column_weights
+            assert weights is not None
+            maps = self.keys(tile, weights[block.heads])  # [h, cells of keys, m]
+            if block.weights is not None:
+                wanted = block.weights if rows is None else block.weights * rows[:, None]
+                maps = maps @ wanted.mT
             elif rows is not None:
                 maps *= rows[:, None]
             return maps.mT
-        if pooling is not None:
-            maps = _row_sums(tile, pooling, rows)
+        if block.pooled is not None:
+            weights = block.pooled.weights[: len(tile)]
+            maps = block.pooled(tile, weights if rows is None else block.pooled.weighted(rows))
             return maps if columns is None else maps.mul_(columns[:, None])
         if rows is not None:
             return torch.mul(tile, rows[..., None], out=out)
         return tile if columns is None else torch.mul(tile, columns[:, None], out=out)
 
 
-def _row_sums(tile: Tensor, pooling: Pooling, factors: Tensor | None) -> Tensor:
-    """``[h, cells, n]``, pooled from the rows of ``[h, tokens, n]``, multiplied by factors."""
-    heads, tokens, columns = tile.shape
-    steps = torch.arange(heads)[:, None]
-    weights = pooling.weights.to(tile.dtype).expand(heads, -1)
-    if factors is not None:
-        weights = weights * factors[:, pooling.tokens]
-    sums = F.embedding_bag(
-        (pooling.tokens + steps * tokens).flatten(),
-        tile.view(heads * tokens, columns),
-        (pooling.starts + steps * len(pooling.tokens)).flatten(),
-        mode="sum",
-        per_sample_weights=weights.flatten(),
-    )
-    return sums.view(heads, pooling.cells, columns)
-
-
 def _blocks(
-    pooling: Pooling | None, heads: int, queries: int, *, against: int
-) -> Iterator[tuple[slice, slice, slice, Pooling | None]]:
-    """Heads, queries, cells and how they are pooled, for each tile."""
+    pooling: Pooling | None, heads: int, queries: int, *, against: int, dtype: torch.dtype
+) -> Iterator[_Block]:
     if pooling is None:
         for group, blocks in tiles(heads, queries, against=against):
             for block in blocks:
-                yield group, block, block, None
+                yield _Block(group, block, block)
         return
     for cells, tokens, part in pooling.parts():
-        together = max(TILE_ELEMENTS // (part.size * against), 1)
+        together = max(min(TILE_ELEMENTS // (part.size * against), heads), 1)
+        pooled, weights = _RowSums.of(part, together, dtype), part.dense(dtype)
         for head in range(0, heads, together):
-            yield slice(head, min(head + together, heads)), tokens, cells, part
+            group = slice(head, min(head + together, heads))
+            yield _Block(group, tokens, cells, pooled, weights)
 
 
 def _length(part: slice) -> int:

@@ -79,8 +79,8 @@ def record(
             ``(height, width)`` over the generated image, or that and one over the reference image.
             What is not given is the finest grid of the layers, halved until it has at most 1024
             cells. Keeps ``8 * (time groups + heads) * cells * reference cells`` bytes per sample,
-            heads only where all layers have equally many, and costs about as much time again as the
-            recorded attention calls.
+            up to a third more while it records, heads only where all layers have equally many, and
+            takes (on a CPU) one to two times as long as the recorded attention calls.
         attach: ``"beside"`` leaves the model's own attention calls as they are; ``"fused"`` lets
             recorded layers attend by the forward of ``impl``, which yields what recording needs:
             images are then the same to rounding, not to the bit. Layers that PyTorch runs by flash
