@@ -71,9 +71,11 @@ def samples_of(wanted: Wanted) -> Iterator[Sample]:
     for folder, name in zip(wanted.runs, names, strict=True):
         # runs of one name are told apart by their folders
         prefix = name if names.count(name) == 1 else str(folder)
-        for one in (
-            _evaluated(folder, wanted, prefix) if _is_run(folder) else _recorded(folder, prefix)
-        ):
+        if _is_run(folder):
+            found = _evaluated(folder, wanted, prefix)
+        else:
+            found = recorded_samples(folder, prefix)
+        for one in found:
             shown += 1
             yield one
     if not shown:
@@ -93,7 +95,17 @@ def _is_run(folder: Path) -> bool:
 # i2am record
 
 
-def _recorded(folder: Path, name: str) -> Iterator[Sample]:
+def recorded_samples(folder: Path, name: str) -> Iterator[Sample]:
+    """The sample of an output folder of ``i2am record``, or two: one per half of guidance.
+
+    Args:
+        folder: The folder.
+        name: What the sample is called.
+
+    Raises:
+        InputRejected: It is no such folder, its files are damaged or gone, or its maps hold NaN.
+        OSError: The disk failed.
+    """
     run = read_run(folder)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     settings = manifest["settings"]

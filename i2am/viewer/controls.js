@@ -6,8 +6,10 @@ function build() {
   const { sample } = panels[0], pairs = [];
   for (let i = 0; i < panels.length; i += 2) {
     const pair = make("div", { className: "pair" }, panels[i].figure, panels[i + 1].figure);
-    const aspects = panels[i].picture.width / panels[i].picture.height + panels[i + 1].picture.width / panels[i + 1].picture.height;
-    pair.style.setProperty("--aspects", aspects);
+    // as wide as their shapes, so that both are equally high
+    const aspects = [i, i + 1].map((at) => panels[at].picture.width / panels[at].picture.height);
+    pair.style.gridTemplateColumns = aspects.map((aspect) => `minmax(0, ${aspect}fr)`).join(" ");
+    pair.style.setProperty("--aspects", aspects[0] + aspects[1]);
     const heading = panels.length > 2 ? [make("h2", { textContent: panels[i].sample.id })] : [];
     pairs.push(make("section", { className: "one" }, ...heading, pair));
   }

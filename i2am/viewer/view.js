@@ -62,7 +62,6 @@ class Panel {
       make("div", { className: "ticks" }, ...this.ticks));
     this.figure = make("figure", {},
       make("figcaption", {}, make("b", { textContent: SIDES[side].title }), this.score, this.subtitle), this.stage, this.scale);
-    this.figure.style.setProperty("--aspect", width / height);
     this.drawn = null;
   }
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from PIL import Image
 
 from i2am.viewer import Stack, render, write_report
 from i2am.viewer.html import shell
@@ -32,6 +33,9 @@ def test_names_of_files_are_text_everywhere(visit, make_sample):
     assert view.page.text_content("#facts dt") == HOSTILE
     view.page.locator("#regions button").nth(1).click()
     assert view.page.text_content("#reading").startswith(HOSTILE)
+    for width in (390, 1280):
+        view.page.set_viewport_size({"width": width, "height": 800})
+        assert view.page.evaluate("document.documentElement.scrollWidth") == width
     view.page.wait_for_function("() => location.hash.includes('@')")
     link = view.page.evaluate("location.hash")
     view.page.evaluate("history.replaceState(null, '', '#')")
@@ -150,6 +154,12 @@ def test_everything_fits_and_can_be_read(visit, html, width, scheme):
         "stages => stages.map((stage) => stage.getBoundingClientRect().width)"
     )
     assert min(sizes) >= 130
+    # both pictures of a sample are equally high, whatever their captions are
+    tops = view.page.locator(".stage").evaluate_all(
+        "stages => stages.map((stage) => [stage.getBoundingClientRect().top, stage.offsetHeight])"
+    )
+    assert tops[0][0] == tops[1][0]
+    assert abs(tops[0][1] - tops[1][1]) <= 2
     faint = view.page.evaluate(CONTRAST)
     assert faint == []
     small = view.page.evaluate(
@@ -324,4 +334,38 @@ def test_a_folder_opens_from_disk(visit, make_sample, tmp_path):
     view.page.wait_for_selector("#trouble:not([hidden])")
     assert view.page.text_content("#trouble") == "data/000000.js is missing beside this page."
     view.messages = [text for text in view.messages if "ERR_FILE_NOT_FOUND" not in text]
+    view.close()
+
+
+@pytest.mark.slow
+def test_a_run_of_the_pocket_model_can_be_pointed_at(visit):
+    import i2am
+    from i2am.data.paper_doll import render as scenes
+    from i2am.models import pocket_pipeline
+    from i2am.viewer import page
+
+    scene = scenes([0], split="test", garments=[101])
+    person, garment, pose = (
+        Image.fromarray((255 * one[0]).round().byte().permute(1, 2, 0).contiguous().numpy())
+        for one in (scene.image, scene.garment, scene.pose)
+    )
+    pipe = pocket_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    with i2am.record(pipe, mask=scene.mask[0], time_groups=2, joint=True) as recorder:
+        image = pipe(
+            image=person,
+            mask_image=scene.mask,
+            pose_image=pose,
+            reference_image=garment,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]
+    maps = recorder.maps()
+    view = visit(page(maps, generated=image, reference=garment)).wait()
+    exact = maps.joint.generated_to_reference()[0]
+    for cell in ((6, 5), (9, 4), (11, 7)):
+        panel = view.point("generated", cell, (16, 12))
+        assert panel["area"] == [*cell, *cell]
+        assert panel["peak"] == [*divmod(int(exact[cell].argmax()), 12)]
+        assert panel["high"] == pytest.approx(float(exact[cell].max()), rel=1e-6)
     view.close()
