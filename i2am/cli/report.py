@@ -8,7 +8,11 @@ import click
 
 from i2am.cli.errors import ExitCode
 
+log = logging.getLogger("i2am")
+
 FILE = click.Path(path_type=Path)
+LARGE = 50_000_000
+"""Bytes of a page from which on a folder serves its reader better."""
 
 
 @click.command(
@@ -77,7 +81,14 @@ def report(
     with no_conflict():
         samples = samples_of(wanted)
         files = write_report(out, samples, title=title, overwrite=overwrite, compress=compress)
-    page = out if out.name in files else out / files[0]
+    page = out if out.suffix.lower() in (".html", ".htm") else out / files[0]
+    if (size := page.stat().st_size) > LARGE:
+        log.warning(
+            "%s has %d MB, which a browser has to read at once; an --out without .html becomes a "
+            "folder whose samples are read one at a time",
+            page,
+            size // 1_000_000,
+        )
     if as_json:
         left_out = [{"id": id, "reason": reason} for id, reason in wanted.left_out.items()]
         click.echo(json.dumps({"page": str(page), "files": files, "left_out": left_out}))

@@ -14,12 +14,13 @@ from i2am.lazy import lazy
 # ruff: noqa: F401
 if TYPE_CHECKING:
     from i2am.viewer.content import Sample, Stack, sample
-    from i2am.viewer.html import render
+    from i2am.viewer.html import frame, render
     from i2am.viewer.report import page, write_report
 
 _MODULES = {
     "Sample": "content",
     "Stack": "content",
+    "frame": "html",
     "page": "report",
     "render": "html",
     "sample": "content",

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,22 @@ def shell(title: str, index: Mapping[str, Any], blocks: str = "", *, folder: boo
     return re.sub(r"<!--(\w+)-->", lambda found: parts[found[1]], _text("page.html"))
 
 
+def frame(page: str, *, height: int = 880) -> str:
+    """A page inside another, a notebook say: it can reach nothing outside its frame.
+
+    Args:
+        page: A document of :func:`render`.
+        height: Of the frame, in pixels; it is as wide as there is room.
+
+    Returns:
+        An ``iframe`` element.
+    """
+    return (
+        f'<iframe sandbox="allow-scripts allow-downloads allow-modals" title="i2am" '
+        f'style="width: 100%; height: {height}px; border: 0" srcdoc="{html.escape(page)}"></iframe>'
+    )
+
+
 def as_json(value: Any) -> str:
     """Strict JSON in ASCII that cannot end a script element or begin a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
@@ -84,8 +101,6 @@ def as_json(value: Any) -> str:
 
 def as_text(value: str) -> str:
     """Text as it is written between tags and in attributes."""
-    import html
-
     # a name of a file may hold bytes that are no text
     return html.escape(value.encode("utf-8", "replace").decode())
 

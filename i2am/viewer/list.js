@@ -4,10 +4,7 @@ let descending = true;
 
 function listed() {
   const words = filter.value.toLocaleLowerCase().split(/\s+/).filter(Boolean), by = sort.value;
-  const kept = INDEX.samples.filter(({ id, group }) => {
-    const text = `${id} ${group ?? ""}`.toLocaleLowerCase();
-    return words.every((word) => text.includes(word));
-  });
+  const kept = INDEX.samples.filter(({ id }) => words.every((word) => id.toLocaleLowerCase().includes(word)));
   if (!by) return kept;
   const value = ({ scores }) => scores?.[by]?.value ?? null, way = descending ? -1 : 1;
   // what has no score comes last, whichever way

@@ -28,8 +28,17 @@ function documentOf(entry) {
 // called by the files of a folder
 window.i2am = { sample: (content) => waiting.get(content.id)?.(content) };
 
-async function load(entry) {
-  if (loaded.has(entry.id)) return loaded.get(entry.id);
+function load(entry) {
+  if (!loaded.has(entry.id)) {
+    const sample = read(entry);
+    sample.catch(() => loaded.delete(entry.id));
+    loaded.set(entry.id, sample);
+    if (loaded.size > KEPT) loaded.delete(loaded.keys().next().value);
+  }
+  return loaded.get(entry.id);
+}
+
+async function read(entry) {
   const content = await documentOf(entry);
   const sample = { ...content, stacks: {} };
   const take = async (part) => {
@@ -39,8 +48,6 @@ async function load(entry) {
   };
   await take("overall");
   sample.joint = () => (sample.unpacking ??= take("joint"));
-  loaded.set(entry.id, sample);
-  if (loaded.size > KEPT) loaded.delete(loaded.keys().next().value);
   return sample;
 }
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 import zlib
 from dataclasses import replace
 
@@ -140,6 +141,13 @@ def test_a_mask_that_is_gone_is_said_and_a_reference_is_missed(recorded, run, fi
     assert done.code == ExitCode.REJECTED
     assert "reference" in done.err
     assert not (tmp_path / "other.html").exists()
+
+
+def test_a_large_page_says_that_a_folder_would_be_better(recorded, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[command.callback.__module__], "LARGE", 1000)
+    done = run("report", recorded(), "-o", tmp_path / "page.html")
+    assert done.code == 0
+    assert "becomes a folder" in done.err
 
 
 @pytest.mark.parametrize("content", [None, "{}", "no json", '{"command": "demo"}'])

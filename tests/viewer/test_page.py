@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from i2am.viewer import Stack, render, write_report
+from i2am.viewer import Stack, frame, render, write_report
 from i2am.viewer.html import shell
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;`${7*7}\u2028😀 "
@@ -139,6 +139,31 @@ def test_touch_points_and_lets_go(visit, html):
     view.close()
 
 
+def test_a_link_is_copied(visit, html):
+    script = "Object.defineProperty(navigator, 'clipboard', "
+    script += "{ value: { writeText: async (text) => { window.copied = text; } } })"
+    view = visit(html, script=script).wait()
+    view.page.mouse.click(*view.place("reference", (1, 3), (6, 5)))
+    view.page.click("#link")
+    copied = view.page.evaluate("window.copied")
+    assert copied.startswith("file:///")
+    assert copied.endswith("/page.html#one/r1,3/all")
+    assert view.page.text_content("#link") == "Copied"
+    view.page.mouse.move(4, 4)
+    other = view.page.context.new_page()
+    other.goto(copied)
+    other.wait_for_selector("#status[data-ready=true]", state="attached")
+    assert '"cells":[1,3,1,3]' in other.text_content("#status")
+    view.close()
+
+
+def test_a_sample_beside_itself(visit, make_sample, tmp_path):
+    write_report(tmp_path / "r", [make_sample()])
+    view = visit(tmp_path / "r" / "index.html", link="#one/g1,1/all/one").wait()
+    assert [panel["sample"] for panel in view.status["panels"]] == ["one"] * 4
+    view.close()
+
+
 @pytest.mark.parametrize("width", [1280, 820, 390, 320])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everything_fits_and_can_be_read(visit, html, width, scheme):
@@ -194,17 +219,14 @@ CONTRAST = """() => {
 
 
 def test_the_page_lives_in_a_frame_without_an_address(visit, make_sample):
-    inner = render([make_sample()]).replace("&", "&amp;").replace('"', "&quot;")
-    outer = (
-        f'<!doctype html><iframe sandbox="allow-scripts" srcdoc="{inner}" width=1200 height=900>'
-    )
+    outer = f"<!doctype html><title>notebook</title><h1>cell</h1>{frame(render([make_sample()]))}"
     view = visit(outer)
-    frame = view.page.frame_locator("iframe")
-    frame.locator("#status[data-ready=true]").wait_for(state="attached")
-    box = frame.locator(".stage").first.bounding_box()
+    inner = view.page.frame_locator("iframe")
+    inner.locator("#status[data-ready=true]").wait_for(state="attached")
+    box = inner.locator(".stage").first.bounding_box()
     view.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     view.page.wait_for_timeout(400)
-    assert '"pinned":true' in frame.locator("#status").text_content()
+    assert '"pinned":true' in inner.locator("#status").text_content()
     view.close()
 
 
