@@ -135,6 +135,7 @@ def test_a_compiled_denoiser(tiny):
     torch.testing.assert_close(*expected)
 
 
+@pytest.mark.filterwarnings("ignore:layers with a single reference token")
 def test_joint_maps_without_a_reference_grid_are_missed_aloud(tiny):
     loop = tiny.loop()
     layout = TokenLayout.single_token()
