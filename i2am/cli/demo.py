@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,15 +32,17 @@ PATCHES = {
 }
 
 WHAT_TO_SEE = """\
-Open overview.png. Each row is a drawn person who wears a garment, another garment, and the person
-in that garment: as the model painted it, and as it should be. R2G lies on the generated image: the
-parts that the garment drove; uniform votes also count the empty ground around the garment, votes of
-the garment alone do not. G2R lies on the garment: the parts that were used. In scene_*/region_*.png
-a red patch of the result asks where on the garment it looked; the ring is the true place, known
-because the scenes are drawn: the bright spot should lie in it. time_groups.png and heads.png split
-the same maps by denoising step and by attention head. IMACS scores attention inside the masks minus
-three times attention outside (at most 1): IMACS_r of the garment should be positive, while IMACS_g
-with uniform votes is low even for a good model, because the garment's empty ground votes too."""
+Open report.html in a browser: point at a patch of the shirt and see where on the garment it looked,
+point at the garment and see where it went. In overview.png each row is a drawn person who wears a
+garment, another garment, and the person in that garment: as the model painted it, and as it should
+be. R2G lies on the generated image: the parts that the garment drove; uniform votes also count the
+empty ground around the garment, votes of the garment alone do not. G2R lies on the garment: the
+parts that were used. In scene_*/region_*.png a red patch of the result asks where on the garment it
+looked; the ring is the true place, known because the scenes are drawn: the bright spot should lie
+in it. time_groups.png and heads.png split the same maps by denoising step and by attention head.
+IMACS scores attention inside the masks minus three times attention outside (at most 1): IMACS_r of
+the garment should be positive, while IMACS_g with uniform votes is low even for a good model,
+because the garment's empty ground votes too."""
 
 UNTRAINED = """\
 The pocket model has random weights here: what it paints is noise, and its maps mean nothing."""
@@ -63,6 +66,9 @@ def demo(out: Path, steps: int, overwrite: bool, verbose: bool) -> ExitCode:
         logging.getLogger("i2am").setLevel(logging.DEBUG)
     from i2am.cli.folder import MANIFEST, fresh_folder
     from i2am.cli.recording import full_record
+    from i2am.cli.reporting import recorded_samples
+    from i2am.cli.result import REPORT
+    from i2am.viewer import write_report
 
     with fresh_folder(out, overwrite=overwrite) as folder:
         results = []
@@ -71,12 +77,14 @@ def demo(out: Path, steps: int, overwrite: bool, verbose: bool) -> ExitCode:
             regions = make_inputs(folder / "inputs" / name, *pair)
             results.append(full_record(demo_settings(folder, name, regions, steps=steps)))
         draw_overview(folder, results)
+        pages = [recorded_samples(result.out, result.out.name) for result in results]
+        write_report(folder / REPORT, chain.from_iterable(pages), title="i2am demo")
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
         # marks the folder as ours, so that the next demo may replace it
         (folder / MANIFEST).write_text(json.dumps({"files": files}), encoding="utf-8")
     for result in results:
         click.echo(f"{replace(result, out=out / result.out.name)}\n")
-    click.echo(f"{out / 'overview.png'}\n\n{WHAT_TO_SEE}")
+    click.echo(f"{out / 'overview.png'}\n{out / REPORT}\n\n{WHAT_TO_SEE}")
     if not all(result.trained for result in results):
         click.echo(f"\n{UNTRAINED}")
     return max(result.code for result in results)

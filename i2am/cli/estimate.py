@@ -83,7 +83,8 @@ def estimate(
     """Scale the sums of a probe to a whole recording.
 
     Args:
-        probe: Maps of the same model at the same size, one sample, whatever their rows.
+        probe: Maps of the same model at the same size, one sample, whatever their rows; with
+            joint maps if these are to be recorded.
         time_groups: Time groups of the recording.
         votes: Vote vectors of R2G.
         rows: Weight rows of G2R.
@@ -107,6 +108,9 @@ def estimate(
             # the scores, their softmax, and the softmax without keys that nobody sees
             tile = max(tile, halves * 3 * 4 * site.heads * cells * keys[site.layer])
         stays += 4 * time_groups * site.heads * values
+    if (joint := probe.joint) is not None:
+        slices = joint.time_groups + joint.heads
+        stays += joint.nbytes // slices * (time_groups + joint.heads)
     return Estimate(
         layers=len(probe.layer_sums),
         stays=branches * stays,

@@ -100,6 +100,11 @@ FILE = click.Path(path_type=Path)
     show_default="only DCI-VTON does",
     help="Keep the person's pixels outside the mask.",
 )
+@click.option(
+    "--report/--no-report",
+    default=Settings.report,
+    help="Record every patch against every patch, and write the page where you point at one.",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=Settings.device)
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default=Settings.dtype
@@ -116,8 +121,9 @@ def record(
     """Paint the masked part of a person after a reference, and record the attribution.
 
     MODEL is a built-in name (pocket) or a folder in diffusers layout. The output folder then holds
-    the image, overlays of both maps, sheets per time group, head and region, the maps themselves,
-    scores and the settings. It appears complete or not at all.
+    the image, overlays of both maps, sheets per time group, head and region, a page where you point
+    at a patch and see where it looked, the maps themselves, scores and the settings. It appears
+    complete or not at all.
 
     Exit codes: 0 done, 1 unexpected, 2 usage, 3 finished but incomplete, 4 input rejected, 5 output
     folder in use, 74 disk fault, 130 interrupted, 143 terminated.

@@ -113,7 +113,12 @@ def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Pr
     pipe.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with i2am.record(pipe, layout=replace(layout, resolve=resolve), time_groups=1) as recorder:
+        with i2am.record(
+            pipe,
+            layout=replace(layout, resolve=resolve),
+            time_groups=1,
+            joint=settings.report,
+        ) as recorder:
             call(
                 pipe,
                 settings,
@@ -188,6 +193,7 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_
         mask=inputs.mask,
         reference_mask=inputs.reference_mask,
         keep_keys=keep_keys,
+        joint=settings.report,
     ) as recorder:
         (image,) = call(pipe, settings, inputs)
     if settings.guidance_branch == "both":

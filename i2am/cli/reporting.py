@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from i2am.attribution import AttributionMaps
 from i2am.cli.errors import InputRejected
 from i2am.cli.folder import MANIFEST
 from i2am.cli.recorded import read_run
@@ -108,52 +109,91 @@ def recorded_samples(folder: Path, name: str) -> Iterator[Sample]:
     """
     run = read_run(folder)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    settings = manifest["settings"]
-    recorded = settings["guidance_branch"]
-    branches = ["conditional", "unconditional"] if recorded == "both" else [recorded]
-    scores = _scores(folder)
     notes = list(manifest["notes"])
     inputs = manifest["inputs"]
     mask, reference_mask = (
         _mask(folder, inputs.get(kind), kind, notes) for kind in ("mask", "reference_mask")
     )
-    guidance = f"{run.guidance:g}, {{}} half recorded" if run.guidance > 1 else "none"
-    for number, branch in enumerate(branches):
-        if number:
-            run = read_run(folder, branch=branch)
+    try:
+        yield from shown_samples(
+            {**manifest, "notes": notes},
+            {branch: read_run(folder, branch=branch).maps for branch in _halves(manifest)},
+            name=name,
+            scores=_scores(folder),
+            generated=run.generated,
+            reference=run.reference,
+            mask=mask,
+            reference_mask=reference_mask,
+        )
+    except ValueError as error:
+        raise InputRejected(f"run {folder} cannot be shown: {error}") from error
+
+
+def shown_samples(
+    manifest: Mapping[str, Any],
+    maps: Mapping[str, AttributionMaps],
+    *,
+    name: str,
+    scores: Mapping[str, Any],
+    generated: "Image",
+    reference: "Image",
+    mask: "Image | None",
+    reference_mask: "Image | None",
+) -> Iterator[Sample]:
+    """What pages show of a recording: a sample, or one per half of guidance.
+
+    Args:
+        manifest: Content of its ``run.json``.
+        maps: Of each recorded half of guidance.
+        name: What the sample is called.
+        scores: Content of its ``scores.json``.
+        generated: The image that was made.
+        reference: The image it was made after.
+        mask: Inpainting mask.
+        reference_mask: Mask of the object in the reference.
+
+    Raises:
+        ValueError: The maps hold NaN.
+    """
+    settings, image = manifest["settings"], manifest["image"]
+    guided = settings["guidance"] > 1
+    for number, (branch, of) in enumerate(maps.items()):
         suffix = f"_{branch}" if number else ""
         facts = {
-            "Model": run.model,
-            "Scheduler": f"{manifest['model']['scheduler']}, {run.steps} steps",
-            "Guidance": guidance.format(branch),
+            # a path or a built-in name
+            "Model": Path(str(settings["model"])).name,
+            "Scheduler": f"{manifest['model']['scheduler']}, {settings['steps']} steps",
+            "Guidance": f"{settings['guidance']:g}, {branch} half recorded" if guided else "none",
             "Seed": str(settings["seed"]),
-            "Size": f"{manifest['image']['width']} \N{MULTIPLICATION SIGN} "
-            f"{manifest['image']['height']} pixels",
-            "Preset": run.preset,
+            "Size": f"{image['width']} \N{MULTIPLICATION SIGN} {image['height']} pixels",
+            "Preset": settings["preset"],
             "Device": f"{manifest['device']}, {settings['dtype']}",
             "i2am": manifest["i2am"],
         }
-        mine = {
-            kind: scores[f"{kind}{suffix}"]
-            for kind in ("imacs_g", "imacs_g_mask_votes", "imacs_r")
-            if f"{kind}{suffix}" in scores
-        }
-        try:
-            yield sample(
-                run.maps,
-                generated=run.generated,
-                reference=run.reference,
-                id=name if len(branches) == 1 else f"{name}, {branch}",
-                scores=mine,
-                truths=run.truths,
-                facts=facts,
-                notes=notes,
-                preset=run.preset,
-                mask=mask,
-                reference_mask=reference_mask,
-            )
-        except ValueError as error:
-            raise InputRejected(f"run {folder} cannot be shown: {error}") from error
+        yield sample(
+            of,
+            generated=generated,
+            reference=reference,
+            id=name if len(maps) == 1 else f"{name}, {branch}",
+            scores={
+                kind: scores[f"{kind}{suffix}"]
+                for kind in ("imacs_g", "imacs_g_mask_votes", "imacs_r")
+                if f"{kind}{suffix}" in scores
+            },
+            truths={
+                region["name"]: region["truth"] for region in settings["regions"] if region["truth"]
+            },
+            facts=facts,
+            notes=manifest["notes"],
+            preset=settings["preset"],
+            mask=mask,
+            reference_mask=reference_mask,
+        )
+
+
+def _halves(manifest: Mapping[str, Any]) -> list[str]:
+    recorded = manifest["settings"]["guidance_branch"]
+    return ["conditional", "unconditional"] if recorded == "both" else [recorded]
 
 
 def _scores(folder: Path) -> dict[str, Any]:

@@ -19,11 +19,14 @@ from i2am.attribution.layers import nonfinite
 from i2am.cli.errors import ExitCode
 from i2am.cli.folder import MANIFEST
 from i2am.cli.pictures import Scene, draw
+from i2am.cli.reporting import shown_samples
 from i2am.cli.settings import FILES, Inputs, Settings
 from i2am.metrics import imacs_scores
+from i2am.viewer import write_report
 
 log = logging.getLogger("i2am")
 
+REPORT = "report.html"
 _PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "safetensors")
 _SCORES = ("imacs_g", "imacs_g_mask_votes", "imacs_r")
 
@@ -71,11 +74,12 @@ class Result:
 
     def __str__(self) -> str:
         pictures = [name for name in self.files if name.endswith(".png")]
-        data = [name for name in self.files if name not in pictures]
+        data = [name for name in self.files if name not in (*pictures, REPORT)]
         lines = [
             f"written to {self.out}{os.sep}",
             f"pictures: {', '.join(pictures)}",
             f"data: {', '.join(data)}",
+            *([f"to point at: {self.out / REPORT}"] if REPORT in self.files else []),
         ]
         for name, entry in self.scores.items():
             value = entry["reason"] if entry["value"] is None else f"{entry['value']:+.4f}"
@@ -125,9 +129,24 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
             files += draw(folder, maps, scene, suffix=suffix)
         found = _score(maps, inputs, settings.preset, broken)
         scores |= {f"{name}{suffix}": entry for name, entry in found.items()}
-    files += ["scores.json", MANIFEST]
+    page = [REPORT] if settings.report and code == ExitCode.DONE else []
+    files += [*page, "scores.json", MANIFEST]
     _write_json(folder / "scores.json", scores)
-    _write_json(folder / MANIFEST, _manifest(settings, inputs, run, files, notes))
+    manifest = _manifest(settings, inputs, run, files, notes)
+    for name in page:
+        # the inputs as they were read, whatever has become of their files
+        shown = shown_samples(
+            manifest,
+            run.maps,
+            name=settings.out.resolve().name,
+            scores=scores,
+            generated=run.image,
+            reference=inputs.reference,
+            mask=inputs.mask,
+            reference_mask=inputs.reference_mask,
+        )
+        write_report(folder / name, shown, title=settings.out.resolve().name)
+    _write_json(folder / MANIFEST, manifest)
     return Result(settings.out, files, scores, notes, run.trained, code)
 
 

@@ -136,6 +136,7 @@ class Settings:
     guidance_branch: Literal["conditional", "unconditional", "both"] = "conditional"
     size: tuple[int, int] | None = None
     paste_back: bool | None = None
+    report: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     overwrite: bool = False

@@ -57,6 +57,7 @@ def test_every_file_is_written_and_listed(run_here, record_line, files, out):
         "r2g.png",
         "region_left.png",
         "region_right.png",
+        "report.html",
         "run.json",
         "scores.json",
         "time_groups.png",
@@ -184,6 +185,23 @@ def test_size_is_honoured(run_here, record_line, out):
     assert {layer.site.generated_grid for layer in maps.layer_sums} == {(20, 15)}
 
 
+def test_the_page_is_that_of_i2am_report(run_here, record_line, out, tmp_path):
+    done = run_here(record_line(region=["left=10,5,40,30"], guidance_branch="both"))
+    assert done.code == ExitCode.DONE, done.err
+    assert f"to point at: {out / 'report.html'}" in done.out
+    page = tmp_path / "page.html"
+    assert run_here(["report", str(out), "-o", str(page)]).code == ExitCode.DONE
+    assert page.read_bytes() == (out / "report.html").read_bytes()
+
+
+def test_no_page_is_no_joint_maps(run_here, record_line, out):
+    done = run_here(record_line("--no-report"))
+    assert done.code == ExitCode.DONE, done.err
+    assert "to point at" not in done.out
+    assert not (out / "report.html").exists()
+    assert i2am.load_maps(out / "maps.safetensors").joint is None
+
+
 def test_every_input_is_read_once_so_that_its_hash_is_that_of_what_was_used(
     run_here, record_line, files, out, monkeypatch
 ):
@@ -278,8 +296,11 @@ def test_dry_run_writes_nothing_and_estimates_what_stays_exactly(
     stays = sum(
         sums.nbytes
         for name in ("maps", "maps_unconditional")
-        for layer in i2am.load_maps(out / f"{name}.safetensors").layer_sums
-        for sums in tensors(layer).values()
+        for maps in [i2am.load_maps(out / f"{name}.safetensors")]
+        for sums in [
+            maps.joint,
+            *(of for layer in maps.layer_sums for of in tensors(layer).values()),
+        ]
     )
     assert estimate["stays"] == stays
     assert estimate["layers"] == 3
@@ -322,7 +343,7 @@ def test_a_region_is_as_small_as_its_numbers(run_here, record_line, monkeypatch)
 def test_dry_run_speaks_in_sentences(run_here, record_line):
     done = run_here(record_line("--dry-run"))
     assert "maps that stay" in done.out
-    assert "KiB in 3 layers" in done.out
+    assert "MiB in 3 layers" in done.out
     assert done.out.rstrip().endswith("nothing was written")
 
 
