@@ -137,7 +137,8 @@ class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):
                 says which, its message has the line of the pair.
         """
         item = {name: self.read(name, index) for name in self.names}
-        item.setdefault("pose", torch.zeros(3, *self.size))
+        if "pose" not in item:
+            item["pose"] = torch.from_numpy(np.zeros((3, *self.size), dtype=np.float32))
         return item
 
     def read(self, name: str, index: int) -> Tensor:
@@ -238,5 +239,8 @@ def _read(path: Path, name: str, size: tuple[int, int], *, stretch: bool) -> Ten
             "aspect",
         )
     image = image.resize((width, height), Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(image)).float() / 255
-    return pixels if is_mask else pixels.permute(2, 0, 1).contiguous()
+    # NumPy does it all: a thread that reads while a model runs must not wake threads of torch's own
+    pixels = np.array(image, dtype=np.float32) / np.float32(255)
+    if not is_mask:
+        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return torch.from_numpy(pixels)
