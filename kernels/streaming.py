@@ -56,6 +56,10 @@ def accumulate(
     row_lse = query.new_empty(batch, heads, seqlen_q, dtype=compute)
     key_lse = key.new_empty(batch, heads, seqlen_k, dtype=compute)
     trusted = False
+    # where the attention call says so already, one exponential is not even tried
+    too_wide = [False] * batch
+    if query_lse is not None:
+        too_wide = (query_lse.abs().amax((1, 2)) > SHARED_RANGE).tolist()
     if query_lse is not None and query.dtype == compute and query_weights.shape[1] <= FEW_ROWS:
         row_lse.copy_(query_lse)
         trusted = bool(row_lse.abs().amax() <= TRUSTED_LSE)
@@ -80,7 +84,7 @@ def accumulate(
         if trusted:
             sweep.key_blocks()
         else:
-            sweep.query_blocks()
+            sweep.query_blocks(shared=not too_wide[item])
     return row_lse, key_lse
 
 
@@ -128,12 +132,12 @@ class _Sweep:
     key_lse: Tensor  # [H, N]
     buffer: Tensor  # every tile of scores is written here
 
-    def query_blocks(self) -> None:
-        """Blocks of queries against all keys."""
+    def query_blocks(self, *, shared: bool) -> None:
+        """Blocks of queries against all keys; ``shared`` tries one exponential for both first."""
         length, against = self.query.shape[1], self.key.shape[1]
         kept = len(self.buffer) // (length * against)
         for heads, blocks in tiles(*self.query.shape[:2], against=against, most=kept):
-            if not self._shared_exponential(heads, blocks):
+            if not (shared and self._shared_exponential(heads, blocks)):
                 self._separate_exponentials(heads, blocks)
 
     def key_blocks(self) -> None:
