@@ -425,6 +425,11 @@ class AttributionMaps:
 
         return load_maps(path)
 
+    def _repr_html_(self) -> str:
+        from i2am.viewer.notebook import maps_html
+
+        return maps_html(self)
+
     # Inside
 
     def __repr__(self) -> str:

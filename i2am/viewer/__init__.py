@@ -15,11 +15,13 @@ from i2am.lazy import lazy
 if TYPE_CHECKING:
     from i2am.viewer.content import Sample, Stack, sample
     from i2am.viewer.html import frame, render
+    from i2am.viewer.notebook import View
     from i2am.viewer.report import page, write_report
 
 _MODULES = {
     "Sample": "content",
     "Stack": "content",
+    "View": "notebook",
     "frame": "html",
     "page": "report",
     "render": "html",
