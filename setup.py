@@ -15,7 +15,7 @@ EXPORT = ["pyarrow>=17", "zarr>=3.1"]
 PLOTS = ["matplotlib>=3.9"]
 RAY = ["ray>=2.40"]
 TRAIN = ["accelerate>=1.0", "torchmetrics>=1.8"]
-# without torchvision and torch-fidelity, which have no CPU build everywhere: tests stand in for them
+# without torchvision and torch-fidelity, which have no CPU build everywhere: tests have stand-ins
 TEST = [
     *EXPORT,
     *PLOTS,

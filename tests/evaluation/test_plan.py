@@ -97,7 +97,7 @@ def test_shares(environment, share):
 
 @pytest.mark.parametrize("rank", ["3", "-1", "one"])
 def test_a_share_that_cannot_be(rank):
-    with pytest.raises(ValueError, match="RANK must be a number below WORLD_SIZE, got .* and .3."):
+    with pytest.raises(ValueError, match=r"RANK must be a number below WORLD_SIZE, got .* and .3."):
         share_of({"RANK": rank, "WORLD_SIZE": "3"})
 
 
