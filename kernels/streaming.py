@@ -55,14 +55,13 @@ def accumulate(
     seqlen_k = key.shape[2]
     row_lse = query.new_empty(batch, heads, seqlen_q, dtype=compute)
     key_lse = key.new_empty(batch, heads, seqlen_k, dtype=compute)
-    trusted = False
-    # where the attention call says so already, one exponential is not even tried
-    too_wide = [False] * batch
+    trusted, too_wide = False, [False] * batch
     if query_lse is not None:
-        too_wide = (query_lse.abs().amax((1, 2)) > SHARED_RANGE).tolist()
-    if query_lse is not None and query.dtype == compute and query_weights.shape[1] <= FEW_ROWS:
         row_lse.copy_(query_lse)
-        trusted = bool(row_lse.abs().amax() <= TRUSTED_LSE)
+        largest = row_lse.abs().amax((1, 2))
+        too_wide = (largest > SHARED_RANGE).tolist()
+        if query.dtype == compute and query_weights.shape[1] <= FEW_ROWS:
+            trusted = bool(largest.amax() <= TRUSTED_LSE)
     tile = max(TILE_ELEMENTS, seqlen_q, seqlen_k)
     if not trusted and seqlen_q * seqlen_k <= KEPT_ELEMENTS:
         tile = max(tile, KEPT_ELEMENTS)
@@ -84,7 +83,7 @@ def accumulate(
         if trusted:
             sweep.key_blocks()
         else:
-            sweep.query_blocks(shared=not too_wide[item])
+            sweep.query_blocks(shifted=too_wide[item])
     return row_lse, key_lse
 
 
@@ -132,12 +131,12 @@ class _Sweep:
     key_lse: Tensor  # [H, N]
     buffer: Tensor  # every tile of scores is written here
 
-    def query_blocks(self, *, shared: bool) -> None:
-        """Blocks of queries against all keys; ``shared`` tries one exponential for both first."""
+    def query_blocks(self, *, shifted: bool) -> None:
+        """Blocks of queries against all keys; ``shifted`` takes ``query_lse`` off the scores."""
         length, against = self.query.shape[1], self.key.shape[1]
         kept = len(self.buffer) // (length * against)
         for heads, blocks in tiles(*self.query.shape[:2], against=against, most=kept):
-            if not (shared and self._shared_exponential(heads, blocks)):
+            if not self._shared_exponential(heads, blocks, shifted=shifted):
                 self._separate_exponentials(heads, blocks)
 
     def key_blocks(self) -> None:
@@ -161,15 +160,28 @@ class _Sweep:
                     votes = _over(self.key_weights[:, keys], columns)
                     self.r2g[heads] += (exponentials @ votes.mT).mT
 
-    def _shared_exponential(self, heads: slice, blocks: list[slice]) -> bool:
-        """One exponential serves both softmaxes; False, with nothing added, where it cannot."""
+    def _shared_exponential(
+        self, heads: slice, blocks: list[slice], *, shifted: bool = False
+    ) -> bool:
+        """One exponential serves both softmaxes; False, with nothing added, where it cannot.
+
+        ``shifted`` takes a row's known log-sum-exp off its scores, so that rows of any size are in
+        range. As a shift it may be inexact: rows are normalised by their own sums. Columns then
+        weigh each row by ``exp(shift - pivot)``, the pivot being the largest shift of a head.
+        """
+        shift = _finite(self.query_lse[heads]).clone() if shifted else None
+        pivot = key_weight = None
+        if shift is not None:
+            pivot = shift.amax(dim=1, keepdim=True)
+            key_weight = (shift - pivot).exp()  # [h, M]
         columns = torch.zeros_like(self.key_lse[heads])
         g2r = None if self.g2r is None else torch.zeros_like(self.g2r[heads])
         keep = columns.numel() * self.query.shape[1] <= len(self.buffer)
         kept: list[Tensor] = []
         place = 0
         for queries in blocks:
-            exponentials = self._scores(heads, queries, _ALL, place=place).exp_()  # [h, m, N]
+            # [h, m, N]
+            exponentials = self._exponentials(heads, queries, shift, place=place)
             if keep:
                 kept.append(exponentials)
                 place += exponentials.numel()
@@ -177,20 +189,27 @@ class _Sweep:
             if not _within_shared_range(rows):
                 return False
             self.query_lse[heads, queries] = rows.log()
-            columns += exponentials.sum(dim=1)
+            if shift is None or key_weight is None:
+                columns += exponentials.sum(dim=1)
+            else:
+                self.query_lse[heads, queries] += shift[:, queries]
+                columns += (key_weight[:, None, queries] @ exponentials)[:, 0]
             if g2r is not None:
                 seen, weights = self._weights(queries)
                 g2r[:, seen] += (weights / rows[:, None]) @ exponentials
         if not _within_shared_range(columns):
             return False
-        self.key_lse[heads] = columns.log()
+        self.key_lse[heads] = columns.log() if pivot is None else columns.log() + pivot
         if self.g2r is not None and g2r is not None:
             self.g2r[heads] += g2r
         if self.r2g is not None:
             votes = (self.key_weights / columns[:, None]).mT  # [h, N, U]
             for index, queries in enumerate(blocks):
-                exponentials = kept[index] if keep else self._scores(heads, queries, _ALL).exp_()
-                self.r2g[heads, :, queries] += (exponentials @ votes).mT
+                exponentials = kept[index] if keep else self._exponentials(heads, queries, shift)
+                shares = (exponentials @ votes).mT
+                if key_weight is not None:
+                    shares *= key_weight[:, None, queries]
+                self.r2g[heads, :, queries] += shares
         return True
 
     def _separate_exponentials(self, heads: slice, blocks: list[slice]) -> None:
@@ -218,6 +237,15 @@ class _Sweep:
                 scores = self._scores(heads, queries, _ALL, wide=True)
                 exponentials = scores.sub_(_finite(key_max)[:, None]).exp_()
                 self.r2g[heads, :, queries] += (exponentials @ votes).mT
+
+    def _exponentials(
+        self, heads: slice, queries: slice, shift: Tensor | None, *, place: int = 0
+    ) -> Tensor:
+        """``exp(S - shift)`` of a block of queries against all keys."""
+        if shift is None:
+            return self._scores(heads, queries, _ALL, place=place).exp_()
+        scores = self._scores(heads, queries, _ALL, place=place, wide=True)
+        return scores.sub_(shift[:, queries, None]).exp_()
 
     def _weights(self, queries: slice) -> tuple[slice | Tensor, Tensor]:
         """Which weight rows see these queries, and their weights there."""

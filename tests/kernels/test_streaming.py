@@ -440,8 +440,41 @@ def test_a_log_sum_exp_that_does_not_help_is_computed_afresh(routes, dtype, logi
     check(query, key, query_lse=lse)
     assert "query_blocks" in routes
     assert "key_blocks" not in routes
-    # what it says of the range is believed: one exponential for both is not tried in vain
-    assert "refused" not in routes
+
+
+@pytest.mark.parametrize("tile", [ONE_TILE, TEN_QUERIES], ids=["one tile", "blocks"])
+@pytest.mark.parametrize(
+    ("logits", "bias"),
+    [
+        pytest.param(70, None, id="sharp"),
+        pytest.param(None, row_bias(200.0, 60), id="last rows far above"),
+        pytest.param(None, row_bias(-200.0, 60), id="last rows far below"),
+        pytest.param(None, torch.full((M, N), -150.0), id="all far below"),
+        pytest.param(60, row_bias(-torch.inf, 60), id="sharp, last rows masked"),
+    ],
+)
+def test_a_known_row_log_sum_exp_is_a_shift_that_lets_wide_rows_share(
+    routes, tile_elements, tile, logits, bias
+):
+    tile_elements(tile)
+    query, key, _ = make_qkv(1, 2, M, N, 40, logits=logits)
+    lse = row_lse(query, key, attn_mask=None if bias is None else bias[None, None])
+    assert lse[lse.isfinite()].abs().max() > streaming.SHARED_RANGE
+    # as a shift it may be inexact
+    lse = lse + 1e-3 * torch.linspace(-1, 1, M)
+    check(query, key, query_lse=lse, **with_votes(bias))
+    masked = bias is not None and bool(bias.isneginf().any())
+    if masked:
+        assert "refused" in routes
+    else:
+        assert set(routes) == {"shared_exponential", "query_blocks"}
+
+
+def test_a_shift_does_not_help_columns_that_nobody_looks_at(routes, tile_elements):
+    query, key, _ = make_qkv(1, 1, M, N, 40, logits=200)
+    tile_elements(ONE_TILE)
+    check(query, key, query_lse=row_lse(query, key), **with_votes())
+    assert routes == ["refused", "separate_exponentials", "query_blocks"]
 
 
 @pytest.mark.parametrize("logits", [None, 200], ids=["shared", "separate"])
