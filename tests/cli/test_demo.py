@@ -73,8 +73,12 @@ def test_demo_runs_twice_and_tells_what_to_see(run_here, tmp_path):
     first = run_here(["demo", "--steps", "5", "-o", str(out)])
     assert first.code == ExitCode.DONE, first.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
-    assert "Open overview.png" in first.out
+    assert "Open report.html in a browser" in first.out
     assert (out / "overview.png").is_file()
+    # one page for all scenes, and one with each
+    for page in ("report.html", *(f"scene_{number}/report.html" for number in (1, 2, 3))):
+        assert (out / page).stat().st_size > 100_000
+        assert page.partition("/")[2] in first.out
     for number in range(1, 1 + len(demo.PAIRS)):
         scene = out / f"scene_{number}"
         run = json.loads((scene / "run.json").read_text())

