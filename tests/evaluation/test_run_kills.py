@@ -157,6 +157,20 @@ def test_signals_leave_whole_shards(uninterrupted, start, tmp_path, digest, numb
     assert digest(out) == uninterrupted
 
 
+def test_a_second_signal_kills_at_once(uninterrupted, start, tmp_path, digest):
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for(1, out, process)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    process.communicate(timeout=60)
+    # the first may have been enough already
+    assert process.returncode in (-signal.SIGTERM, 143)
+    finish(start(out))
+    assert digest(out) == uninterrupted
+
+
 def test_twenty_kills(uninterrupted, command, tmp_path, digest):
     chance = random.Random(6)
     server = subprocess.Popen(
