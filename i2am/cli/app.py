@@ -29,6 +29,7 @@ from i2am.cli.score import score
 from i2am.cli.status import status
 from i2am.cli.train import train
 from i2am.cli.verify import verify
+from i2am.evaluation.errors import out_of_memory
 
 log = logging.getLogger("i2am")
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             return _fail(ExitCode.IO, str(error))
         except Exception as error:
-            if _out_of_memory(error):
+            if out_of_memory(error):
                 return _fail(
                     ExitCode.REJECTED,
                     "out of memory; ask for fewer regions or time groups, or a smaller --size",
@@ -98,15 +99,6 @@ def _fail(code: ExitCode, message: str) -> int:
         traceback.print_exc()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # torch says it as RuntimeError, with a class of its own on GPUs only
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("out of memory" in text or "can't allocate memory" in text)
-    )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from i2am.cli.estimate import available_memory, readable
 from i2am.cli.runs import run_errors
 from i2am.data.vitonhd import DataRejected
 from i2am.evaluation.engines import Outcome, Share, open_jobs, run_here, run_on_ray, share_of
-from i2am.evaluation.generating import OutOfMemory
+from i2am.evaluation.errors import OutOfMemory
 from i2am.evaluation.memory import measure, need
 from i2am.evaluation.opening import Opened, Sources, open_run, stored_options, with_batch
 from i2am.evaluation.plan import Settings
@@ -93,11 +93,15 @@ class DryRun:
     available: int | None
     disk: int
     seconds: float
-    code: ExitCode = field(default=ExitCode.DONE)
+
+    @property
+    def code(self) -> ExitCode:
+        """Nothing failed."""
+        return ExitCode.DONE
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, in bytes and seconds."""
-        return {name: value for name, value in asdict(self).items() if name != "code"}
+        return asdict(self)
 
     def __str__(self) -> str:
         pairs = ", ".join(f"{count} {name}" for name, count in self.pairs.items())
@@ -130,7 +134,7 @@ def run(options: dict[str, Any]) -> Result | DryRun:
         options["split"],
         "keep" if options["skip_missing"] else "raise",
     )
-    with run_errors():
+    with run_errors(), _memory():
         _look_at(options["out"])
         with _refusals():
             opened = _open(options, sources, share)
@@ -186,7 +190,9 @@ def _open(options: dict[str, Any], sources: Sources, share: Share) -> Opened:
         for warning in data.mask_warnings() if share.rank == 0 else ():
             log.warning("%s: %s", name, warning)
     budget = options["memory_budget"]
-    if budget is not None and stored is None:
+    if budget is not None and stored is not None:
+        log.info("the batch belongs to the run and stays %d", opened.settings.batch)
+    elif budget is not None:
         found = need(opened)
         batch = found.largest(budget)
         if batch < 1:
@@ -228,8 +234,6 @@ def _compute(
             return run_here(worker, jobs, bar.update)
         except (KeyboardInterrupt, Terminated) as stop:
             raise Stopped(f"stopped; {hint}", stop) from None
-        except OutOfMemory as error:
-            raise TooLarge(str(error)) from error
         except ImportError as error:
             raise InputRejected(str(error)) from error
 
@@ -266,6 +270,14 @@ def _dry_run(opened: Opened, out: Path, share: Share) -> DryRun:
         samples * (pixels + measured.map_bytes),
         seconds * samples * left / shards,
     )
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[None]:
+    try:
+        yield
+    except OutOfMemory as error:
+        raise TooLarge(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -40,14 +40,8 @@ class Outcome:
     """What became of the jobs of a run."""
 
     samples: int = 0
-    failed: int = 0
     given_up: dict[Job, str] = field(default_factory=dict)
     """Shards that could not be computed, and why."""
-
-    def add(self, done: Done) -> None:
-        """Counts a committed shard."""
-        self.samples += done.samples
-        self.failed += done.failed
 
 
 def share_of(environment: Mapping[str, str] = os.environ) -> Share:
@@ -108,7 +102,7 @@ def run_here(worker: Worker, jobs: list[Job], tick: Callable[[int], Any]) -> Out
     """
     outcome = Outcome()
     for setting, number in jobs:
-        outcome.add(worker.run(setting, number, tick=tick))
+        outcome.samples += worker.run(setting, number, tick=tick).samples
     return outcome
 
 
@@ -168,7 +162,7 @@ def run_on_ray(
             actor, job = running.pop(ready)
             try:
                 done = ray.get(ready)
-                outcome.add(done)
+                outcome.samples += done.samples
                 tick(done.samples)
             except ray.exceptions.RayActorError as error:
                 reason = f"its worker died {ATTEMPTS} times"

@@ -10,6 +10,7 @@ from torch import Tensor
 import i2am
 from i2am.data.images import ImageRejected
 from i2am.data.vitonhd import VitonHD
+from i2am.evaluation.errors import OutOfMemory, out_of_memory
 from i2am.evaluation.plan import Settings
 
 if TYPE_CHECKING:
@@ -30,10 +31,6 @@ _IMAGES = {
     "warped": "warped",
     "warped_mask": "warped_mask",
 }
-
-
-class OutOfMemory(Exception):
-    """A batch does not fit; the message is one sentence that says what to change."""
 
 
 def generate(
@@ -101,15 +98,6 @@ def first_whole(data: VitonHD) -> Item:
             refusals.append(error)
     raise ImageRejected(
         f"none of the first {len(refusals)} pairs can be read: {refusals[0]}", refusals[0].code
-    )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: torch has a class for that on GPUs only."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("out of memory" in text or "can't allocate memory" in text)
     )
 
 

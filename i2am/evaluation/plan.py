@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -198,8 +197,3 @@ def _processor(device: str) -> str:
         return torch.cuda.get_device_name()
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} {capability}"
-
-
-def host() -> str:
-    """This machine's name, for logs."""
-    return platform.node() or os.uname().nodename

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from i2am.data.images import ImageRejected
 from i2am.data.vitonhd import VitonHD
 from i2am.evaluation.generating import Item, generate
 from i2am.evaluation.kept import SCORES, failed, kept_maps, score
-from i2am.evaluation.plan import Settings, host, seed_of
+from i2am.evaluation.plan import Settings, seed_of
 from i2am.evaluation.shard import FAILED, OK, SAMPLE, Reason, Shard
 from i2am.evaluation.store import Store
 
@@ -70,12 +71,12 @@ class Worker:
         settings: Settings,
     ) -> None:
         self.store, self.pipe, self.data, self.settings = store, pipe, data, settings
-        self._log = store.folder / "logs" / f"{host()}-{os.getpid()}.jsonl"
+        self._log = store.folder / "logs" / f"{platform.node()}-{os.getpid()}.jsonl"
         if settings.device == "cpu":
             torch.set_num_threads(settings.threads)
         pipe.set_progress_bar_config(disable=True)
 
-    def run(self, setting: str, number: int, *, tick: Callable[[int], Any] = id) -> Done:
+    def run(self, setting: str, number: int, *, tick: Callable[[int], Any] | None = None) -> Done:
         """Computes a shard and commits it.
 
         Args:
@@ -98,7 +99,8 @@ class Worker:
         parts = []
         for batch, read in zip(partition, _read_ahead(data, partition), strict=True):
             parts.append(self._batch(data, batch, read))
-            tick(len(batch))
+            if tick is not None:
+                tick(len(batch))
         scores = torch.cat([part.scores for part in parts])
         reasons = [reason for part in parts for reason in part.reasons]
         status = [FAILED if SAMPLE in reason else OK for reason in reasons]

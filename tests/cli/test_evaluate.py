@@ -87,7 +87,9 @@ def test_a_budget_picks_the_batch(evaluate, tmp_path):
     # all there are
     assert plan["settings"]["batch"] == 3
     # the batch belongs to the run
-    assert evaluate("--memory-budget=1MB", few=())[0] == 0
+    code, _, error = evaluate("--memory-budget=1MB", few=())
+    assert code == 0
+    assert "the batch belongs to the run and stays 3" in error
 
 
 @pytest.mark.parametrize(
@@ -212,6 +214,10 @@ def test_memory_that_runs_out(evaluate, monkeypatch, tmp_path):
     assert code == 3
     assert "a batch of 2 does not fit into memory" in error
     assert not [*tmp_path.glob("run/shards/*/*")]
+    # also while a dry run measures
+    code, _, error = evaluate("--dry-run")
+    assert code == 3
+    assert "does not fit into memory" in error
 
 
 def test_an_engine_that_is_not_installed(evaluate, monkeypatch):

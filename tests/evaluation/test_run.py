@@ -13,7 +13,7 @@ from PIL import Image
 import i2am
 from i2am.evaluation import generating, kept, worker
 from i2am.evaluation.engines import Share, open_jobs, run_here
-from i2am.evaluation.generating import OutOfMemory
+from i2am.evaluation.errors import OutOfMemory
 from i2am.evaluation.memory import Need, need
 from i2am.evaluation.plan import seed_of
 from i2am.evaluation.store import Store
