@@ -47,7 +47,9 @@ OURS = ("-k", "not flash")
 PACKAGES = ("-k", "flash")
 # most wanted first; other people's kernels apart, for a wrong access ends a process
 STEPS = {
-    "gpu-tests": Step(("-m", "pytest", "tests/kernels", "-m", "gpu", "-q"), 100, writes=False),
+    "gpu-tests": Step(
+        ("-m", "pytest", "tests/kernels", "tests/adapters", "-m", "gpu", "-q"), 100, writes=False
+    ),
     "operator": Step(benchmark("operator", "--shapes", "512x384", *OURS), 100),
     "unet": Step(benchmark("unet_step", "--unet", "sd15", "--rounds", "9"), 120),
     "operator-large": Step(benchmark("operator", "--shapes", "1024x768", *OURS), 80),

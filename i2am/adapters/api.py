@@ -51,6 +51,10 @@ def record(
     other; processors that are watched rather than replaced (IP-Adapter's, third-party ones) break
     its graph, which ``fullgraph=True`` refuses.
 
+    Replays of a CUDA graph that was captured inside the block are recorded too, given a scheduler
+    that steps outside of it: call the denoiser itself in the first two steps of every run (buffers
+    are made, kernels compiled), capture the third and replay the rest.
+
     Args:
         pipe_or_denoiser: A ``DiffusionPipeline``, or its UNet or transformer alone.
         layout: Which tokens are the generated and the reference image's; default what is known of

@@ -80,6 +80,11 @@ class Branches:
                 for branch, part in parts:
                     self.recorded[branch] = accumulator.resolve(part)
 
+    def begin(self, group: int) -> None:
+        """What comes now belongs to a time group."""
+        for accumulator in self.recorded.values():
+            accumulator.begin(group)
+
     def _split(self, call_index: int, rows: int, samples: int) -> list[tuple[str, slice]]:
         """The wanted parts of a call's rows."""
         parts, rest = divmod(rows, samples)

@@ -23,6 +23,7 @@ class RunClock:
         evaluation: How many are over.
         steps: Denoising steps of the run.
         timesteps: The scheduler's values, one per evaluation that is over.
+        captured: Set once attention was recorded into a CUDA graph, whose replays call nobody.
 
     Raises:
         ValueError: There are fewer steps than time groups.
@@ -40,6 +41,7 @@ class RunClock:
         self.bind(on_run=lambda: None, on_step=lambda samples: None)
         self._wrappers: dict[str, tuple[Any, Any]] = {}
         self._announced = True
+        self.captured = False
         self.evaluations: int | None = None
         self.evaluation = 0
         self.timesteps: list[Any] = []
@@ -76,15 +78,20 @@ class RunClock:
     def advance(self, timestep: Any = None, samples: int | None = None) -> None:
         """The current evaluation is over."""
         if self._announced:
+            if self.captured:
+                raise RuntimeError(
+                    "a recorded run must begin with calls of the denoiser itself, got a step after "
+                    "replays of a CUDA graph alone; capture a graph anew in each run"
+                )
             return  # somebody else's step: the denoiser was not called since the run was announced
         self.timesteps.append(timestep)
         # repeated timesteps may hide the place of the first one until the second
         if self.scheduler is not None and self.evaluation < 2:
             self._expect(len(self.scheduler.timesteps) - self._first_evaluation())
-        self._on_step(samples)
         self.evaluation += 1
         if self.evaluations is None:
             self.steps = self.evaluation
+        self._on_step(samples)
 
     def attach(self) -> None:
         """Wrap the scheduler's methods on the instance; its class and configuration stay as is."""

@@ -179,6 +179,8 @@ class Recorder:
 
     def _end_evaluation(self, samples: int | None) -> None:
         self._branches.reveal(samples)
+        # here, outside of any graph that is being captured or replayed
+        self._branches.begin(self._clock.group)
         self._call = 0
 
     def _open_frame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -209,6 +211,7 @@ class Recorder:
     ) -> None:
         if self._frame is None:
             return  # gradient checkpointing runs layers again outside of the denoiser's forward
+        self._clock.captured |= query.is_cuda and torch.cuda.is_current_stream_capturing()
         name = self._names[layer]
         call = AttentionCall(name, call_index, query.shape[2], key.shape[2])
         size = self._frame.size

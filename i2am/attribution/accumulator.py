@@ -17,6 +17,7 @@ from i2am.attribution.joint import JointMaps
 from i2am.attribution.joint_sums import JointGrids, as_joint
 from i2am.attribution.resized import ResizedSums
 from i2am.attribution.sums import AttentionSite, LayerSums
+from i2am.attribution.time_groups import TimeGroups
 from i2am.attribution.weights import as_batch, own_mask
 from i2am.kernels import Impl, accumulate_attention_statistics
 
@@ -31,10 +32,14 @@ class _Layer:
     reference: slice | Tensor
     key_weights: Tensor  # [B or 1, U, N]
     query_weights: Tensor  # [B or 1, R, M]
-    r2g: Tensor | None  # [B, T, H, U, M]
-    g2r: Tensor | None  # [B, T, H, R, N]; T is 1 where sums are resized
+    r2g: Tensor | None  # [B, slots, H, U, M]; a single slot where sums are resized
+    g2r: Tensor | None  # [B, slots, H, R, N]
     voters: slice | Tensor
-    by_key: Tensor | None  # [B, T, H, M, voters]
+    by_key: Tensor | None  # [B, slots, H, M, voters]
+
+    @property
+    def sums(self) -> list[Tensor]:
+        return [sums for sums in (self.r2g, self.g2r, self.by_key) if sums is not None]
 
 
 class Accumulator:
@@ -109,11 +114,11 @@ class Accumulator:
         self.impl = impl
         self.unresolved = unresolved
         self._layers: dict[str, _Layer] = {}
-        self._joint = as_joint(joint)
+        self._groups = TimeGroups(time_groups)
+        self._joint = as_joint(joint, time_groups)
         # all layers of the first evaluation must be seen before their finest grid is known; until
-        # then each has sums of its own, which are for this time group
+        # then each has sums of its own
         self._resized: ResizedSums | None = None
-        self._first_group = 0
 
     @property
     def votes(self) -> tuple[str, ...]:
@@ -128,14 +133,31 @@ class Accumulator:
     @property
     def samples(self) -> int | None:
         """Rows of the batch, ``None`` before the first call."""
-        for layer in self._layers.values():
-            sums = layer.r2g if layer.r2g is not None else layer.g2r
-            if sums is not None:
-                return sums.shape[0]
-        return None
+        sums = next((sums for layer in self._layers.values() for sums in layer.sums), None)
+        return None if sums is None else len(sums)
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    @torch.no_grad()
+    def begin(self, group: int) -> None:
+        """Calls from now on belong to a time group. Nothing moves where it is the current one, and
+        :meth:`add` begins it where nobody did; a CUDA graph must be captured, and replayed, after.
+
+        Args:
+            group: Time group in ``range(time_groups)``.
+        """
+        if group == self._groups.current:
+            return
+        sums: list[Tensor] = []
+        if self.sums == "native":
+            sums += [each for layer in self._layers.values() for each in layer.sums]
+        elif self._layers:
+            # what was added until now is of the group that ends
+            sums += self._begin_resizing().tensors
+        if self._joint is not None:
+            sums += self._joint.tensors
+        self._groups.begin(group, sums)
 
     @torch.no_grad()
     def add(
@@ -168,20 +190,20 @@ class Accumulator:
             ValueError: The call does not fit the site, the site changed since the first call, or
                 layers to be added up have different numbers of heads.
         """
+        self.begin(group)
         layer = self._layers.get(site.layer)
-        if self.sums == "resized" and layer is not None and self._resized is None:
+        if self.sums == "resized" and layer is not None:
             self._begin_resizing()
         if layer is None:
             layer = self._allocate(site, query, key, reference, voters)
             self._layers[site.layer] = layer
         elif layer.site != site:
             raise ValueError(f"{site.layer} changed during the run, from {layer.site} to {site}")
-        slot = group if self.sums == "native" else 0
         lse = accumulate_attention_statistics(
             query,
             key,
-            r2g=None if layer.r2g is None else layer.r2g[:, slot],
-            g2r=None if layer.g2r is None else layer.g2r[:, slot],
+            r2g=None if layer.r2g is None else layer.r2g[:, 0],
+            g2r=None if layer.g2r is None else layer.g2r[:, 0],
             scale=scale,
             bias=bias,
             query_weights=layer.query_weights,
@@ -194,7 +216,6 @@ class Accumulator:
                 site,
                 query,
                 key[:, :, reference],
-                group=group,
                 query_lse=lse[0],
                 key_lse=lse[1][..., reference],
                 scale=scale,
@@ -203,11 +224,9 @@ class Accumulator:
             )
         if layer.by_key is not None:
             over_queries = _softmax_over_queries(query, key, scale, bias)
-            layer.by_key[:, group] += over_queries[..., layer.voters]
+            layer.by_key[:, 0] += over_queries[..., layer.voters]
         if self._resized is not None:
-            self._move(layer, group)
-        elif self.sums == "resized":
-            self._first_group = group
+            self._move(layer)
 
     def resolve(self, rows: slice) -> "Accumulator":
         """The rows of an unresolved recording that are samples, each with its own masks."""
@@ -221,7 +240,7 @@ class Accumulator:
             sums=self.sums,
             impl=self.impl,
         )
-        resolved._first_group = self._first_group
+        resolved._groups = self._groups.copy()
         resolved._joint = None if self._joint is None else self._joint.resolve(rows)
         samples = len(range(self.samples or 0)[rows])
         for name, layer in self._layers.items():
@@ -247,10 +266,7 @@ class Accumulator:
             ValueError: Layers to be added up have different numbers of heads.
         """
         if self.sums == "resized" and self._layers:
-            if self._resized is None:
-                self._begin_resizing()
-            assert self._resized is not None
-            return [self._resized.mean()]
+            return [self._begin_resizing().mean(self._groups)]
         return [self._sums(layer) for layer in self._layers.values()]
 
     @property
@@ -261,31 +277,37 @@ class Accumulator:
     def joint(self) -> JointMaps | None:
         """Every patch against every patch, as a copy; ``None`` if that was not asked for, or no
         layer has a reference grid."""
-        return None if self._joint is None else self._joint.maps(self.time_groups)
+        return None if self._joint is None else self._joint.maps(self._groups)
 
-    def _begin_resizing(self) -> None:
+    def _begin_resizing(self) -> ResizedSums:
         """Move what the first evaluation left; from now on layers of one shape share their sums."""
+        if self._resized is not None:
+            return self._resized
         layers = list(self._layers.values())
         self._resized = ResizedSums.like([self._sums(layer) for layer in layers], self.time_groups)
         for layer in layers:
-            self._move(layer, self._first_group)
+            self._move(layer)
         shared: dict[tuple[str, torch.Size], Tensor] = {}
         for layer in layers:
             if layer.r2g is not None:
                 layer.r2g = shared.setdefault(("r2g", layer.r2g.shape), layer.r2g)
             if layer.g2r is not None:
                 layer.g2r = shared.setdefault(("g2r", layer.g2r.shape), layer.g2r)
+        return self._resized
 
-    def _move(self, layer: _Layer, group: int) -> None:
+    def _move(self, layer: _Layer) -> None:
         assert self._resized is not None
-        self._resized.add(self._sums(layer), group)
-        for sums in (layer.r2g, layer.g2r):
-            if sums is not None:
-                sums.zero_()
+        self._resized.add(self._sums(layer))
+        for sums in layer.sums:
+            sums.zero_()
 
     def _sums(self, layer: _Layer) -> LayerSums:
         generated = layer.site.generated_grid
         r2g, g2r, by_key = layer.r2g, layer.g2r, layer.by_key
+        if self.sums == "native":
+            r2g, g2r, by_key = (
+                sums if sums is None else self._groups.ordered(sums) for sums in (r2g, g2r, by_key)
+            )
         if r2g is not None:
             r2g = r2g.unflatten(-1, generated)
         if by_key is not None:

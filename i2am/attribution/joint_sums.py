@@ -7,7 +7,7 @@ finest level, whatever the number of layers; it is resized once, when the maps a
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from i2am.attribution.grid import Grid, ResizeMode, area_weights, resize
 from i2am.attribution.joint import JointMaps
 from i2am.attribution.sums import AttentionSite
+from i2am.attribution.time_groups import TimeGroups
 from i2am.kernels import Impl, Pooling, accumulate_joint_statistics
 
 CELLS = 1024
@@ -29,8 +30,8 @@ width)``, or the generated and the reference grid."""
 class _Level:
     """The sums of all layers of one pair of grids."""
 
-    mean: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """By time group, G2R and R2G ``[B, cells, reference cells]``, averaged over heads."""
+    mean: tuple[Tensor, Tensor]
+    """G2R and R2G ``[B, slots, cells, reference cells]``, averaged over heads."""
     heads: tuple[Tensor, Tensor] | None = None
     """G2R and R2G ``[B, H, cells, reference cells]``, summed over time."""
 
@@ -42,13 +43,22 @@ class JointSums:
         generated_grid: Grid of the result over the generated image; ``None`` for the finest of the
             layers', each halved until it has at most :data:`CELLS` cells.
         reference_grid: Likewise over the reference image.
+        time_groups: Number of groups; calls are added to the current one, see :class:`TimeGroups`.
     """
 
-    def __init__(self, generated_grid: Grid | None, reference_grid: Grid | None) -> None:
+    def __init__(
+        self, generated_grid: Grid | None, reference_grid: Grid | None, time_groups: int
+    ) -> None:
         self._grids = (generated_grid, reference_grid)
+        self._time_groups = time_groups
         self._levels: dict[tuple[Grid, Grid], _Level] = {}
         self._layers: dict[str, int] = {}
         self._poolings: dict[tuple[Grid, Grid, torch.device], Pooling] = {}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All sums that are kept by time group."""
+        return [sums for level in self._levels.values() for sums in level.mean]
 
     def add(
         self,
@@ -56,7 +66,6 @@ class JointSums:
         query: Tensor,
         key: Tensor,
         *,
-        group: int,
         query_lse: Tensor,
         key_lse: Tensor,
         scale: float | None,
@@ -69,7 +78,6 @@ class JointSums:
             site: The layer.
             query: ``[batch, heads, seqlen_q, head_dim]``: the tokens of the generated grid.
             key: ``[batch, heads, seqlen_k, head_dim]``: the reference tokens.
-            group: Time group.
             query_lse: Log-sum-exp over all keys of the call, ``[batch, heads, seqlen_q]``.
             key_lse: Log-sum-exp over the queries, ``[batch, heads, seqlen_k]``.
             scale: Softmax scale.
@@ -83,21 +91,22 @@ class JointSums:
             _pooled(site.generated_grid, self._grids[0]),
             _pooled(site.reference_grid, self._grids[1]),
         )
-        level = self._levels.setdefault(grids, _Level())
         cells = (math.prod(grids[0]), math.prod(grids[1]))
         # tensors born in inference mode could not be updated outside of it later
         with torch.inference_mode(False):
             # where reference cells are pooled, maps of a call come reference first in memory
             turned = grids[1] != site.reference_grid
-            if group not in level.mean:
-                level.mean[group] = _zeros(query_lse, len(query), *cells, turned=turned)
+            level = self._levels.get(grids)
+            if level is None:
+                shape = (len(query), self._time_groups, *cells)
+                level = self._levels[grids] = _Level(_zeros(query_lse, *shape, turned=turned))
             if not self._heads:
                 # nobody could read them: kept neither here nor where they began
                 for each in self._levels.values():
                     each.heads = None
             elif level.heads is None:
                 level.heads = _zeros(query_lse, *query.shape[:2], *cells, turned=turned)
-        g2r, r2g = level.mean[group]
+        g2r, r2g = (sums[:, 0] for sums in level.mean)
         heads = level.heads or (None, None)
         accumulate_joint_statistics(
             query,
@@ -117,37 +126,35 @@ class JointSums:
 
     def resolve(self, rows: slice) -> "JointSums":
         """Copies of some rows of the batch."""
-        resolved = JointSums(*self._grids)
+        resolved = JointSums(*self._grids, self._time_groups)
         resolved._layers = dict(self._layers)
         resolved._poolings = self._poolings
         for grids, level in self._levels.items():
             resolved._levels[grids] = _Level(
-                {group: _rows(sums, rows) for group, sums in level.mean.items()},
+                _rows(level.mean, rows),
                 None if level.heads is None else _rows(level.heads, rows),
             )
         return resolved
 
-    def maps(self, time_groups: int) -> JointMaps | None:
+    def maps(self, groups: TimeGroups) -> JointMaps | None:
         """The mean over the layers on the joint grids, as a copy; ``None`` if none took part."""
         if not self._levels:
             return None
         generated = self._grids[0] or max((grids[0] for grids in self._levels), key=math.prod)
         reference = self._grids[1] or max((grids[1] for grids in self._levels), key=math.prod)
-        some = next(iter(next(iter(self._levels.values())).mean.values()))[0]
+        some = next(iter(self._levels.values())).mean[0]
         shape = (
             len(some),
-            time_groups + self._heads,
+            len(groups) + self._heads,
             math.prod(generated),
             math.prod(reference),
         )
         with torch.inference_mode(False):
             g2r, r2g = some.new_zeros(shape), some.new_zeros(shape)
             for (rows, columns), level in self._levels.items():
-                slices = dict(level.mean)
-                if level.heads is not None:
-                    apart = zip(level.heads[0].unbind(1), level.heads[1].unbind(1), strict=True)
-                    slices |= dict(enumerate(apart, start=time_groups))
-                for place, sums in slices.items():
+                slices = [tuple(sums[:, slot] for sums in level.mean) for slot in groups.slots]
+                slices += zip(*(sums.unbind(1) for sums in level.heads or ()), strict=True)
+                for place, sums in enumerate(slices):
                     # a map is resized as maps are; the cell that it is of, as a region or mask is
                     moved = _resized(sums[0], columns, reference, "bilinear")
                     g2r[:, place] += _resized(moved.mT, rows, generated, "area").mT
@@ -156,7 +163,7 @@ class JointSums:
             g2r /= len(self._layers)
             r2g /= len(self._layers)
         layers = tuple(self._layers)
-        return JointMaps(generated, reference, time_groups, self._heads, layers, g2r, r2g)
+        return JointMaps(generated, reference, len(groups), self._heads, layers, g2r, r2g)
 
     @property
     def _heads(self) -> int:
@@ -172,7 +179,7 @@ class JointSums:
         return self._poolings[grid, target, device]
 
 
-def as_joint(joint: JointGrids) -> JointSums | None:
+def as_joint(joint: JointGrids, time_groups: int) -> JointSums | None:
     """What ``joint=`` asks for.
 
     Raises:
@@ -181,13 +188,13 @@ def as_joint(joint: JointGrids) -> JointSums | None:
     if joint is False or joint is None:
         return None
     if joint is True:
-        return JointSums(None, None)
+        return JointSums(None, None, time_groups)
     if (grid := _grid(joint)) is not None:
-        return JointSums(grid, None)
+        return JointSums(grid, None, time_groups)
     if isinstance(joint, Sequence) and len(joint) == 2:
         generated, reference = map(_grid, joint)
         if generated is not None and reference is not None:
-            return JointSums(generated, reference)
+            return JointSums(generated, reference, time_groups)
     raise ValueError(
         "joint must be True, a generated grid (height, width) of whole numbers >= 1, or a "
         f"generated and a reference grid, got {joint!r}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from i2am.attribution.grid import Grid, resize
 from i2am.attribution.sums import AttentionSite, LayerSums
+from i2am.attribution.time_groups import TimeGroups
 
 RESIZED = "resized"
 """What the one layer of such a recording is called."""
@@ -28,8 +29,8 @@ class ResizedSums:
         sites: What was added, in the order in which it was first seen.
         generated_grid: Grid of R2G.
         reference_grid: Grid of G2R; ``None`` where a layer has none, and then there is no G2R.
-        r2g: ``[samples, time_groups, heads, votes, h, w]``.
-        g2r: ``[samples, time_groups, heads, rows, h_I, w_I]``.
+        r2g: ``[samples, slots, heads, votes, h, w]``, see :class:`TimeGroups`.
+        g2r: ``[samples, slots, heads, rows, h_I, w_I]``.
     """
 
     sites: dict[str, AttentionSite]
@@ -68,8 +69,13 @@ class ResizedSums:
             zeros(first.generated_to_reference, reference),
         )
 
-    def add(self, layer: LayerSums, group: int) -> None:
-        """Add sums ``[samples, 1, heads, ?, h, w]`` of a layer to a time group.
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The sums of both directions, as far as there are any."""
+        return [sums for sums in (self.r2g, self.g2r) if sums is not None]
+
+    def add(self, layer: LayerSums) -> None:
+        """Add sums ``[samples, 1, heads, ?, h, w]`` of a layer to the current time group.
 
         Raises:
             ValueError: The layer is new, and has another number of heads or no reference grid.
@@ -84,12 +90,12 @@ class ResizedSums:
                     f"first evaluation on, and {site.layer}, which came later, has none"
                 )
         if self.r2g is not None and layer.reference_to_generated is not None:
-            self.r2g[:, group] += resize(layer.reference_to_generated[:, 0], self.generated_grid)
+            self.r2g[:, 0] += resize(layer.reference_to_generated[:, 0], self.generated_grid)
         if self.g2r is not None and layer.generated_to_reference is not None:
             assert self.reference_grid is not None
-            self.g2r[:, group] += resize(layer.generated_to_reference[:, 0], self.reference_grid)
+            self.g2r[:, 0] += resize(layer.generated_to_reference[:, 0], self.reference_grid)
 
-    def mean(self) -> LayerSums:
+    def mean(self, groups: TimeGroups) -> LayerSums:
         """The mean over the layers, as one layer whose site says which they are."""
         sites = list(self.sites.values())
         grid = self.reference_grid
@@ -107,8 +113,8 @@ class ResizedSums:
         r2g, g2r = self.r2g, self.g2r
         return LayerSums(
             site,
-            None if r2g is None else r2g / len(sites),
-            None if g2r is None else g2r / len(sites),
+            None if r2g is None else groups.ordered(r2g) / len(sites),
+            None if g2r is None else groups.ordered(g2r) / len(sites),
         )
 
 

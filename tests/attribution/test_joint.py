@@ -237,7 +237,7 @@ def test_what_stays_is_a_third_more_than_the_result_whatever_the_number_of_layer
                 query, key, _ = make_qkv(1, 2, cells, 16, 8)
                 accumulator.add(site, query, key, group=group)
         levels = accumulator._joint._levels.values()
-        pairs = [pair for level in levels for pair in (*level.mean.values(), level.heads)]
+        pairs = [pair for level in levels for pair in (level.mean, level.heads)]
         return sum(sums.nbytes for pair in pairs for sums in pair), accumulator.joint().nbytes
 
     for count in (1, 4):

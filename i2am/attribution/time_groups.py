@@ -1,0 +1,60 @@
+"""Sums per time group, of which the current one always lies at the same address."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+class TimeGroups:
+    """Which slot of sums ``[samples, slots, ...]`` holds which time group; slot 0 is the current.
+
+    Whoever adds to the sums adds to slot 0 and need not know the group: a captured CUDA graph,
+    which knows nothing but addresses, goes on adding to the right one when it is replayed.
+    Beginning a group moves sums on the device, without waiting for it.
+
+    Args:
+        count: Number of groups, at least 1; the current one is 0.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._held = list(range(count))
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def current(self) -> int:
+        """The group in slot 0."""
+        return self._held[0]
+
+    @property
+    def slots(self) -> list[int]:
+        """The slot of every group."""
+        return [self._held.index(group) for group in range(len(self._held))]
+
+    def begin(self, group: int, sums: Iterable[Tensor]) -> None:
+        """Make another group the current one, in any order, also once more.
+
+        Args:
+            group: The group.
+            sums: All sums that are kept by these slots, changed in place.
+        """
+        slot = self.slots[group]
+        if slot == 0:
+            return
+        for each in sums:
+            begun = each[:, slot].clone()
+            each[:, slot] = each[:, 0]
+            each[:, 0] = begun
+        self._held[0], self._held[slot] = self._held[slot], self._held[0]
+
+    def ordered(self, sums: Tensor) -> Tensor:
+        """``sums`` ``[samples, time_groups, ...]`` by group; a view where slots are in order."""
+        slots = self.slots
+        return sums if slots == sorted(slots) else sums[:, slots]
+
+    def copy(self) -> "TimeGroups":
+        """The same order, to be changed by itself."""
+        copied = TimeGroups(len(self))
+        copied._held = list(self._held)
+        return copied
