@@ -241,7 +241,7 @@ POCKET_RECIPE = Recipe(
         ),
     ),
     denoiser=Denoiser(
-        optimisation=Optimisation(steps=7000, batch=16),
+        optimisation=Optimisation(steps=4000, batch=16),
         noisy=0.5,
         outside=0.25,
         inside=1.0,
