@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from i2am.kernels.pooling import Pooling
-from i2am.kernels.streaming import SHARED_RANGE, TILE_ELEMENTS, tiles
+from i2am.kernels.streaming import LOG2E, SHARED_RANGE, TILE_ELEMENTS, TRUSTED_LSE, exp_, tiles
 
 Sums = tuple[Tensor, Tensor | None]
 """Accumulators of the mean over the heads, and of every head."""
@@ -128,7 +128,10 @@ class _Sample:
         self.key_lse = self.key_lse.masked_fill(self.key_lse.isneginf(), torch.inf)
         both = torch.cat([self.query_lse.flatten(), self.key_lse.flatten()])
         # then exp(S) neither over- nor underflows where it matters: see streaming.py
-        self.shared = bool((both[both.isfinite()].abs() <= SHARED_RANGE).all())
+        largest = both.masked_fill(both.isinf(), 0).abs().max()
+        self.shared = bool(largest <= SHARED_RANGE)
+        # small logits can bear a factor of log2(e) in their scale
+        self.unit = LOG2E if largest <= TRUSTED_LSE else 1.0
         self.rows = self.query_lse.neg().exp()
         self.columns = self.key_lse.neg().exp()
         self.column_weights = None
@@ -143,19 +146,19 @@ class _Sample:
         heads, queries = block.heads, block.queries
         scores, other = self._scores(heads, queries)
         if self.shared:
-            exponentials = scores.exp_()
+            exponentials = scores.exp_() if self.unit == 1.0 else scores.exp2_()
             yield self._pooled(exponentials, block, other, rows=self.rows[heads, queries])
             yield self._pooled(exponentials, block, other, columns=self.columns[heads])
             return
         rows, columns = self.query_lse[heads, queries, None], self.key_lse[heads, None]
         if self.keys is not None:
             rows, columns = rows.mT, columns.mT
-        yield self._pooled(torch.sub(scores, rows, out=other).exp_(), block, other)
-        yield self._pooled(scores.sub_(columns).exp_(), block, scores)
+        yield self._pooled(exp_(torch.sub(scores, rows, out=other)), block, other)
+        yield self._pooled(exp_(scores.sub_(columns)), block, scores)
 
     def _scores(self, heads: slice, queries: slice) -> tuple[Tensor, Tensor]:
         """``scale * Q K^T + bias`` and as much room: ``[h, m, N]``, where keys are pooled
-        ``[h, N, m]``."""
+        ``[h, N, m]``; times ``unit``."""
         left, right = self.query[heads, queries], self.key[heads]
         bias = None if self.bias is None else self.bias[heads, queries]
         if self.keys is not None:
@@ -165,12 +168,12 @@ class _Sample:
         scores, other = self.buffers[:, : math.prod(shape)].view(2, *shape)
         # beta=0 ignores what the buffer held, NaN included; the scale of large logits is applied to
         # the product, where one rounding of it shows
-        alpha = self.scale if self.shared else 1
+        alpha = self.scale * self.unit if self.shared else 1
         torch.baddbmm(scores, left, right.mT, beta=0, alpha=alpha, out=scores)
         if not self.shared:
             scores *= self.scale
         if bias is not None:
-            scores += bias
+            scores.add_(bias, alpha=self.unit)
         return scores, other
 
     def _pooled(
