@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all of them")
     parser.add_argument("--quick", action="store_true", help="fewer kernels")
     options = parser.parse_args(arguments)
-    print(f"{'target':8}{'kernel':46}{'registers':>10}{'spilled':>9}{'shared':>9}  matrix")
+    print(f"{'target':8}{'kernel':52}{'registers':>10}{'spilled':>9}{'shared':>9}  matrix")
     failures = count = 0
     for case in cases(quick=options.quick):
         for name in options.target or TARGETS:
@@ -161,13 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 needs = report(compile_for(case.launch, TARGETS[name].gpu))
             except Exception as error:  # whatever a compiler throws is a row of the table
                 failures += 1
-                print(f"{name:8}{case.name:46}does not compile: {_reason(error)}", flush=True)
+                print(f"{name:8}{case.name:52}does not compile: {_reason(error)}", flush=True)
                 continue
             problems = needs.problems(TARGETS[name], case.dtype)
             failures += bool(problems)
             numbers = f"{needs.registers:10}{needs.spilled:9}{needs.shared:9}"
             remarks = f"  <- {', '.join(problems)}" if problems else ""
-            print(f"{name:8}{case.name:46}{numbers}  {needs.matrix or '-'}{remarks}", flush=True)
+            print(f"{name:8}{case.name:52}{numbers}  {needs.matrix or '-'}{remarks}", flush=True)
     print(f"{count} kernels compiled with Triton {triton.__version__}, {failures} unfit")
     return 1 if failures else 0
 

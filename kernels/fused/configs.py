@@ -45,14 +45,14 @@ TILES = {
     # beyond 192 features three stages would not fit the 64 KiB of gfx942
     "statistics, wide": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
     # all keys of a head beside a tile of queries (the owners): as wide as they need, up to this;
-    # fp32 as above: half the queries, and half the warps since gfx942 shares registers among them
-    "short keys, fp32": Tile(32, 128, num_warps=4, num_stages=1, maxnreg=255),
     # image tokens: what is read decides, and 64 queries are what matrix instructions take
     "short keys, few": Tile(64, 32, num_warps=4, num_stages=2, maxnreg=255),
     # the statistics of both sides lie in registers beside the scores: twice the warps
     "short keys": Tile(64, 128, num_warps=8, num_stages=2, maxnreg=255),
-    # with 256 features, 4 rows and a bias 128 keys would spill on sm_80
+    # with 256 features and 4 rows 128 keys would spill: beside a bias on sm_80, without on sm_100
     "short keys, wide": Tile(64, 64, num_warps=8, num_stages=2, maxnreg=255),
+    # fp32 in chunks as above; 8 warps would share gfx942's registers, and a bias spill
+    "short keys, fp32": Tile(32, 128, num_warps=4, num_stages=1, maxnreg=255),
     # as for the statistics, and the output has its own accumulators
     "forward, fp32": Tile(32, 32, num_warps=4, num_stages=1, maxnreg=255),
     "forward, bias": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
@@ -62,7 +62,8 @@ TILES = {
     "forward, wide": Tile(64, 32, num_warps=4, num_stages=2, maxnreg=255),
 }
 
-# queries come in so many chunks at most: 8 heads fill a GPU, and one step combines all chunks
+# queries of few keys come in so many chunks at most: enough for 8 heads to fill a GPU, and one tile
+# of partial results holds them all
 MAX_CHUNKS = 32
 FP32_CHUNK = 16
 LONG_OWNERS = 2048

@@ -274,7 +274,7 @@ def plan(
 
     Args:
         query: ``[B, H, M, D]``.
-        key: ``[B, H, N, D]``, at most ``configs.SHORT_KEYS``.
+        key: ``[B, H, N, D]``, few enough for ``configs.fits_short``.
         scale: Softmax scale.
         bias: ``[B, H, M, N]`` or ``None``.
         query_weights: fp32 ``[B, R, M]``, wanted with ``g2r``.
