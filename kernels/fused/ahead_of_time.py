@@ -293,7 +293,6 @@ QUICK_VARIANTS = (
     f"{MAX_ROW_BLOCK} rows",
     "lse, 1 row, bias",
     "chunks, 16 keys",
-    "queries, 16 keys",
     "chunks, 128 keys",
     "queries, 128 keys",
     "attention",

@@ -137,7 +137,7 @@ def test_any_head_dim(head_dim):
 
 @dtypes
 @pytest.mark.parametrize("logits", [200, 5000])
-@pytest.mark.parametrize("shape", [(19, 131), (131, 77)], ids=ids)
+@pytest.mark.parametrize("shape", [(19, 131), (70, 77)], ids=ids)
 def test_large_logits(shape, logits, dtype):
     query, key, value = tokens(1, 1, *shape, 40, dtype=dtype, logits=logits)
     output, statistics = check(query, key, value)
@@ -158,7 +158,7 @@ def test_one_key_takes_all_mass_or_none(offset):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
-@pytest.mark.parametrize("shape", [(63, 131), (131, 77)], ids=ids)
+@pytest.mark.parametrize("shape", [(63, 131), (70, 77)], ids=ids)
 def test_keys_that_nobody_looks_at_keep_their_votes(shape):
     """exp(S) shared by both softmaxes would underflow there: those keys are summed afresh."""
     query, key, value = tokens(1, 1, *shape, 40)
@@ -410,9 +410,9 @@ def test_few_keys(count, passes):
     assert few == 2 * TWO if count <= 128 else "over" in few[0]
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_few_keys_and_masks(dtype):
-    query, key, value = tokens(2, 1, 131, 77, 40, dtype=dtype)
+    query, key, value = tokens(2, 1, 131, 77, 16, dtype=dtype)
     bias = torch.randn(2, 1, 131, 77, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     # a chunk in which nobody looks at key 7, and a whole chunk that looks at nothing
     bias[:, :, [3, 130]], bias[:, :, :, 5], bias[0, :, :64, 7] = -INF, -INF, -INF
@@ -426,7 +426,7 @@ def test_few_keys_and_masks(dtype):
 
 def test_chunks_of_several_tiles():
     # more tiles of queries than there may be chunks
-    check(*tokens(1, 1, 2100, 9, 40, dtype=torch.float16))
+    check(*tokens(1, 1, 2100, 9, 16, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["alone", "beside"])
@@ -483,7 +483,7 @@ def test_how_many_keys_are_few(head_dim, itemsize, keys, rows, fits):
 
 
 def test_few_keys_are_equal_to_the_bit():
-    inputs = tokens(2, 2, SHORT_M, SHORT_N, 40, dtype=torch.float16)
+    inputs = tokens(2, 2, SHORT_M, SHORT_N, 16, dtype=torch.float16)
     whole = results(*inputs)
     for once, again in zip(whole, results(*inputs), strict=True):
         assert torch.equal(once, again)
