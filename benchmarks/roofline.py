@@ -16,6 +16,7 @@ MATRIX = 790e12  # bf16 operations / s, measured
 EXPONENTIALS = 16 * 132 * 1.98e9  # per clock and multiprocessor, multiprocessors, boost clock
 ITEM = 2  # bytes of a bf16 number
 FEATURES = 16  # a matrix instruction takes 16 features at a time
+ONE_TILE = 128  # keys that one tile holds: the sweep of the columns has whole rows too
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ def attention(shape: AttentionShape, batch: int) -> Work:
 def recording(shape: AttentionShape, batch: int, *, lse_known: bool = True) -> Work:
     """Both directions beside it: two passes over QK^T, a third where no log-sum-exp is handed over.
 
-    One sweep yields the column normalisers and ``W P`` with one exponential, the other ``C u``.
+    One sweep yields the column normalisers and ``W P`` with one exponential, the other ``C u``. Few
+    keys need no third: the first sweep sees whole rows.
     """
-    passes = 2 if lse_known else 3
+    passes = 2 if lse_known or shape.seqlen_k <= ONE_TILE else 3
     scores = _scores(shape, batch)
     tokens = batch * shape.heads * (shape.seqlen_q + shape.seqlen_k)
     accumulators = 4 * tokens * 4  # read and written, and two log-sum-exps

@@ -1,7 +1,9 @@
 """The statistics as Triton kernels, for GPUs; on CPU tensors only under Triton's interpreter.
 
-Three passes at most, each over the whole of QK^T: row log-sum-exps (unless the attention call gave
-them), then column log-sum-exps together with ``W P``, then ``C u``.
+Where all keys of a head fit one tile (image tokens, text), two launches: row and partial column
+log-sum-exps with parts of ``W P``, then all of them combined and ``C u``. Otherwise three passes at
+most, each over the whole of QK^T: row log-sum-exps (unless the attention call gave them), then
+column log-sum-exps together with ``W P``, then ``C u``.
 """
 
 from functools import partial
@@ -9,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from i2am.kernels.fused import forward, statistics
-from i2am.kernels.fused.configs import MAX_HEAD_DIM, MAX_ROW_BLOCK
+from i2am.kernels.fused import forward, short, statistics
+from i2am.kernels.fused.configs import MAX_HEAD_DIM, MAX_ROW_BLOCK, fits_short
 from i2am.kernels.fused.primitives import INTERPRETED
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -63,12 +65,29 @@ def accumulate(
         ValueError: The dtype is fp64, or head_dim exceeds 256.
     """
     check(query)
-    over_keys = partial(_pass, query, key, scale=scale, bias=bias)
-    over_queries = partial(_pass, key, query, scale=scale, bias=None if bias is None else bias.mT)
     row_lse = None
     if query_lse is None:
         query_lse = row_lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     key_lse = key.new_empty(key.shape[:3], dtype=torch.float32)
+    rows = max(1 if sums is None else sums.shape[2] for sums in (r2g, g2r))
+    if fits_short(query.shape[3], query.element_size(), key.shape[2], rows):
+        for launch in short.plan(
+            query,
+            key,
+            scale=scale,
+            bias=bias,
+            query_weights=query_weights,
+            key_weights=key_weights,
+            r2g=r2g,
+            g2r=g2r,
+            query_lse=query_lse,
+            row_lse=row_lse,
+            key_lse=key_lse,
+        ):
+            launch.run(query.device)
+        return query_lse, key_lse
+    over_keys = partial(_pass, query, key, scale=scale, bias=bias)
+    over_queries = partial(_pass, key, query, scale=scale, bias=None if bias is None else bias.mT)
     if g2r is None:
         # C u needs nothing of the rows: their log-sum-exp rides along
         over_queries(lse=key_lse)

@@ -21,12 +21,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from i2am.kernels.fused import forward, statistics
+from i2am.kernels.fused import forward, short, statistics
 from i2am.kernels.fused.configs import LONG_OWNERS, MAX_LOOPED_ROWS, MAX_ROW_BLOCK
 from i2am.kernels.fused.primitives import INTERPRETED, Launch
 
 KIB = 1024
 BATCH, HEADS, KEYS = 2, 8, 1037
+SHORT_KEYS = (16, 64, 128)
 SHORT, LONG = LONG_OWNERS // 2, LONG_OWNERS
 HEAD_DIMS = {
     torch.bfloat16: (40, 64, 80, 128, 160),
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all of them")
     parser.add_argument("--quick", action="store_true", help="fewer kernels")
     options = parser.parse_args(arguments)
-    print(f"{'target':8}{'kernel':46}{'registers':>10}{'spilled':>9}{'shared':>9}  matrix")
+    print(f"{'target':8}{'kernel':52}{'registers':>10}{'spilled':>9}{'shared':>9}  matrix")
     failures = count = 0
     for case in cases(quick=options.quick):
         for name in options.target or TARGETS:
@@ -160,13 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 needs = report(compile_for(case.launch, TARGETS[name].gpu))
             except Exception as error:  # whatever a compiler throws is a row of the table
                 failures += 1
-                print(f"{name:8}{case.name:46}does not compile: {_reason(error)}", flush=True)
+                print(f"{name:8}{case.name:52}does not compile: {_reason(error)}", flush=True)
                 continue
             problems = needs.problems(TARGETS[name], case.dtype)
             failures += bool(problems)
             numbers = f"{needs.registers:10}{needs.spilled:9}{needs.shared:9}"
             remarks = f"  <- {', '.join(problems)}" if problems else ""
-            print(f"{name:8}{case.name:46}{numbers}  {needs.matrix or '-'}{remarks}", flush=True)
+            print(f"{name:8}{case.name:52}{numbers}  {needs.matrix or '-'}{remarks}", flush=True)
     print(f"{count} kernels compiled with Triton {triton.__version__}, {failures} unfit")
     return 1 if failures else 0
 
@@ -196,6 +197,31 @@ def _statistics(
     )
 
 
+def _short(
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    keys: int,
+    kernel: str,
+    rows: int = 1,
+    biased: bool = False,
+) -> Launch:
+    chunks, queries = short.plan(
+        _tokens(LONG, head_dim, dtype),
+        _tokens(keys, head_dim, dtype),
+        scale=head_dim**-0.5,
+        bias=_bias(LONG, keys) if biased else None,
+        query_weights=_fp32(BATCH, rows, LONG),
+        key_weights=_fp32(BATCH, rows, keys),
+        r2g=_fp32(BATCH, HEADS, rows, LONG),
+        g2r=_fp32(BATCH, HEADS, rows, keys),
+        query_lse=None,
+        row_lse=_fp32(BATCH, HEADS, LONG),
+        key_lse=_fp32(BATCH, HEADS, keys),
+    )
+    return chunks if kernel == "chunks" else queries
+
+
 def _attention(dtype: torch.dtype, head_dim: int, *, biased: bool = False) -> Launch:
     query, key = _tokens(LONG, head_dim, dtype), _tokens(KEYS, head_dim, dtype)
     return forward.plan(
@@ -213,8 +239,8 @@ def _tokens(seqlen: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(BATCH, seqlen, HEADS, head_dim, dtype=dtype, device="meta").transpose(1, 2)
 
 
-def _bias(owners: int) -> Tensor:
-    return _fp32(BATCH, 1, owners, KEYS).expand(BATCH, HEADS, owners, KEYS)
+def _bias(owners: int, others: int = KEYS) -> Tensor:
+    return _fp32(BATCH, 1, owners, others).expand(BATCH, HEADS, owners, others)
 
 
 def _fp32(*shape: int) -> Tensor:
@@ -247,10 +273,30 @@ VARIANTS: dict[str, Callable[[torch.dtype, int], Launch]] = {
     f"lse, {MAX_LOOPED_ROWS} rows": partial(_statistics, owners=LONG, rows=MAX_LOOPED_ROWS),
     f"{MAX_ROW_BLOCK} rows": partial(_statistics, owners=LONG, rows=MAX_ROW_BLOCK),
     "lse, 1 row, bias": partial(_statistics, owners=LONG, rows=1, biased=True),
+    **{
+        f"{kernel}, {keys} keys": partial(_short, keys=keys, kernel=kernel)
+        for keys in SHORT_KEYS
+        for kernel in ("chunks", "queries")
+    },
+    **{
+        f"{kernel}, {keys} keys, bias, {MAX_LOOPED_ROWS} rows": partial(
+            _short, keys=keys, kernel=kernel, rows=MAX_LOOPED_ROWS, biased=True
+        )
+        for keys in SHORT_KEYS
+        for kernel in ("chunks", "queries")
+    },
     "attention": _attention,
     "attention, bias": partial(_attention, biased=True),
 }
-QUICK_VARIANTS = ("lse, 1 row, long", f"{MAX_ROW_BLOCK} rows", "lse, 1 row, bias", "attention")
+QUICK_VARIANTS = (
+    "lse, 1 row, long",
+    f"{MAX_ROW_BLOCK} rows",
+    "lse, 1 row, bias",
+    "chunks, 16 keys",
+    "chunks, 128 keys",
+    "queries, 128 keys",
+    "attention",
+)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,15 @@ TILES = {
     "statistics, long, few rows": Tile(128, 32, num_warps=8, num_stages=3, maxnreg=255),
     # beyond 192 features three stages would not fit the 64 KiB of gfx942
     "statistics, wide": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
+    # all keys of a head beside a tile of queries (the owners): as wide as they need, up to this;
+    # image tokens: what is read decides, and 64 queries are what matrix instructions take
+    "short keys, few": Tile(64, 32, num_warps=4, num_stages=2, maxnreg=255),
+    # the statistics of both sides lie in registers beside the scores: twice the warps
+    "short keys": Tile(64, 128, num_warps=8, num_stages=2, maxnreg=255),
+    # with 256 features and 4 rows 128 keys would spill: beside a bias on sm_80, without on sm_100
+    "short keys, wide": Tile(64, 64, num_warps=8, num_stages=2, maxnreg=255),
+    # fp32 in chunks as above; 8 warps would share gfx942's registers, and a bias spill
+    "short keys, fp32": Tile(32, 128, num_warps=4, num_stages=1, maxnreg=255),
     # as for the statistics, and the output has its own accumulators
     "forward, fp32": Tile(32, 32, num_warps=4, num_stages=1, maxnreg=255),
     "forward, bias": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
@@ -53,6 +62,9 @@ TILES = {
     "forward, wide": Tile(64, 32, num_warps=4, num_stages=2, maxnreg=255),
 }
 
+# queries of few keys come in so many chunks at most: enough for 8 heads to fill a GPU, and one tile
+# of partial results holds them all
+MAX_CHUNKS = 32
 FP32_CHUNK = 16
 LONG_OWNERS = 2048
 # up to here a weight row is one multiply-add per score and row; beyond, rows are a matrix product
@@ -69,6 +81,19 @@ class StatisticsConfig(NamedTuple):
     BLOCK_D: int
     BLOCK_TAIL: int
     BLOCK_ROWS: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+
+class ShortConfig(NamedTuple):
+    """Arguments of the kernels of ``short.py``; all but ``chunk`` (queries) at compile time."""
+
+    chunk: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_TAIL: int
     num_warps: int
     num_stages: int
     maxnreg: int | None
@@ -115,6 +140,27 @@ def statistics(
     )
 
 
+def fits_short(head_dim: int, itemsize: int, seqlen_k: int, rows: int) -> bool:
+    """Whether one tile holds all keys, and loops the weight rows: the most of both directions."""
+    return rows <= MAX_LOOPED_ROWS and seqlen_k <= _short_tile(head_dim, itemsize, seqlen_k).others
+
+
+def short(head_dim: int, itemsize: int, seqlen_q: int, seqlen_k: int) -> ShortConfig:
+    """Tiles for ``seqlen_q`` queries beside all of ``seqlen_k`` keys that fit."""
+    block_n = max(_power_of_2(seqlen_k), MIN_DOT)
+    tile = _short_tile(head_dim, itemsize, block_n)
+    blocks = -(-seqlen_q // tile.owners)
+    return ShortConfig(
+        tile.owners * -(-blocks // MAX_CHUNKS),
+        tile.owners,
+        block_n,
+        *_score_features(head_dim, itemsize),
+        tile.num_warps,
+        tile.num_stages,
+        tile.maxnreg,
+    )
+
+
 def forward(head_dim: int, itemsize: int, seqlen_q: int, bias: bool) -> ForwardConfig:
     """Tiles for the attention of ``seqlen_q`` queries."""
     if itemsize == 4:
@@ -136,7 +182,7 @@ def forward(head_dim: int, itemsize: int, seqlen_q: int, bias: bool) -> ForwardC
     )
 
 
-def arguments(config: StatisticsConfig | ForwardConfig) -> dict[str, int]:
+def arguments(config: StatisticsConfig | ShortConfig | ForwardConfig) -> dict[str, int]:
     """The configuration as arguments of a launch on this platform."""
     return {
         name: value
@@ -154,6 +200,14 @@ def features(head_dim: int) -> tuple[int, int]:
     first = whole // 2
     tail = max(_power_of_2(max(head_dim - first, 1)), MIN_DOT)
     return (first, tail) if first >= MIN_DOT and first + tail < whole else (whole, 0)
+
+
+def _short_tile(head_dim: int, itemsize: int, seqlen_k: int) -> Tile:
+    if itemsize == 4:
+        return TILES["short keys, fp32"]
+    if seqlen_k <= TILES["short keys, few"].others:
+        return TILES["short keys, few"]
+    return TILES["short keys, wide" if head_dim > 192 else "short keys"]
 
 
 def _score_features(head_dim: int, itemsize: int) -> tuple[int, int]:

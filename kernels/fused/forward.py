@@ -13,6 +13,7 @@ from i2am.kernels.fused import configs
 from i2am.kernels.fused.primitives import (
     Launch,
     dot,
+    load_features,
     load_tile,
     log_sum_exp,
     online_softmax,
@@ -72,12 +73,9 @@ def attention_forward(
     if bias_ptr is not None:
         bias_ptr += b * stride_bias_b + h * stride_bias_h
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_TAIL]
-    q = load_tile(query_ptr, offs_m, mask_m, stride_query_m, stride_query_d, 0, HEAD_DIM, BLOCK_D)
-    q_tail = q
-    if BLOCK_TAIL > 0:
-        q_tail = load_tile(
-            query_ptr, offs_m, mask_m, stride_query_m, stride_query_d, BLOCK_D, HEAD_DIM, BLOCK_TAIL
-        )
+    q, q_tail = load_features(
+        query_ptr, offs_m, mask_m, stride_query_m, stride_query_d, HEAD_DIM, BLOCK_D, BLOCK_TAIL
+    )
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     # [BLOCK_M, BLOCK_V], [BLOCK_M, BLOCK_V_TAIL]

@@ -60,6 +60,25 @@ def load_tile(
 
 
 @triton.jit
+def load_features(
+    base,
+    offs_t,
+    mask_t,
+    stride_t,
+    stride_d,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+):
+    """The tokens ``offs_t`` as ``([tokens, BLOCK_D], [tokens, BLOCK_TAIL])``."""
+    x = load_tile(base, offs_t, mask_t, stride_t, stride_d, 0, HEAD_DIM, BLOCK_D)
+    x_tail = x
+    if BLOCK_TAIL > 0:
+        x_tail = load_tile(base, offs_t, mask_t, stride_t, stride_d, BLOCK_D, HEAD_DIM, BLOCK_TAIL)
+    return x, x_tail
+
+
+@triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """``a @ b`` in fp32, plus ``accumulator`` if there is one."""
     if _INTERPRETED and a.dtype == tl.bfloat16:
@@ -171,3 +190,27 @@ def shares(scores, lse):
     """``exp(scores - lse)``, 0 where a fully masked token has an lse of -inf."""
     # exp(s - inf) is 0 where exp(-inf - -inf) would be NaN
     return exponential(scores - tl.where(lse == float("-inf"), float("inf"), lse))
+
+
+@triton.jit
+def weighted_sums(shared, weights_ptr, stride_r, mask, rows, BLOCK_ROWS: tl.constexpr):
+    """``sum_y weights[r, y] * shared[x, y]`` as ``[x, BLOCK_ROWS]``; ``weights_ptr`` is ``[y]``."""
+    offs_rows = tl.arange(0, BLOCK_ROWS)
+    sums = tl.zeros([shared.shape[0], BLOCK_ROWS], tl.float32)
+    for r in tl.static_range(BLOCK_ROWS):
+        w = tl.load(weights_ptr, mask=mask & (r < rows), other=0.0)
+        row = tl.sum(shared * w[None, :], 1)
+        sums += tl.where(offs_rows[None, :] == r, row[:, None], 0.0)
+        weights_ptr += stride_r
+    return sums
+
+
+@triton.jit
+def add_into(sums_ptr, offs_t, mask_t, stride_t, offs_r, mask_r, stride_r, sums):
+    """Add ``sums`` ``[tokens, rows]`` to what is at ``sums_ptr``."""
+    # [tokens, rows]
+    accumulators = (
+        sums_ptr + offs_t[:, None].to(tl.int64) * stride_t + offs_r[None, :].to(tl.int64) * stride_r
+    )
+    mask = mask_t[:, None] & mask_r[None, :]
+    tl.store(accumulators, tl.load(accumulators, mask=mask, other=0.0) + sums, mask=mask)

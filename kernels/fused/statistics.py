@@ -21,15 +21,17 @@ from torch import Tensor
 from i2am.kernels.fused import configs
 from i2am.kernels.fused.primitives import (
     Launch,
+    add_into,
     compensated_add,
     dot,
     exponential,
-    load_tile,
+    load_features,
     log_sum_exp,
     online_softmax,
     score_tile,
     shares,
     strides,
+    weighted_sums,
 )
 
 # e ** -60: what fp32 lost below it (from e ** -87 on) is less than e ** -27 of the sum
@@ -154,21 +156,16 @@ def owner_pass(
     if bias_ptr is not None:
         bias_ptr += b * stride_bias_b + h * stride_bias_h
     # [BLOCK_OWNER, BLOCK_D], [BLOCK_OWNER, BLOCK_TAIL]
-    x = load_tile(
-        owner_ptr, offs_owner, mask_owner, stride_owner_t, stride_owner_d, 0, HEAD_DIM, BLOCK_D
+    x, x_tail = load_features(
+        owner_ptr,
+        offs_owner,
+        mask_owner,
+        stride_owner_t,
+        stride_owner_d,
+        HEAD_DIM,
+        BLOCK_D,
+        BLOCK_TAIL,
     )
-    x_tail = x
-    if BLOCK_TAIL > 0:
-        x_tail = load_tile(
-            owner_ptr,
-            offs_owner,
-            mask_owner,
-            stride_owner_t,
-            stride_owner_d,
-            BLOCK_D,
-            HEAD_DIM,
-            BLOCK_TAIL,
-        )
     if sums_ptr is not None:
         sums = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
         # thousands of tiles may come: fp32 sums over all of them keep what rounding takes
@@ -241,12 +238,9 @@ def owner_pass(
                 if BLOCK_ROWS >= 16:
                     tile = dot(probability, w, None, ROW_PRECISION)
                 else:
-                    tile = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
-                    for r in tl.static_range(BLOCK_ROWS):
-                        w = tl.load(w_ptr, mask=mask_other & (r < rows), other=0.0)
-                        row = tl.sum(probability * w[None, :], 1)
-                        tile += tl.where(offs_rows[None, :] == r, row[:, None], 0.0)
-                        w_ptr += stride_weights_r
+                    tile = weighted_sums(
+                        probability, w_ptr, stride_weights_r, mask_other, rows, BLOCK_ROWS
+                    )
                 sums, sums_lost = compensated_add(sums, sums_lost, tile)
     if lse_ptr is not None:
         if sums_ptr is not None:
@@ -279,16 +273,17 @@ def owner_pass(
             )
         tl.store(lse_ptr + bh * owners + offs_owner, lse, mask=mask_owner)
     if sums_ptr is not None:
-        # [BLOCK_OWNER, BLOCK_ROWS]
-        accumulators = (
-            sums_ptr
-            + b * stride_sums_b
-            + h * stride_sums_h
-            + offs_owner[:, None].to(tl.int64) * stride_sums_t
-            + offs_rows[None, :].to(tl.int64) * stride_sums_r
+        sums_ptr += b * stride_sums_b + h * stride_sums_h
+        add_into(
+            sums_ptr,
+            offs_owner,
+            mask_owner,
+            stride_sums_t,
+            offs_rows,
+            mask_rows,
+            stride_sums_r,
+            sums,
         )
-        mask = mask_owner[:, None] & mask_rows[None, :]
-        tl.store(accumulators, tl.load(accumulators, mask=mask, other=0.0) + sums, mask=mask)
 
 
 def plan(

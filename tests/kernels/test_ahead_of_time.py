@@ -67,17 +67,20 @@ def test_edges_compile():
     """Sizes of 1 become constants, strides beyond 32 bits become int64: other code than usual."""
     code = """
 import torch
-from i2am.kernels.fused import ahead_of_time as aot, forward, statistics
+from i2am.kernels.fused import ahead_of_time as aot, forward, short, statistics
 one = torch.empty(1, 1, 1, 40, dtype=torch.bfloat16, device="meta")
 far = one.as_strided((1, 1, 1, 40), (2**40, 2**36, 2**33, 1))
 lse, sums = torch.empty(1, 1, 1, device="meta"), torch.empty(1, 1, 1, 1, device="meta")
 shared = {"scale": 1.0, "bias": torch.empty(1, 1, 1, 1, device="meta")}
+both = {"query_weights": lse, "key_weights": lse, "r2g": sums, "g2r": sums, "key_lse": lse}
 weights = {"other_lse": lse, "weights": lse, "sums": sums}
 for x in (one, far):
     for launch in (
         statistics.plan(x, x, lse=lse, **weights, **shared),
         statistics.plan(x, x, **weights, **shared),
         forward.plan(x, x, x, output=one, lse=lse, **shared),
+        *short.plan(x, x, query_lse=None, row_lse=lse, **both, **shared),
+        *short.plan(x, x, query_lse=lse, row_lse=None, **both, **shared),
     ):
         for name in ("sm_90", "gfx942"):
             compiled = aot.compile_for(launch, aot.TARGETS[name].gpu)

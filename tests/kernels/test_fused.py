@@ -68,7 +68,7 @@ def check(query, key, value, **arguments):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """What ran, in order: "attention", or the sides and results of a pass of owners."""
+    """What ran, in order: the kernel's name, or the sides and results of a pass of owners."""
     from i2am.kernels.fused.primitives import Launch
 
     seen = []
@@ -76,8 +76,8 @@ def passes(monkeypatch):
 
     def spy(launch, device):
         arguments = launch.arguments
-        if "query_ptr" in arguments:
-            seen.append("attention")
+        if "owner_ptr" not in arguments:
+            seen.append(launch.kernel.fn.__name__)
         else:
             results = [name for name in ("lse", "sums") if arguments[f"{name}_ptr"] is not None]
             seen.append(f"{arguments['owners']} over {arguments['others']}: {' '.join(results)}")
@@ -85,6 +85,18 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(Launch, "run", spy)
     return seen
+
+
+@pytest.fixture(params=["short", "long"])
+def schedule(request, monkeypatch):
+    """The schedule of few keys, then the one of many keys on the same few."""
+    from i2am.kernels import fused
+
+    if request.param == "long":
+        monkeypatch.setattr(fused, "fits_short", lambda *_: False)
+
+
+both_schedules = pytest.mark.usefixtures("schedule")
 
 
 # --- the ruler ------------------------------------------------------------------------------------
@@ -110,12 +122,14 @@ def test_the_keys_of_the_custom_model():
     check(query, key, value, key_weights=votes / votes.sum())
 
 
+@both_schedules
 @dtypes
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 96, 128, 160])
 def test_the_head_dims_of_real_models(head_dim, dtype):
     check(*tokens(1, 1, 19, 37, head_dim, dtype=dtype))
 
 
+@both_schedules
 @pytest.mark.parametrize("head_dim", [1, 8, 17, 200, 256])
 def test_any_head_dim(head_dim):
     check(*tokens(1, 1, 19, 37, head_dim, dtype=torch.float16))
@@ -123,14 +137,16 @@ def test_any_head_dim(head_dim):
 
 @dtypes
 @pytest.mark.parametrize("logits", [200, 5000])
-def test_large_logits(logits, dtype):
-    query, key, value = tokens(1, 1, 19, 131, 40, dtype=dtype, logits=logits)
+@pytest.mark.parametrize("shape", [(19, 131), (131, 77)], ids=ids)
+def test_large_logits(shape, logits, dtype):
+    query, key, value = tokens(1, 1, *shape, 40, dtype=dtype, logits=logits)
     output, statistics = check(query, key, value)
     assert statistics.query_lse.abs().max() > 0.5 * logits
     assert not output.isnan().any()
 
 
 # inf - inf in the tokens past the last, which are never stored
+@both_schedules
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
 @pytest.mark.parametrize("offset", [1e4, -1e4], ids=["takes all", "takes nothing"])
 def test_one_key_takes_all_mass_or_none(offset):
@@ -142,10 +158,11 @@ def test_one_key_takes_all_mass_or_none(offset):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
-def test_keys_that_nobody_looks_at_keep_their_votes():
+@pytest.mark.parametrize("shape", [(63, 131), (70, 77)], ids=ids)
+def test_keys_that_nobody_looks_at_keep_their_votes(shape):
     """exp(S) shared by both softmaxes would underflow there: those keys are summed afresh."""
-    query, key, value = tokens(1, 1, 63, 131, 40)
-    bias = torch.zeros(131, device=DEVICE)
+    query, key, value = tokens(1, 1, *shape, 40)
+    bias = torch.zeros(shape[1], device=DEVICE)
     bias[[3, 70]] = torch.tensor([-120.0, -400.0], device=DEVICE)
     unmasked = attention_statistics(query, key, impl="fused")
     actual = check(query, key, value, bias=bias)[1]
@@ -154,6 +171,7 @@ def test_keys_that_nobody_looks_at_keep_their_votes():
     torch.testing.assert_close(actual.key_lse, unmasked.key_lse + bias, rtol=1e-5, atol=1e-4)
 
 
+@both_schedules
 @pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
 def test_any_scale(scale):
     check(*tokens(1, 1, 19, 37, 40, dtype=torch.float16), scale=scale)
@@ -199,6 +217,7 @@ def test_regions_are_computed_where_they_are(monkeypatch):
     assert len(tiles) == 8 + 7 * 2 + 1 + 4 * 2
 
 
+@both_schedules
 @pytest.mark.parametrize(
     "layout",
     ["contiguous", "transposed", "sliced", "expanded_batch", "expanded_heads", "expanded_tokens"],
@@ -229,6 +248,7 @@ def _biases():
     }
 
 
+@both_schedules
 @pytest.mark.parametrize("name", _biases())
 def test_biases(name):
     query, key, value = tokens(2, 2, 19, 40, 40, dtype=torch.bfloat16)
@@ -246,11 +266,12 @@ def test_biases(name):
         assert (statistics.key_lse[no_query] == -INF).all()
 
 
-def test_a_bias_in_full_precision():
+@pytest.mark.parametrize("rows", [4, 5])
+def test_a_bias_in_full_precision(rows):
     query, key, value = tokens(1, 1, 37, 70, 40)
     bias = torch.randn(37, 70, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     bias[3], bias[:, 5] = -INF, -INF
-    check(query, key, value, bias=bias, query_weights=uniform(1, 5, 37))
+    check(query, key, value, bias=bias, query_weights=uniform(1, rows, 37))
 
 
 # --- exact values ---------------------------------------------------------------------------------
@@ -281,12 +302,12 @@ def test_both_maps_are_distributions():
 
 # --- accumulators, directions, passes -------------------------------------------------------------
 
-M, N = 37, 70
+M, N = 37, 131
 ROWS_LSE, COLUMNS_LSE = f"{M} over {N}: lse", f"{N} over {M}: lse"
 ROWS, COLUMNS = f"{M} over {N}: sums", f"{N} over {M}: lse sums"
 
 
-def accumulate(*, r2g=True, g2r=True, query_lse=None, rows=1, impl=None):
+def accumulate(*, r2g=True, g2r=True, query_lse=None, rows=1, impl=None, M=M, N=N):
     """Accumulators that already hold 0.5, inside larger poisoned ones; and the log-sum-exps."""
     from i2am.kernels import fused
 
@@ -364,7 +385,110 @@ def test_a_known_row_log_sum_exp_saves_a_pass(wanted, expected, passes):
 def test_attention_hands_its_row_log_sum_exp_over(passes):
     query, key, value = tokens(2, 2, M, N, 40, dtype=torch.float16)
     attention_with_statistics(query, key, value, impl="fused")
-    assert passes == ["attention", COLUMNS, ROWS]
+    assert passes == ["attention_forward", COLUMNS, ROWS]
+
+
+# --- few keys: two launches for everything --------------------------------------------------------
+
+# 131 queries are three chunks, the last one not full
+SHORT_M, SHORT_N = 131, 77
+TWO = ["over_chunks", "over_queries"]
+short_wanted = pytest.mark.parametrize(
+    "wanted",
+    [{}, {"r2g": False}, {"g2r": False}, {"r2g": False, "g2r": False}, {"rows": 4}],
+    ids=["both", "generated to reference", "reference to generated", "neither", "several rows"],
+)
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 64, 65, 77, 128, 129])
+def test_few_keys(count, passes):
+    dtype = DTYPES[count % 3]
+    query, key, value = tokens(1, 1, 131, count, 40, dtype=dtype)
+    votes = uniform(1, 3, count, seed=1)
+    check(query, key, value, query_weights=uniform(1, 2, 131), key_weights=votes)
+    few = [kernel for kernel in passes if kernel != "attention_forward"]
+    assert few == 2 * TWO if count <= 128 else "over" in few[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_few_keys_and_masks(dtype):
+    query, key, value = tokens(2, 1, 131, 77, 16, dtype=dtype)
+    bias = torch.randn(2, 1, 131, 77, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    # a chunk in which nobody looks at key 7, and a whole chunk that looks at nothing
+    bias[:, :, [3, 130]], bias[:, :, :, 5], bias[0, :, :64, 7] = -INF, -INF, -INF
+    bias[1, :, 64:128] = -INF
+    _, statistics = check(query, key, value, bias=bias)
+    assert (statistics.query_lse[:, :, 3] == -INF).all()
+    assert (statistics.key_lse[..., 5] == -INF).all()
+    assert (statistics.r2g[:, :, 3] == 0).all()
+    assert (statistics.g2r[..., 5] == 0).all()
+
+
+def test_chunks_of_several_tiles():
+    # more tiles of queries than there may be chunks
+    check(*tokens(1, 1, 2100, 9, 16, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["alone", "beside"])
+@short_wanted
+def test_few_keys_take_two_launches(wanted, given, passes):
+    sizes = {"M": SHORT_M, "N": SHORT_N, "rows": wanted.get("rows", 1)}
+    expected = accumulate(impl=reference, **sizes)
+    # in strided memory
+    lse = torch.stack([expected[2], expected[2]], dim=-1)[..., 0] if given else None
+    passes.clear()
+    actual = accumulate(query_lse=lse, **sizes | wanted)
+    assert passes == TWO
+    assert (actual[2] is lse) == given
+    for ours, theirs in zip(actual, expected, strict=True):
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for sums in (sums for sums in actual[:2] if sums is not None):
+        # nothing beside them was touched
+        storage = torch.empty(0, device=DEVICE).set_(sums.untyped_storage())
+        assert storage.isnan().sum() == storage.numel() - sums.numel()
+
+
+def test_few_keys_use_the_log_sum_exp_that_is_given():
+    _, g2r, query_lse, _ = accumulate(M=SHORT_M, N=SHORT_N)
+    again = accumulate(query_lse=query_lse + 2.0, M=SHORT_M, N=SHORT_N)
+    torch.testing.assert_close(again[1], (g2r - 0.5) * math.exp(-2.0) + 0.5)
+
+
+def test_a_single_key_without_its_closed_form(passes):
+    """api.py does not ask for this G2R: P is 1, and so is what the kernels find."""
+    _, g2r, query_lse, key_lse = accumulate(M=SHORT_M, N=1)
+    assert passes == TWO
+    rows = uniform(1, 1, SHORT_M).sum()
+    torch.testing.assert_close(g2r, (rows + 0.5).expand_as(g2r))
+    torch.testing.assert_close(key_lse[..., 0], query_lse.logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "itemsize", "keys", "rows", "fits"),
+    [
+        (40, 2, 128, 4, True),
+        (40, 2, 129, 1, False),
+        (40, 2, 77, 5, False),
+        (192, 2, 128, 1, True),
+        (256, 2, 64, 1, True),
+        (200, 2, 65, 1, False),
+        (256, 4, 128, 1, True),
+    ],
+)
+def test_how_many_keys_are_few(head_dim, itemsize, keys, rows, fits):
+    from i2am.kernels.fused import configs
+
+    assert configs.fits_short(head_dim, itemsize, keys, rows) == fits
+
+
+def test_few_keys_are_equal_to_the_bit():
+    inputs = tokens(2, 2, SHORT_M, SHORT_N, 16, dtype=torch.float16)
+    whole = results(*inputs)
+    for once, again in zip(whole, results(*inputs), strict=True):
+        assert torch.equal(once, again)
+    for once, alone in zip(whole, results(*(x[1:2, 1:] for x in inputs)), strict=True):
+        assert torch.equal(once[1:2, 1:], alone)
 
 
 # --- bits -----------------------------------------------------------------------------------------
@@ -382,7 +506,7 @@ def test_two_runs_are_equal_to_the_bit():
 
 
 def test_items_and_heads_do_not_know_of_each_other():
-    inputs = tokens(3, 2, 19, 70, 40, dtype=torch.float16)
+    inputs = tokens(3, 2, 19, 131, 40, dtype=torch.float16)
     whole = results(*inputs)
     shuffled = results(*(x[[2, 0, 1]][:, [1, 0]] for x in inputs))
     alone = results(*(x[1:2, 1:] for x in inputs))
@@ -395,12 +519,12 @@ def test_items_and_heads_do_not_know_of_each_other():
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", ["statistics", "attention"])
+@pytest.mark.parametrize("kernel", ["statistics", "attention", "chunks", "queries"])
 def test_addresses_are_64_bit(kernel, monkeypatch):
     """Each stride in turn is as large as 32 bits allow; nothing is read, addresses are recorded."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from i2am.kernels.fused import forward, statistics
+    from i2am.kernels.fused import forward, short, statistics
 
     # three of everything: twice the stride is what 32 bits cannot hold
     query, key, value = (x.contiguous() for x in make_qkv(3, 3, 3, 4, 16))
@@ -408,6 +532,24 @@ def test_addresses_are_64_bit(kernel, monkeypatch):
     if kernel == "attention":
         named = {"query": query, "key": key, "value": value, "bias": bias}
         launch = forward.plan(**named, scale=1.0, output=torch.zeros_like(query), lse=lse)
+    elif kernel in ("chunks", "queries"):
+        inputs = {"query": query, "key": key, "bias": bias}
+        first = {"given_lse": lse, "weights": torch.zeros(3, 3, 3)}
+        second = {"votes": torch.zeros(3, 3, 4)}
+        second |= {"r2g": torch.zeros(3, 3, 3, 3), "g2r": torch.zeros(3, 3, 3, 4)}
+        launches = short.plan(
+            **inputs,
+            scale=1.0,
+            query_weights=first["weights"],
+            key_weights=second["votes"],
+            r2g=second["r2g"],
+            g2r=second["g2r"],
+            query_lse=lse,
+            row_lse=None,
+            key_lse=torch.zeros(3, 3, 4),
+        )
+        named = inputs | (first if kernel == "chunks" else second)
+        launch = launches[kernel == "queries"]
     else:
         named = {"owner": query, "other": key, "bias": bias, "other_lse": torch.zeros(3, 3, 4)}
         named |= {"weights": torch.zeros(3, 3, 4), "sums": torch.zeros(3, 3, 3, 3)}
@@ -462,6 +604,11 @@ def test_every_tile_shape_serves_some_call(monkeypatch):
                 for seqlen in (1, 768, 2048, 12288):
                     forward = configs.forward(head_dim, itemsize, seqlen, bias)
                     assert forward.BLOCK_V + forward.BLOCK_V_TAIL >= head_dim
+                    for keys in (1, 16, 64, 77, 128):
+                        if configs.fits_short(head_dim, itemsize, keys, 1):
+                            short = configs.short(head_dim, itemsize, seqlen, keys)
+                            assert short.BLOCK_N >= keys
+                            assert -(-seqlen // short.chunk) <= configs.MAX_CHUNKS
                     for rows in (1, 2, 4, 5, 16, 17, 768):
                         chosen = configs.statistics(head_dim, itemsize, seqlen, rows, bias)
                         assert chosen.BLOCK_ROWS >= min(rows, configs.MAX_ROW_BLOCK)
@@ -567,10 +714,11 @@ def test_the_shapes_of_real_models(shape, head_dim, dtype):
 
 @pytest.mark.gpu
 @dtypes
+@pytest.mark.parametrize("keys", [16, 77, 128, 1037])
 @pytest.mark.parametrize("rows", [1, 4, 768])
-def test_rows_at_full_size(rows, dtype):
-    query, key, value = tokens(2, 8, 3072, 1037, 40, dtype=dtype, logits=200)
-    bias = torch.zeros(1037, device=DEVICE)
+def test_rows_at_full_size(rows, keys, dtype):
+    query, key, value = tokens(2, 8, 3072, keys, 40, dtype=dtype, logits=200)
+    bias = torch.zeros(keys, device=DEVICE)
     bias[::7] = -INF
     check(query, key, value, bias=bias, query_weights=uniform(2, rows, 3072))
 
