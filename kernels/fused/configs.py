@@ -33,7 +33,8 @@ TILES = {
     # goes in chunks of FP32_CHUNK and nothing is staged ahead
     "statistics, fp32": Tile(64, 32, num_warps=8, num_stages=1, maxnreg=255),
     # 64-bit addresses of a bias tile take two registers each, and the product with many weight rows
-    # takes three TF32 dots on fp32 operands: half a tile of scores over twice the warps
+    # takes three TF32 dots on fp32 operands: half a tile of scores over twice the warps; also where
+    # few rows beside more than 128 features would spill on sm_100
     "statistics, bias or many rows": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
     # 16 x 12 to 32 x 24 grids and image tokens: small tiles, so that 8 heads still fill a GPU
     "statistics, short": Tile(64, 64, num_warps=4, num_stages=3),
@@ -122,7 +123,7 @@ def statistics(
         block_rows = min(max(block_rows, MIN_DOT), MAX_ROW_BLOCK)
     if itemsize == 4:
         tile = TILES["statistics, fp32"]
-    elif bias or rows > MAX_LOOPED_ROWS:
+    elif bias or rows > MAX_LOOPED_ROWS or (rows > 1 and 128 < head_dim <= 192):
         tile = TILES["statistics, bias or many rows"]
     elif head_dim > 192:
         tile = TILES["statistics, wide"]
