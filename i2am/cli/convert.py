@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from i2am.cli import flags
+
 FILE = click.Path(path_type=Path)
 # known without importing torch
 SYSTEMS = ("paint-by-example", "dci-vton", "stableviton", "custom")
@@ -34,10 +36,10 @@ SYSTEMS = ("paint-by-example", "dci-vton", "stableviton", "custom")
     help="Leave out tensors whose names begin so, beside those known to be no weights; may be "
     "repeated.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier result in the folder.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.overwrite
+@flags.quiet
+@flags.as_json
+@flags.verbose
 def convert(
     checkpoint: Path,
     system: str,

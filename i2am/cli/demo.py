@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from i2am.cli import flags
 from i2am.cli.errors import ExitCode
 from i2am.cli.settings import NamedBox, Settings
 
@@ -58,8 +59,8 @@ The pocket model has random weights here: what it paints is noise, and its maps 
     help="Folder for the inputs and the results.",
 )
 @click.option("--steps", type=click.IntRange(5), default=Settings.steps, show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace an earlier demo.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.overwrite
+@flags.verbose
 def demo(out: Path, steps: int, overwrite: bool, verbose: bool) -> ExitCode:
     """Record the pocket model on drawn people and garments with known correspondence."""
     if verbose:

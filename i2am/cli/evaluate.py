@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from i2am.cli import flags
 from i2am.cli.settings import BytesType, SizeType
 
 PATH = click.Path(path_type=Path)
@@ -131,9 +132,9 @@ PATH = click.Path(path_type=Path)
     "--workers", type=click.IntRange(1), show_default="one per GPU, else one", help="Of Ray."
 )
 @click.option("--retry-failed", is_flag=True, help="Compute shards with failed samples again.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print an estimate, write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.dry_run
+@flags.as_json
+@flags.verbose
 @click.pass_context
 def evaluate(ctx: click.Context, as_json: bool, verbose: bool, **options: Any) -> int:
     """Paint every pair of a data set with MODEL, record its attribution and score it.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from i2am.cli import flags
 from i2am.cli.errors import ExitCode, InputRejected
 from i2am.cli.runs import open_run
 
@@ -18,9 +19,9 @@ log = logging.getLogger("i2am")
 @click.argument("run", type=FILE)
 @click.option("--zarr", type=FILE, help="Folder to write: maps and scores, for xarray.")
 @click.option("--parquet", type=FILE, help="File to write: scores, one row for each sample.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.quiet
+@flags.as_json
+@flags.verbose
 def export(
     run: Path, zarr: Path | None, parquet: Path | None, quiet: bool, as_json: bool, verbose: bool
 ) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from i2am.cli import flags
+
 FILE = click.Path(path_type=Path)
 # known without importing numpy; a test compares them with i2am.plots.recorded
 WHICH = (
@@ -69,9 +71,9 @@ WHICH = (
 @click.option("--format", "kind", type=click.Choice(["png", "jpg", "pdf"]), default="png")
 @click.option("--dpi", type=click.IntRange(50, 1200), default=150, help="Dots per inch.")
 @click.option("-o", "--out", type=FILE, required=True, help="Folder to write.")
-@click.option("--overwrite", is_flag=True, help="Replace earlier figures in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.overwrite
+@flags.as_json
+@flags.verbose
 def figure(
     runs: tuple[Path, ...],
     which: tuple[str, ...],

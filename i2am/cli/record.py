@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from i2am.cli import flags
 from i2am.cli.settings import BoxType, Settings, SizeType
 
 FILE = click.Path(path_type=Path)
@@ -110,10 +111,10 @@ FILE = click.Path(path_type=Path)
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default=Settings.dtype
 )
 @click.option("-o", "--out", type=FILE, default=Settings.out, help="Folder to write.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print an estimate, write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier result in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.dry_run
+@flags.overwrite
+@flags.as_json
+@flags.verbose
 @click.pass_context
 def record(
     ctx: click.Context, dry_run: bool, as_json: bool, verbose: bool, **options: Any

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from i2am.cli import flags
 from i2am.cli.errors import ExitCode
 
 log = logging.getLogger("i2am")
@@ -46,9 +47,9 @@ LARGE = 50_000_000
     default=True,
     help="Deflate the maps; browsers from before 2023 need pages without.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier report in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.overwrite
+@flags.as_json
+@flags.verbose
 def report(
     runs: tuple[Path, ...],
     out: Path,

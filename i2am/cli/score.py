@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from i2am.cli import flags
 from i2am.cli.errors import ExitCode, Stopped, Terminated
 from i2am.cli.runs import open_run
 
@@ -63,9 +64,9 @@ class _Names(click.ParamType[tuple[str, ...]]):
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the resamples.")
 @click.option("-o", "--out", type=_PATH, help="Folder for the table and correlations of all runs.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quiet", is_flag=True, help="No progress bars.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.as_json
+@flags.quiet
+@flags.verbose
 def score(
     runs: tuple[Path, ...],
     metrics: tuple[str, ...],

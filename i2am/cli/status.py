@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from i2am.cli import flags
 from i2am.cli.errors import ExitCode
 from i2am.cli.runs import open_run
 
@@ -20,8 +21,8 @@ _LISTED = 20
 
 @click.command(short_help="Say how far an evaluation is.")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.as_json
+@flags.verbose
 def status(run: Path, as_json: bool, verbose: bool) -> int:
     """Say what is committed in the folder RUN of i2am evaluate, what failed and what is missing.
 

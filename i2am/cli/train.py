@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from i2am.cli import flags
 from i2am.cli.errors import ExitCode, InputRejected, OutputConflict, Stopped, Terminated
 
 DATA = "paper-doll"
@@ -53,8 +54,8 @@ POCKET = "pocket"
 @click.option("--max-steps", type=click.IntRange(1), help="Stop a stage after so many, to resume.")
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Readers.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch on the CPU.")
-@click.option("--quiet", is_flag=True, help="No progress bars.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.quiet
+@flags.verbose
 @click.pass_context
 def train(
     ctx: click.Context,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from i2am.cli import flags
 from i2am.cli.errors import ExitCode
 from i2am.cli.runs import open_run
 
@@ -15,9 +16,9 @@ log = logging.getLogger("i2am")
 
 @click.command(short_help="Check every checksum of an evaluation.")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="More messages; tracebacks of errors.")
+@flags.quiet
+@flags.as_json
+@flags.verbose
 def verify(run: Path, quiet: bool, as_json: bool, verbose: bool) -> int:
     """Compare all shards and images in the folder RUN of i2am evaluate with their checksums.
 
