@@ -140,5 +140,6 @@ def record(
         clock=clock,
         wanted=GUIDANCE[guidance],
         make=make,
+        attach=attach,
         attend=attend_by(attach, impl),
     )

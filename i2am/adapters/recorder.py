@@ -34,7 +34,8 @@ class Recorder:
         clock: Follows the scheduler.
         wanted: Guidance branches to keep, the first one being :meth:`maps`'s default.
         make: Makes an accumulator, given ``unresolved=``.
-        attend: How recorded layers attend.
+        attach: How recorded layers attend, for the record.
+        attend: The same as a function.
 
     Raises:
         ValueError: No attention layer matches the layout.
@@ -48,6 +49,7 @@ class Recorder:
         clock: RunClock,
         wanted: tuple[str, ...],
         make: Callable[..., Accumulator],
+        attach: str = "beside",
         attend: Attend = attend_beside,
     ) -> None:
         self.layout = layout
@@ -73,6 +75,7 @@ class Recorder:
         clock.bind(on_run=self._begin_run, on_step=self._end_evaluation)
         self._wanted = wanted
         self._make = make
+        self._attach = attach
         self._attend = attend
         self._restore: list[Callable[[], None]] = []
         self._installed: dict[str, Any] = {}
@@ -266,6 +269,7 @@ class Recorder:
             "prefix_votes": self.layout.prefix_votes if self._beside_reference else None,
             "guidance_order": list(self.layout.guidance_order),
             "guidance": branch,
+            "attach": self._attach,
             "regions": describe_regions(accumulator.regions),
             "steps": clock.steps,
             "evaluations": clock.evaluation,

@@ -51,6 +51,7 @@ def test_fused_makes_the_same_picture_and_maps_to_rounding(tiny, calls, impl, ma
         wanted = "kernel_attention" if attach == "fused" else "attention_with_lse"
         assert set(calls) == {wanted}
         assert len(calls) == sum(recorder.maps().provenance["calls"].values())
+        assert recorder.maps().provenance["attach"] == attach
     (beside, maps), (fused, fused_maps) = results["beside"], results["fused"]
     assert torch.equal(beside, plain)
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)

@@ -486,6 +486,7 @@ def test_provenance_says_what_ran(tiny):
         "prefix_votes": False,
         "guidance_order": ["unconditional", "conditional"],
         "guidance": "conditional",
+        "attach": "beside",
         "regions": {"badge": "0,1@4x3"},
         "steps": 4,
         "evaluations": 4,
