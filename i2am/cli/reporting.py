@@ -19,8 +19,8 @@ from i2am.cli.folder import MANIFEST
 from i2am.cli.recorded import read_run
 from i2am.cli.runs import open_run
 from i2am.data.images import ImageRejected, read_bytes, read_image, read_mask
+from i2am.plots.titles import step_titles
 from i2am.viewer import Sample, Stack, sample
-from i2am.viewer.content import step_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -304,7 +304,7 @@ def _evaluated_sample(
         generated=read_image(store.image_path(shard.setting, id), name="generated image"),
         reference=read_image(data.path("garment", index), name="reference"),
         stacks=stacks,
-        times=step_names(groups, steps),
+        times=step_titles(groups, steps),
         heads=[f"head {head}" for head in range(heads)],
         mask=_outlined(data.path("mask", index)),
         reference_mask=_outlined(data.path("garment_mask", index)),

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from i2am.attribution.layers import nonfinite
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import layers_of
+from i2am.plots.titles import step_titles
 from i2am.viewer.packing import COARSE, FINE, MEDIUM, encode, pack
 from i2am.viewer.pictures import outline, picture
 
@@ -216,7 +216,7 @@ def sample(
         generated=generated,
         reference=reference,
         stacks=stacks,
-        times=step_names(maps.time_groups, maps.provenance.get("steps")),
+        times=step_titles(maps.time_groups, maps.provenance.get("steps")),
         heads=[f"head {head}" for head in range(counted[0].heads)] if alike else [],
         layers=layers,
         mask=mask,
@@ -251,17 +251,6 @@ def _levels(stack: Stack, slice: str) -> int:
     if stack.asked is None:
         return FINE
     return MEDIUM if slice == "all" else COARSE
-
-
-def step_names(groups: int, steps: int | None) -> list[str]:
-    """Names of time groups: their steps, counted from 1, where the number of steps is known."""
-    if not steps:
-        return [f"group {group + 1} of {groups}" for group in range(groups)]
-    edges = [-(-group * steps // groups) for group in range(groups + 1)]
-    return [
-        f"step {first + 1}" if first + 1 == last else f"steps {first + 1} to {last}"
-        for first, last in pairwise(edges)
-    ]
 
 
 def _fractions(region: str) -> list[float] | None:

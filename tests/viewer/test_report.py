@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from i2am.attribution.folders import FolderInUse
+from i2am.plots.titles import step_titles
 from i2am.viewer import page, render, sample, write_report
-from i2am.viewer.content import step_names
 from i2am.viewer.html import as_json
 from i2am.viewer.packing import pack
 from i2am.viewer.pictures import outline
@@ -98,12 +98,13 @@ def test_there_is_at_least_one_sample_and_no_two_of_a_name(make_sample, tmp_path
         (2, 50, ["steps 1 to 25", "steps 26 to 50"]),
         (3, 3, ["step 1", "step 2", "step 3"]),
         (3, 5, ["steps 1 to 2", "steps 3 to 4", "step 5"]),
-        (2, None, ["group 1 of 2", "group 2 of 2"]),
+        (2, None, ["time group 1", "time group 2"]),
+        (0, 50, []),
     ],
 )
 def test_names_of_time_groups_are_the_steps_in_them(groups, steps, names):
-    assert step_names(groups, steps) == names
-    if steps:
+    assert step_titles(groups, steps) == names
+    if steps and groups:
         # the definition of docs: step s goes to group s * groups // steps
         counts = np.bincount([s * groups // steps for s in range(steps)])
         said = [1 if "to" not in n else 1 + int(n.split()[3]) - int(n.split()[1]) for n in names]
