@@ -145,7 +145,7 @@ def attention_with_statistics(
     query_lse, key_lse = torch.ops.i2am.accumulate(
         query, key, bias, rows, votes, lse, r2g, g2r, softmax_scale, chosen.value
     )
-    return output, _named(r2g, g2r, query_lse, key_lse, key_weights)
+    return output, _named(r2g, g2r, _own_lse(query_lse, lse), key_lse, key_weights)
 
 
 def accumulate_attention_statistics(
@@ -197,7 +197,7 @@ def accumulate_attention_statistics(
     row_lse, key_lse = torch.ops.i2am.accumulate(
         query, key, bias, rows, votes, query_lse, r2g, g2r, given_scale(scale, query), chosen.value
     )
-    return row_lse, key_lse
+    return _own_lse(row_lse, query_lse), key_lse
 
 
 def module_of(impl: Impl) -> ModuleType:
@@ -239,17 +239,18 @@ def _accumulate(
             g2r=g2r,
             query_lse=query_lse,
         )
-    # an operator must not return one of its inputs
-    if query_lse is not None and row_lse is query_lse:
-        row_lse = row_lse.clone()
+    if query_lse is not None and impl == Impl.FUSED:
+        # an operator must not return one of its inputs: _own_lse puts it in place of this
+        row_lse = query_lse.new_empty(0)
     return row_lse, key_lse
 
 
 @_accumulate.register_fake
 def _(query, key, bias, query_weights, key_weights, query_lse, r2g, g2r, scale, impl):  # type: ignore[no-untyped-def]
     statistics = torch.promote_types(query.dtype, torch.float32)
+    given = query_lse is not None and impl == Impl.FUSED
     return (
-        query.new_empty(query.shape[:3], dtype=statistics),
+        query.new_empty(0 if given else query.shape[:3], dtype=statistics),
         key.new_empty(key.shape[:3], dtype=statistics),
     )
 
@@ -315,6 +316,11 @@ def _empty_sums(query: Tensor, key: Tensor, rows: Tensor, votes: Tensor) -> tupl
         query.new_zeros((batch, heads, votes.shape[1], seqlen_q), dtype=statistics),
         query.new_zeros((batch, heads, rows.shape[1], key.shape[2]), dtype=statistics),
     )
+
+
+def _own_lse(returned: Tensor, given: Tensor | None) -> Tensor:
+    """What the operator returned, or what it was given and took as it is."""
+    return given if given is not None and returned.ndim == 1 else returned
 
 
 def _named(

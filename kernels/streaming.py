@@ -32,7 +32,7 @@ SHARED_RANGE = 60.0
 # A log-sum-exp from the attention call is off by a few eps * |lse| (and more for 16-bit inputs),
 # which exp() turns into a relative error of P; beyond this size it is computed afresh instead.
 TRUSTED_LSE = 10.0
-# exp2 is vectorised where exp takes three times as long, and as exact
+# exp2 is vectorised where exp takes two to three times as long; log2(e) * x is rounded once more
 LOG2E = math.log2(math.e)
 # More weight rows than this are regions, each 0 on most queries: a block of queries takes those
 # that see it.

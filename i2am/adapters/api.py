@@ -53,7 +53,8 @@ def record(
 
     Replays of a CUDA graph that was captured inside the block are recorded too, given a scheduler
     that steps outside of it: call the denoiser itself in the first two steps of every run (buffers
-    are made, kernels compiled), capture the third and replay the rest.
+    are made, kernels compiled), capture the third and replay the rest of that run. Every guidance
+    branch has to be met before. ``maps.provenance["calls"]`` does not count replays.
 
     Args:
         pipe_or_denoiser: A ``DiffusionPipeline``, or its UNet or transformer alone.

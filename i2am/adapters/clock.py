@@ -23,7 +23,8 @@ class RunClock:
         evaluation: How many are over.
         steps: Denoising steps of the run.
         timesteps: The scheduler's values, one per evaluation that is over.
-        captured: Set once attention was recorded into a CUDA graph, whose replays call nobody.
+        captured: Set once attention of this run was recorded into a CUDA graph, whose replays
+            call nobody.
 
     Raises:
         ValueError: There are fewer steps than time groups.
@@ -41,6 +42,8 @@ class RunClock:
         self.bind(on_run=lambda: None, on_step=lambda samples: None)
         self._wrappers: dict[str, tuple[Any, Any]] = {}
         self._announced = True
+        self._called = False
+        self._stale = False
         self.captured = False
         self.evaluations: int | None = None
         self.evaluation = 0
@@ -65,10 +68,13 @@ class RunClock:
         Raises:
             ValueError: The run that begins has fewer steps than there are time groups.
         """
+        self._called = True
         over = self.scheduler is None and self.evaluation == self.evaluations
         if not self._announced and not over:
             return
         self._announced = False
+        self._stale |= self.captured
+        self.captured = False
         self.evaluation = 0
         self.timesteps = []
         self._on_run()
@@ -76,13 +82,19 @@ class RunClock:
             self._expect(len(self.scheduler.timesteps))
 
     def advance(self, timestep: Any = None, samples: int | None = None) -> None:
-        """The current evaluation is over."""
+        """The current evaluation is over.
+
+        Raises:
+            RuntimeError: It was replayed by a CUDA graph of another run.
+        """
+        stale = self.captured if self._announced else self._stale and not self.captured
+        if stale and not self._called:
+            raise RuntimeError(
+                "a recorded run must begin with calls of the denoiser itself and capture a CUDA "
+                "graph of its own, got a step after a replay of an earlier one"
+            )
+        self._called = False
         if self._announced:
-            if self.captured:
-                raise RuntimeError(
-                    "a recorded run must begin with calls of the denoiser itself, got a step after "
-                    "replays of a CUDA graph alone; capture a graph anew in each run"
-                )
             return  # somebody else's step: the denoiser was not called since the run was announced
         self.timesteps.append(timestep)
         # repeated timesteps may hide the place of the first one until the second

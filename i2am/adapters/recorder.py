@@ -214,12 +214,19 @@ class Recorder:
     ) -> None:
         if self._frame is None:
             return  # gradient checkpointing runs layers again outside of the denoiser's forward
-        self._clock.captured |= query.is_cuda and torch.cuda.is_current_stream_capturing()
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._clock.captured = True
+            # a graph knows their addresses and does not keep them: replayed too late, it must not
+            # write into what somebody else was given meanwhile
+            _CAPTURED.setdefault(self._network, {})[id(self._branches)] = self._branches
         name = self._names[layer]
         call = AttentionCall(name, call_index, query.shape[2], key.shape[2])
         size = self._frame.size
         if (call, size) not in self._resolved:
-            self._resolved[call, size] = self.layout.resolve(call, self._frame)
+            found = self.layout.resolve(call, self._frame)
+            if found is not None:
+                found = found[0].to(query.device), found[1]
+            self._resolved[call, size] = found
         tokens = self._resolved[call, size]
         if tokens is None:
             return
@@ -308,6 +315,7 @@ class Recorder:
 _G2R = (Direction.GENERATED_TO_REFERENCE,)
 _KEYS = itertools.count()
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_CAPTURED: weakref.WeakKeyDictionary[nn.Module, dict[int, Branches]] = weakref.WeakKeyDictionary()
 
 
 # diffusers masks by adding -10000; nothing less than this passes a softmax over keys

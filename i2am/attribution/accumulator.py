@@ -17,7 +17,7 @@ from i2am.attribution.joint import JointMaps
 from i2am.attribution.joint_sums import JointGrids, as_joint
 from i2am.attribution.resized import ResizedSums
 from i2am.attribution.sums import AttentionSite, LayerSums
-from i2am.attribution.time_groups import TimeGroups
+from i2am.attribution.time_groups import TimeGroups, refuse_capture
 from i2am.attribution.weights import as_batch, own_mask
 from i2am.kernels import Impl, accumulate_attention_statistics
 
@@ -141,12 +141,21 @@ class Accumulator:
 
     @torch.no_grad()
     def begin(self, group: int) -> None:
-        """Calls from now on belong to a time group. Nothing moves where it is the current one, and
-        :meth:`add` begins it where nobody did; a CUDA graph must be captured, and replayed, after.
+        """An evaluation is over, and calls from now on belong to a time group. :meth:`add` begins
+        one where nobody did; a CUDA graph must be captured, and replayed, after.
 
         Args:
             group: Time group in ``range(time_groups)``.
+
+        Raises:
+            ValueError: There is no such group, or layers to be added up have different numbers of
+                heads.
         """
+        if self.sums == "resized" and self._layers:
+            self._begin_resizing()
+        self._change(group)
+
+    def _change(self, group: int) -> None:
         if group == self._groups.current:
             return
         sums: list[Tensor] = []
@@ -190,9 +199,9 @@ class Accumulator:
             ValueError: The call does not fit the site, the site changed since the first call, or
                 layers to be added up have different numbers of heads.
         """
-        self.begin(group)
+        self._change(group)
         layer = self._layers.get(site.layer)
-        if self.sums == "resized" and layer is not None:
+        if self.sums == "resized" and layer is not None and not self.unresolved:
             self._begin_resizing()
         if layer is None:
             layer = self._allocate(site, query, key, reference, voters)
@@ -215,11 +224,11 @@ class Accumulator:
             self._joint.add(
                 site,
                 query,
-                key[:, :, reference],
+                key[:, :, layer.reference],
                 query_lse=lse[0],
-                key_lse=lse[1][..., reference],
+                key_lse=lse[1][..., layer.reference],
                 scale=scale,
-                bias=bias if bias is None or bias.shape[-1] == 1 else bias[..., reference],
+                bias=bias if bias is None or bias.shape[-1] == 1 else bias[..., layer.reference],
                 impl=self.impl,
             )
         if layer.by_key is not None:
@@ -259,8 +268,8 @@ class Accumulator:
         return resolved
 
     def layers(self) -> list[LayerSums]:
-        """The sums on their grids, in the order in which layers were first seen, as views; or the
-        mean of the resized ones, as one layer.
+        """The sums on their grids, in the order in which layers were first seen, as views while
+        time groups are in order; or the mean of the resized ones, as one layer.
 
         Raises:
             ValueError: Layers to be added up have different numbers of heads.
@@ -339,6 +348,7 @@ class Accumulator:
                 f"reference_grid of {site.layer} must hold {tokens} tokens, got {grid[0]}x{grid[1]}"
             )
         statistics = torch.promote_types(query.dtype, torch.float32)
+        refuse_capture(query)
         # tensors born in inference mode could not be updated outside of it later
         with torch.inference_mode(False):
             samples = None if self.unresolved else batch
@@ -371,7 +381,7 @@ class Accumulator:
                 )
             return _Layer(
                 site,
-                reference,
+                reference if isinstance(reference, slice) else reference.to(query.device),
                 key_weights.to(query.device, statistics),
                 query_weights.to(query.device, statistics),
                 r2g,

@@ -15,7 +15,7 @@ from torch import Tensor
 from i2am.attribution.grid import Grid, ResizeMode, area_weights, resize
 from i2am.attribution.joint import JointMaps
 from i2am.attribution.sums import AttentionSite
-from i2am.attribution.time_groups import TimeGroups
+from i2am.attribution.time_groups import TimeGroups, refuse_capture
 from i2am.kernels import Impl, Pooling, accumulate_joint_statistics
 
 CELLS = 1024
@@ -239,6 +239,7 @@ def _zeros(like: Tensor, *shape: int, turned: bool) -> tuple[Tensor, Tensor]:
         *leading, rows, columns = shape
         g2r, r2g = _zeros(like, *leading, columns, rows, turned=False)
         return g2r.mT, r2g.mT
+    refuse_capture(like)
     return like.new_zeros(shape), like.new_zeros(shape)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from i2am.attribution.grid import Grid, resize
 from i2am.attribution.sums import AttentionSite, LayerSums
-from i2am.attribution.time_groups import TimeGroups
+from i2am.attribution.time_groups import TimeGroups, refuse_capture
 
 RESIZED = "resized"
 """What the one layer of such a recording is called."""
@@ -56,6 +56,7 @@ class ResizedSums:
         def zeros(sums: Tensor | None, grid: Grid | None) -> Tensor | None:
             if sums is None or grid is None:
                 return None
+            refuse_capture(sums)
             # tensors born in inference mode could not be updated outside of it later
             with torch.inference_mode(False):
                 return sums.new_zeros((len(sums), time_groups, *sums.shape[2:4], *grid))

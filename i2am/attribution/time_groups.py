@@ -2,7 +2,21 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
+
+
+def refuse_capture(like: Tensor) -> None:
+    """Called where sums are made: a graph would empty them again whenever it is replayed.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured on the device of ``like``.
+    """
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "sums must exist before a CUDA graph is captured, and a layer is recorded into one for "
+            "the first time; call the denoiser itself in the first two steps of every run"
+        )
 
 
 class TimeGroups:
@@ -38,8 +52,13 @@ class TimeGroups:
         Args:
             group: The group.
             sums: All sums that are kept by these slots, changed in place.
+
+        Raises:
+            ValueError: There is no such group.
         """
-        slot = self.slots[group]
+        if group not in self._held:
+            raise ValueError(f"group must be in range({len(self)}), got {group}")
+        slot = self._held.index(group)
         if slot == 0:
             return
         for each in sums:

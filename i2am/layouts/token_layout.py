@@ -7,7 +7,7 @@ are small functions in this package; a new one needs no other change.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -78,6 +78,14 @@ class Tokens:
             return slice(first, first + height * width)
         rows = torch.arange(top, top + height)[:, None] * self.grid[1]
         return (self.start + rows + torch.arange(left, left + width)).flatten()
+
+    def to(self, device: torch.device) -> "Tokens":
+        """The same tokens, whose :attr:`index` is on a device: used there, it is not copied."""
+        if isinstance(self.index, slice) or self.index.device == device:
+            return self
+        moved = replace(self)
+        vars(moved)["index"] = self.index.to(device)
+        return moved
 
 
 @dataclass(frozen=True)

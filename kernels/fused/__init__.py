@@ -65,6 +65,8 @@ def accumulate(
         ValueError: The dtype is fp64, or head_dim exceeds 256.
     """
     check(query)
+    r2g = None if r2g is None or r2g.shape[2] == 0 else r2g
+    g2r = None if g2r is None or g2r.shape[2] == 0 else g2r
     row_lse = None
     if query_lse is None:
         query_lse = row_lse = query.new_empty(query.shape[:3], dtype=torch.float32)

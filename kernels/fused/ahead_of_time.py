@@ -205,6 +205,7 @@ def _short(
     kernel: str,
     rows: int = 1,
     biased: bool = False,
+    given: bool = False,
 ) -> Launch:
     chunks, queries = short.plan(
         _tokens(LONG, head_dim, dtype),
@@ -215,8 +216,8 @@ def _short(
         key_weights=_fp32(BATCH, rows, keys),
         r2g=_fp32(BATCH, HEADS, rows, LONG),
         g2r=_fp32(BATCH, HEADS, rows, keys),
-        query_lse=None,
-        row_lse=_fp32(BATCH, HEADS, LONG),
+        query_lse=_fp32(BATCH, HEADS, LONG) if given else None,
+        row_lse=None if given else _fp32(BATCH, HEADS, LONG),
         key_lse=_fp32(BATCH, HEADS, keys),
     )
     return chunks if kernel == "chunks" else queries
@@ -285,6 +286,7 @@ VARIANTS: dict[str, Callable[[torch.dtype, int], Launch]] = {
         for keys in SHORT_KEYS
         for kernel in ("chunks", "queries")
     },
+    "chunks, 64 keys, given lse": partial(_short, keys=64, kernel="chunks", given=True),
     "attention": _attention,
     "attention, bias": partial(_attention, biased=True),
 }

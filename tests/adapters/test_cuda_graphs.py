@@ -144,13 +144,57 @@ def test_replays_of_a_cuda_graph_are_recorded(tiny, options, attach):
     assert_recorded_alike(results)
 
 
+def stepping(clock):
+    """A function that begins a run, and one that ends an evaluation of it."""
+    scheduler = DDIMScheduler()
+    clock.scheduler = scheduler
+    clock.attach()
+    sample = torch.zeros(1, 4, 2, 2)
+    return (
+        lambda: scheduler.set_timesteps(4),
+        lambda: scheduler.step(sample, scheduler.timesteps[0], sample),
+    )
+
+
+REFUSED = "run must begin with calls of the denoiser itself and capture a CUDA graph of its own"
+
+
 def test_a_run_of_replays_alone_is_refused():
     """Nobody tells the recorder where it begins: its sums would land in the last run's."""
-    scheduler = DDIMScheduler()
-    clock = RunClock(scheduler, time_groups=1)
-    clock.attach()
+    clock = RunClock(DDIMScheduler(), time_groups=1)
+    begin, step = stepping(clock)
+    begin()
+    clock.arrive()
     clock.captured = True
-    scheduler.set_timesteps(2)
-    sample = torch.zeros(1, 4, 2, 2)
-    with pytest.raises(RuntimeError, match="run must begin with calls of the denoiser itself"):
-        scheduler.step(sample, scheduler.timesteps[0], sample)
+    step()
+    step()  # a replay of this run's graph
+    begin()
+    with pytest.raises(RuntimeError, match=REFUSED):
+        step()
+
+
+def test_a_graph_of_an_earlier_run_is_refused():
+    clock = RunClock(DDIMScheduler(), time_groups=1)
+    begin, step = stepping(clock)
+    begin()
+    clock.arrive()
+    clock.captured = True
+    step()
+    begin()
+    clock.arrive()
+    step()
+    with pytest.raises(RuntimeError, match=REFUSED):
+        step()
+    clock.arrive()
+    clock.captured = True
+    step()
+    step()  # this run has a graph of its own now
+    assert clock.evaluation == 3
+
+
+def test_without_graphs_steps_that_nobody_called_for_are_somebody_elses():
+    clock = RunClock(DDIMScheduler(), time_groups=1)
+    begin, step = stepping(clock)
+    begin()
+    step()
+    assert clock.evaluation == 0

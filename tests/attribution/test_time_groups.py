@@ -1,10 +1,12 @@
 """Time groups change places; whoever adds, adds at one address."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from i2am.attribution import Accumulator
-from i2am.attribution.time_groups import TimeGroups
+from i2am.attribution import Accumulator, accumulator, joint_sums, resized
+from i2am.attribution.time_groups import TimeGroups, refuse_capture
 from i2am.testing import make_qkv, make_site
 
 
@@ -51,3 +53,32 @@ def test_buffers_stay_where_they_are(sums):
         tensors = [*layer.sums, *held, *accumulator._joint.tensors]
         addresses.append([tensor.data_ptr() for tensor in tensors])
     assert all(later == addresses[1] for later in addresses[1:])
+
+
+def test_there_is_no_such_group():
+    with pytest.raises(ValueError, match=r"group must be in range\(3\), got -1"):
+        TimeGroups(3).begin(-1, [])
+
+
+def test_sums_are_not_made_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    refuse_capture(SimpleNamespace(is_cuda=False))
+    with pytest.raises(RuntimeError, match="sums must exist before a CUDA graph is captured"):
+        refuse_capture(SimpleNamespace(is_cuda=True))
+
+
+@pytest.mark.parametrize("sums", ["native", "resized"])
+def test_it_is_asked_wherever_sums_are_made(monkeypatch, sums):
+    asked = []
+    for module in (accumulator, resized, joint_sums):
+        monkeypatch.setattr(module, "refuse_capture", lambda like, name=module: asked.append(name))
+    recording = accumulator.Accumulator(time_groups=2, sums=sums, joint=True)
+    site = make_site("a", (4, 3), (2, 2))
+    query, key, _ = make_qkv(1, 2, 12, 4, 8)
+    for group, made in ((0, True), (1, False), (1, False)):
+        asked.clear()
+        recording.add(site, query, key, group=group)
+        recording.begin(group)  # the evaluation is over
+        assert set(asked) == ({accumulator, joint_sums} if made else set()) | (
+            {resized} if made and sums == "resized" else set()
+        )

@@ -746,3 +746,18 @@ def test_recording_works_under_a_cuda_graph():
     graph.replay()
     for ours, theirs in zip(captured, results(*second), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("keys", [9, 140])
+def test_no_weight_rows_and_no_votes_leave_the_log_sum_exps(keys):
+    query, key, _ = tokens(1, 2, 70, keys, 16)
+    nothing = {
+        "query_weights": torch.zeros(1, 0, 70, device=DEVICE),
+        "key_weights": torch.zeros(1, 0, keys, device=DEVICE),
+    }
+    actual = attention_statistics(query, key, impl="fused", **nothing)
+    exact = attention_statistics(query, key, impl="reference")
+    assert actual.r2g.shape == (1, 2, 0, 70)
+    assert actual.g2r.shape == (1, 2, 0, keys)
+    for name in ("query_lse", "key_lse"):
+        torch.testing.assert_close(getattr(actual, name), getattr(exact, name))
