@@ -141,6 +141,5 @@ def record(
         clock=clock,
         wanted=GUIDANCE[guidance],
         make=make,
-        attach=attach,
         attend=attend_by(attach, impl),
     )

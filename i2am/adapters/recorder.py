@@ -34,8 +34,7 @@ class Recorder:
         clock: Follows the scheduler.
         wanted: Guidance branches to keep, the first one being :meth:`maps`'s default.
         make: Makes an accumulator, given ``unresolved=``.
-        attach: How recorded layers attend, for the record.
-        attend: The same as a function.
+        attend: How recorded layers attend.
 
     Raises:
         ValueError: No attention layer matches the layout.
@@ -49,7 +48,6 @@ class Recorder:
         clock: RunClock,
         wanted: tuple[str, ...],
         make: Callable[..., Accumulator],
-        attach: str = "beside",
         attend: Attend = attend_beside,
     ) -> None:
         self.layout = layout
@@ -75,7 +73,6 @@ class Recorder:
         clock.bind(on_run=self._begin_run, on_step=self._end_evaluation)
         self._wanted = wanted
         self._make = make
-        self._attach = attach
         self._attend = attend
         self._restore: list[Callable[[], None]] = []
         self._installed: dict[str, Any] = {}
@@ -216,9 +213,9 @@ class Recorder:
             return  # gradient checkpointing runs layers again outside of the denoiser's forward
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             self._clock.captured = True
-            # a graph knows their addresses and does not keep them: replayed too late, it must not
-            # write into what somebody else was given meanwhile
-            _CAPTURED.setdefault(self._network, {})[id(self._branches)] = self._branches
+            # a graph knows addresses and keeps nothing: replayed too late, until there is another,
+            # it must not write into what somebody else was given meanwhile
+            _CAPTURED[self._network] = self._branches
         name = self._names[layer]
         call = AttentionCall(name, call_index, query.shape[2], key.shape[2])
         size = self._frame.size
@@ -276,7 +273,7 @@ class Recorder:
             "prefix_votes": self.layout.prefix_votes if self._beside_reference else None,
             "guidance_order": list(self.layout.guidance_order),
             "guidance": branch,
-            "attach": self._attach,
+            "attach": "beside" if self._attend is attend_beside else "fused",
             "regions": describe_regions(accumulator.regions),
             "steps": clock.steps,
             "evaluations": clock.evaluation,
@@ -315,7 +312,7 @@ class Recorder:
 _G2R = (Direction.GENERATED_TO_REFERENCE,)
 _KEYS = itertools.count()
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_CAPTURED: weakref.WeakKeyDictionary[nn.Module, dict[int, Branches]] = weakref.WeakKeyDictionary()
+_CAPTURED: weakref.WeakKeyDictionary[nn.Module, Branches] = weakref.WeakKeyDictionary()
 
 
 # diffusers masks by adding -10000; nothing less than this passes a softmax over keys

@@ -10,12 +10,12 @@ def step_titles(groups: int, steps: int | None) -> list[str]:
     Raises:
         ValueError: There are fewer steps than groups.
     """
-    if steps is None:
+    if steps is None or groups == 0:
         return [f"time group {group + 1}" for group in range(groups)]
     if steps < groups:
         raise ValueError(f"steps must be at least the {groups} time groups, got {steps}")
     # the recorder sends step s to group s * groups // steps
-    edges = [-(-group * steps // max(groups, 1)) for group in range(groups + 1)]
+    edges = [-(-group * steps // groups) for group in range(groups + 1)]
     return [
         f"step {first + 1}" if first + 1 == last else f"steps {first + 1} to {last}"
         for first, last in pairwise(edges)

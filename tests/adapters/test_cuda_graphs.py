@@ -144,57 +144,62 @@ def test_replays_of_a_cuda_graph_are_recorded(tiny, options, attach):
     assert_recorded_alike(results)
 
 
-def stepping(clock):
-    """A function that begins a run, and one that ends an evaluation of it."""
-    scheduler = DDIMScheduler()
-    clock.scheduler = scheduler
-    clock.attach()
-    sample = torch.zeros(1, 4, 2, 2)
-    return (
-        lambda: scheduler.set_timesteps(4),
-        lambda: scheduler.step(sample, scheduler.timesteps[0], sample),
-    )
-
-
 REFUSED = "run must begin with calls of the denoiser itself and capture a CUDA graph of its own"
 
 
-def test_a_run_of_replays_alone_is_refused():
+class Run:
+    """A clock and the scheduler that it follows."""
+
+    def __init__(self):
+        self.scheduler = DDIMScheduler()
+        self.clock = RunClock(self.scheduler, time_groups=1)
+        self.clock.attach()
+
+    def begin(self):
+        self.scheduler.set_timesteps(4)
+
+    def step(self, *, called=True, captured=False):
+        """An evaluation: of a denoiser that is called, captured meanwhile, or only replayed."""
+        if called:
+            self.clock.arrive()
+        self.clock.captured |= captured
+        sample = torch.zeros(1, 4, 2, 2)
+        self.scheduler.step(sample, self.scheduler.timesteps[0], sample)
+
+
+@pytest.fixture
+def after_a_graph():
+    """The second run of a recording whose first run was captured and replayed."""
+    run = Run()
+    run.begin()
+    run.step(captured=True)
+    run.step(called=False)
+    assert run.clock.evaluation == 2
+    run.begin()
+    return run
+
+
+def test_a_run_of_replays_alone_is_refused(after_a_graph):
     """Nobody tells the recorder where it begins: its sums would land in the last run's."""
-    clock = RunClock(DDIMScheduler(), time_groups=1)
-    begin, step = stepping(clock)
-    begin()
-    clock.arrive()
-    clock.captured = True
-    step()
-    step()  # a replay of this run's graph
-    begin()
     with pytest.raises(RuntimeError, match=REFUSED):
-        step()
+        after_a_graph.step(called=False)
 
 
-def test_a_graph_of_an_earlier_run_is_refused():
-    clock = RunClock(DDIMScheduler(), time_groups=1)
-    begin, step = stepping(clock)
-    begin()
-    clock.arrive()
-    clock.captured = True
-    step()
-    begin()
-    clock.arrive()
-    step()
+def test_a_graph_of_an_earlier_run_is_refused(after_a_graph):
+    after_a_graph.step()
     with pytest.raises(RuntimeError, match=REFUSED):
-        step()
-    clock.arrive()
-    clock.captured = True
-    step()
-    step()  # this run has a graph of its own now
-    assert clock.evaluation == 3
+        after_a_graph.step(called=False)
+
+
+def test_a_run_may_have_a_graph_of_its_own(after_a_graph):
+    after_a_graph.step()
+    after_a_graph.step(captured=True)
+    after_a_graph.step(called=False)
+    assert after_a_graph.clock.evaluation == 3
 
 
 def test_without_graphs_steps_that_nobody_called_for_are_somebody_elses():
-    clock = RunClock(DDIMScheduler(), time_groups=1)
-    begin, step = stepping(clock)
-    begin()
-    step()
-    assert clock.evaluation == 0
+    run = Run()
+    run.begin()
+    run.step(called=False)
+    assert run.clock.evaluation == 0
