@@ -56,7 +56,7 @@ wheels: $(STAMP) ## packages for `make gpu` without network, in .wheels (for GPU
 	@rm -rf .wheels
 	$(PIP) download -q -c constraints.txt -d .wheels --only-binary=:all: --python-version $(GPU_PYTHON) \
 		--implementation cp $(addprefix --platform manylinux,_2_28_x86_64 _2_17_x86_64 2014_x86_64 1_x86_64) \
-		diffusers pytest-xdist pytest-timeout
+		diffusers hypothesis pytest-xdist pytest-timeout
 	@rm -f .wheels/numpy-*  # comes with torch
 
 plots: $(STAMP) ## draw the scaling plots of the last GPU result (needs matplotlib)

@@ -41,6 +41,10 @@ class Outcomes:
         config.hook.pytest_deselected(items=settled)
         items[:] = [item for item in items if item.nodeid not in self._settled]
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and not self._is_worker:
+            self._ledger.write(STEP, report.nodeid, {"error": str(report.longrepr)[-LIMIT:]})
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if self._is_worker or (report.passed and report.when != "call"):
             return

@@ -109,18 +109,18 @@ def test_a_step_is_stopped_in_time(monkeypatch, ledger):
 
 def test_tests_are_rows_and_a_later_run_leaves_out_what_passed(tmp_path, ledger):
     """One fails, one is skipped: both processes of xdist write to the same rows."""
-    tests = tmp_path / "test_some.py"
-    tests.write_text(
+    (tmp_path / "test_some.py").write_text(
         "import pytest\n"
         "@pytest.mark.parametrize('i', range(4))\n"
         "def test_good(i): pass\n"
         "def test_bad(): assert 1 == 2\n"
         "def test_skipped(): pytest.skip('no card')\n"
     )
+    (tmp_path / "test_other.py").write_text("import a_package_that_is_not_here\n")
 
     def outcomes(run):
         later = Ledger(ledger.path, run)
-        options = argparse.Namespace(dry_run=True, tests=[str(tests), "-p", "no:cacheprovider"])
+        options = argparse.Namespace(dry_run=True, tests=[".", "-p", "no:cacheprovider"])
         command = gpu.command("tests", later, options, tmp_path)
         ran = subprocess.run(
             command,
@@ -129,18 +129,19 @@ def test_tests_are_rows_and_a_later_run_leaves_out_what_passed(tmp_path, ledger)
             capture_output=True,
             text=True,
         )
-        rows = {row["name"].partition("::")[2]: row for row in later.rows()}
+        rows = {row["name"].rpartition("::")[2]: row for row in later.rows()}
         return ran.stdout, rows
 
     said, rows = outcomes("2026-11-27 12:00:00 abc")
     assert "1 failed, 4 passed, 1 skipped" in said
-    assert len(rows) == 6
+    assert len(rows) == 7
+    assert "a_package_that_is_not_here" in rows["test_other.py"]["error"]
     assert "assert 1 == 2" in rows["test_bad"]["error"]
     assert rows["test_skipped"]["skipped"] == "no card"
     said, rows = outcomes("2026-11-27 13:00:00 abd")
     assert "1 failed" in said
     assert "passed" not in said
-    assert len(rows) == 6
+    assert len(rows) == 7
 
 
 @pytest.mark.slow
