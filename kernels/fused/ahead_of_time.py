@@ -1,8 +1,8 @@
 """Compile every kernel for GPUs that are not here: ``python -m i2am.kernels.fused.ahead_of_time``.
 
 One row per kernel and target, from the machine code itself. The exit status is 1 when a kernel does
-not compile, spills registers, needs more shared memory than the target has, or reads 16-bit operands
-one by one or multiplies them without a matrix instruction.
+not compile, spills registers, needs more shared memory than the target has, reads 16-bit operands
+one by one, or multiplies them without a matrix instruction.
 """
 
 import argparse

@@ -90,6 +90,7 @@ for x in (one, far):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_any_number_of_features_is_read_ahead_16_bytes_at_a_time():
     """A multiple of 8 is enough: 40 and 72 leave strides that 16 does not divide."""
     code = """
