@@ -555,6 +555,7 @@ def test_addresses_are_64_bit(kernel, monkeypatch):
         named |= {"weights": torch.zeros(3, 3, 4), "sums": torch.zeros(3, 3, 3, 3)}
         launch = statistics.plan(**named, scale=1.0, lse=lse)
 
+    features = ("query", "key", "value", "owner", "other")
     addresses = set()
 
     def record(ptrs, mask):
@@ -570,14 +571,17 @@ def test_addresses_are_64_bit(kernel, monkeypatch):
     original = InterpreterBuilder.create_masked_load
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store)
-    huge = 2**31 - 1
+    assert launch.arguments["UNIT"] == 8
     checked = 0
     for name, tensor in named.items():
         own = [x for x in launch.arguments if x.rpartition("_")[0] == f"stride_{name}"]
         assert len(own) == tensor.ndim
         for axis, argument in enumerate(own):
             addresses.clear()
-            launch._replace(arguments=launch.arguments | {argument: huge}).run(torch.device("cpu"))
+            unit = 8 if name in features and axis < 3 else 1
+            huge = 2**31 - unit
+            steps = {argument: huge // unit}
+            launch._replace(arguments=launch.arguments | steps).run(torch.device("cpu"))
             strides = [*tensor.stride()[:axis], huge, *tensor.stride()[axis + 1 :]]
             last = sum((size - 1) * step for size, step in zip(tensor.shape, strides, strict=True))
             assert tensor.data_ptr() + last * tensor.element_size() in addresses, argument
