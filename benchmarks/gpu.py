@@ -35,6 +35,7 @@ WHEELS = ROOT / ".wheels"
 GRACE = 5  # s that a stopped step has to end by itself
 LIMIT = 60  # s of one test
 ERROR = 1500  # characters kept of an error
+LEFT_OUT = 75  # exit status of a step that this machine does not have
 PROCESS = "process"  # row that says how a step ended
 
 Rows = Iterator[tuple[str, Callable[[], Line]]]
@@ -45,13 +46,15 @@ class Step:
     """What a process measures, for how many seconds at most.
 
     Args:
-        rows: Yields the names of its rows, and what measures each; ``None`` for the tests.
         limit: In seconds.
-        packages: What it needs beside torch, triton and numpy.
+        rows: Yields the names of its rows, and what measures each.
+        tests: Arguments of pytest instead, each test being a row.
+        packages: What it needs beside torch, triton, numpy and pytest.
     """
 
-    rows: Callable[[argparse.Namespace], Rows] | None
     limit: int
+    rows: Callable[[argparse.Namespace], Rows] | None = None
+    tests: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
 
 
@@ -131,12 +134,13 @@ def batches(options: argparse.Namespace) -> Rows:
 
 
 STEPS = {
-    "machine": Step(machine, 40),
-    "tests": Step(None, 150),
-    "calls": Step(calls, 120),
-    "profile": Step(profile, 40),
-    "steps": Step(steps, 240, ("diffusers",)),
-    "batches": Step(batches, 120, ("diffusers",)),
+    "machine": Step(40, machine),
+    "tests": Step(150, tests=("tests/kernels", "--ignore=tests/kernels/test_ahead_of_time.py")),
+    "calls": Step(120, calls),
+    "profile": Step(40, profile),
+    "recorder": Step(60, tests=("tests/adapters", "-m", "gpu"), packages=("diffusers",)),
+    "steps": Step(240, steps, packages=("diffusers",)),
+    "batches": Step(120, batches, packages=("diffusers",)),
 }
 
 
@@ -148,10 +152,7 @@ def measure(step: str, ledger: Ledger, options: argparse.Namespace) -> None:
     from harness import LeftOut, is_lost
 
     try:
-        for package in STEPS[step].packages:
-            if not _is_here(package):
-                raise LeftOut(f"{package} is not installed")
-        settled = ledger.settled(step) - {PROCESS}
+        settled = ledger.settled(step)
         for name, work in STEPS[step].rows(options):
             if name not in settled:
                 ledger.announce(step, name)
@@ -159,7 +160,8 @@ def measure(step: str, ledger: Ledger, options: argparse.Namespace) -> None:
                 if is_lost():
                     raise SystemExit("no kernel runs any more in this process")
     except LeftOut as reason:
-        ledger.write(step, "packages", {"left_out": str(reason)})
+        print(reason)
+        raise SystemExit(LEFT_OUT) from None
 
 
 def _found(work: Callable[[], Line]) -> Line:
@@ -209,7 +211,7 @@ def _card() -> str | None:
 
 def command(step: str, ledger: Ledger, options: argparse.Namespace, folder: Path) -> list[str]:
     """What a step runs."""
-    if STEPS[step].rows is not None:
+    if not STEPS[step].tests:
         same = [f"--{name}={getattr(options, name)}" for name in ("rounds", "shapes")]
         flags = ["--dry-run"] * options.dry_run
         here = ["--process", step, "--run", ledger.run, "-o", str(options.out)]
@@ -223,17 +225,21 @@ def command(step: str, ledger: Ledger, options: argparse.Namespace, folder: Path
     if _is_here("pytest_timeout"):
         parallel += ["--timeout", str(LIMIT)]
     plugin = ["-p", "gpu_tests", "--ledger", str(ledger.path), "--run", ledger.run]
-    plugin += ["--settled", str(settled)]
+    plugin += ["--step", step, "--settled", str(settled)]
     # a file that needs a package which is missing costs only itself
     pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--continue-on-collection-errors"]
-    return [*pytest, *plugin, *parallel, *options.tests]
+    return [*pytest, *plugin, *parallel, *(options.tests or STEPS[step].tests)]
 
 
 def run(step: str, ledger: Ledger, options: argparse.Namespace, folder: Path, end: float) -> None:
     """Run a step until it is done, its time is over, or it ends twice at the same place."""
+    for package in STEPS[step].packages:
+        if not _is_here(package):
+            ledger.write(step, PROCESS, {"left_out": f"{package} is not installed"})
+            return
     start = time.monotonic()
     end = min(end, start + STEPS[step].limit)
-    before, ended = None, None
+    before, ended, how = None, None, "no time was left"
     log = options.out / "log.txt"
     while time.monotonic() < end and before != (before := ledger.settled(step)):
         with log.open("ab") as output:
@@ -251,16 +257,18 @@ def run(step: str, ledger: Ledger, options: argparse.Namespace, folder: Path, en
                 ended = process.wait(end - time.monotonic())
             except subprocess.TimeoutExpired:
                 _end(process)
-                ended = None
+                ended, how = None, "stopped when its time was over"
                 break
-        # pytest ends with 1 where tests failed, which are rows of their own
-        if ended == 0 or (ended == 1 and STEPS[step].rows is None):
+            how = f"ended with status {ended}"
+        # pytest ends with 1 where tests failed, which are rows of their own, with 5 if none is left
+        if ended == 0 or (ended in (1, 5) and STEPS[step].tests):
             ended = 0
             break
     found: Line = {"took_s": round(time.monotonic() - start, 1)}
-    if ended != 0:
-        last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-        how = "stopped when its time was over" if ended is None else f"ended with status {ended}"
+    last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    if ended == LEFT_OUT:
+        found["left_out"] = last
+    elif ended != 0:
         found["error"] = f"{how}: {last[-300:]}"
     ledger.write(step, PROCESS, found)
 
@@ -319,10 +327,6 @@ def parse() -> argparse.Namespace:
     options.out = options.out.resolve()
     if options.dry_run and options.shapes == "gpu":
         options.shapes = "tiny"
-    if options.tests is None:
-        options.tests = ["tests/kernels", "--ignore=tests/kernels/test_ahead_of_time.py"]
-        if _is_here("diffusers"):
-            options.tests.append("tests/adapters/test_cuda_graphs.py")
     return options
 
 

@@ -10,7 +10,6 @@ import harness
 import pytest
 from ledger import Ledger
 
-STEP = "tests"
 LIMIT = 1500  # characters kept of a failure
 
 
@@ -18,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("i2am", "i2am on a GPU")
     group.addoption("--ledger", type=Path, help="file of rows to append to")
     group.addoption("--run", help="name of the run")
+    group.addoption("--step", help="name of the step")
     group.addoption("--settled", type=Path, help="names of tests to leave out, a line each")
 
 
@@ -30,6 +30,7 @@ class Outcomes:
 
     def __init__(self, config: pytest.Config) -> None:
         self._ledger = Ledger(config.getoption("--ledger"), config.getoption("--run"))
+        self._step = config.getoption("--step")
         # read before any test runs: the processes of xdist must agree on the tests
         names = config.getoption("--settled").read_text(encoding="utf-8").splitlines()
         self._settled = set(names)
@@ -43,7 +44,7 @@ class Outcomes:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed and not self._is_worker:
-            self._ledger.write(STEP, report.nodeid, {"error": str(report.longrepr)[-LIMIT:]})
+            self._ledger.write(self._step, report.nodeid, {"error": str(report.longrepr)[-LIMIT:]})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if self._is_worker or (report.passed and report.when != "call"):
@@ -57,7 +58,7 @@ class Outcomes:
             found["error"] = str(report.longrepr)[-LIMIT:]
         elif report.skipped:
             found["skipped"] = report.longrepr[2].removeprefix("Skipped: ")
-        self._ledger.write(STEP, report.nodeid, found)
+        self._ledger.write(self._step, report.nodeid, found)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         if harness.is_lost():
