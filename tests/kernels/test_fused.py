@@ -7,12 +7,13 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from i2am.kernels import attention_statistics, attention_with_statistics, reference
-from i2am.testing import assert_matches_reference, make_qkv
+from i2am.testing import assert_matches_reference, make_qkv, tensor_core_rounding
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -56,13 +57,15 @@ def check(query, key, value, **arguments):
     # the same without the row log-sum-exp of the attention call
     alone = attention_statistics(query, key, impl="fused", **arguments)
     eager_output = eager_attention(*inputs, **arguments)
-    assert_matches_reference(actual[0], exact=exact[0], eager=eager_output, name="output")
+    rounding = tensor_core_rounding(query, key, scale=arguments.get("scale"))
+    matches = partial(assert_matches_reference, rounding=rounding)
+    matches(actual[0], exact=exact[0], eager=eager_output, name="output")
     for name in exact[1]._fields:
         ruler, budget = getattr(exact[1], name), getattr(eager, name)
         for which, statistics in (("with attention", actual[1]), ("alone", alone)):
             ours = getattr(statistics, name)
             assert ours.dtype == torch.float32
-            assert_matches_reference(ours, exact=ruler, eager=budget, name=f"{name}, {which}")
+            matches(ours, exact=ruler, eager=budget, name=f"{name}, {which}")
     return actual
 
 
