@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from i2am.kernels.arguments import check_sums, expanded_bias, given_scale, prepare
+from i2am.kernels.arguments import (
+    check_statistics,
+    check_sums,
+    expanded_bias,
+    given_scale,
+    prepare,
+)
 from i2am.kernels.pooling import Pooling
 from i2am.kernels.types import Impl
 
@@ -37,7 +43,7 @@ def accumulate_joint_statistics(
             inputs).
         key_lse: ``[batch, heads, seqlen_k]`` over the queries, likewise.
         g2r: Mean over the heads of ``W P V^T``: ``[batch, cells of queries, cells of keys]``, fp32
-            (fp64 with fp64 inputs), any strides.
+            (fp64 with fp64 inputs), any strides that let no two elements share memory.
         r2g: Mean over the heads of ``W C V^T``, likewise.
         g2r_per_head: ``W P V^T`` of every head, ``[batch, heads, cells of queries, cells of
             keys]``; ``None`` skips it.
@@ -59,8 +65,8 @@ def accumulate_joint_statistics(
     bias = expanded_bias(bias, query, key)
     batch, heads, seqlen_q, _ = query.shape
     seqlen_k = key.shape[2]
-    check_sums("query_lse", query_lse, (batch, heads, seqlen_q), query)
-    check_sums("key_lse", key_lse, (batch, heads, seqlen_k), query)
+    check_statistics("query_lse", query_lse, (batch, heads, seqlen_q), query)
+    check_statistics("key_lse", key_lse, (batch, heads, seqlen_k), query)
     cells = (
         _cells("query_pooling", query_pooling, seqlen_q, "queries"),
         _cells("key_pooling", key_pooling, seqlen_k, "keys"),

@@ -41,6 +41,18 @@ def strides(name: str, tensor: Tensor | None, axes: Sequence[str]) -> dict[str, 
     return {f"stride_{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}
 
 
+def weight_strides(name: str, weights: Tensor | None, axes: Sequence[str]) -> dict[str, int]:
+    """As :func:`strides` of ``[batch, rows, tokens]``, with 0 for a batch of one.
+
+    The batch mostly shares its weights, which is a stride of 0 too: a run whose later steps record
+    fewer rows than its first goes on with the kernels that it has, not with new ones.
+    """
+    values = strides(name, weights, axes)
+    if weights is not None and weights.shape[0] == 1:
+        values[f"stride_{name}_{axes[0]}"] = 0
+    return values
+
+
 def feature_strides(**features: tuple[Tensor, str]) -> dict[str, int]:
     """The kernel arguments UNIT and ``stride_{name}_{axis}``, all but the last stride in UNITs.
 

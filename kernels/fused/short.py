@@ -29,6 +29,7 @@ from i2am.kernels.fused.primitives import (
     score_tile,
     shares,
     strides,
+    weight_strides,
     weighted_sums,
 )
 
@@ -321,14 +322,14 @@ def plan(
         "weights_ptr": query_weights,
         "lse_ptr": row_lse,
         **strides("given_lse", query_lse, "bhm"),
-        **strides("weights", query_weights, "brm"),
+        **weight_strides("weights", query_weights, "brm"),
     }
     second = {
         "votes_ptr": key_weights,
         "lse_ptr": key_lse,
         "r2g_ptr": r2g,
         "g2r_ptr": g2r,
-        **strides("votes", key_weights, "bun"),
+        **weight_strides("votes", key_weights, "bun"),
         **strides("r2g", r2g, "bhum"),
         **strides("g2r", g2r, "bhrn"),
         "votes": votes,

@@ -32,6 +32,7 @@ from i2am.kernels.fused.primitives import (
     score_tile,
     shares,
     strides,
+    weight_strides,
     weighted_sums,
 )
 
@@ -328,7 +329,7 @@ def plan(
         **feature_strides(owner=(owner, "t"), other=(other, "t")),
         **strides("bias", bias, ("b", "h", "owner", "other")),
         **strides("other_lse", other_lse, "bht"),
-        **strides("weights", weights, "brt"),
+        **weight_strides("weights", weights, "brt"),
         **strides("sums", sums, "bhrt"),
         "H": heads,
         "owners": owners,

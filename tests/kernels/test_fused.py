@@ -657,6 +657,31 @@ def test_amd_gets_no_option_that_its_compiler_refuses(monkeypatch):
     assert "maxnreg" not in configs.arguments(chosen)
 
 
+@pytest.mark.parametrize("keys", [77, 140], ids=["few keys", "many keys"])
+def test_a_smaller_batch_takes_the_kernels_of_a_larger_one(keys, monkeypatch):
+    """Triton compiles anew for a number that is 1 or that 16 divides: none may come to be so."""
+    from i2am.kernels.fused.primitives import Launch
+
+    def kernels(query, key, **weights):
+        seen.clear()
+        attention_statistics(query, key, impl="fused", **weights)
+        return list(seen)
+
+    def record(launch, device):
+        numbers = {name: x for name, x in launch.arguments.items() if isinstance(x, int)}
+        kinds = {name: (x == 1, x % 16 == 0) for name, x in numbers.items()}
+        seen.append((launch.kernel, kinds))
+
+    seen = []
+    monkeypatch.setattr(Launch, "run", record)
+    query, key, _ = tokens(2, 2, 37, keys, 40, dtype=torch.float16)
+    shared = {"query_weights": uniform(1, 3, 37), "key_weights": uniform(keys)}
+    for weights in ({}, shared):
+        both = kernels(query, key, **weights)
+        assert len(both) == (2 if keys == 77 else 3)
+        assert kernels(query[:1], key[:1], **weights) == both
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
