@@ -74,6 +74,14 @@ MAX_ROW_BLOCK = 32
 MIN_DOT = 16
 
 
+def width(head_dim: int, unit: int) -> int:
+    """The features that a tile is chosen for: read one by one (``unit`` 1) they lie in one block.
+
+    The reason is a fault of ptxas, see ``primitives.py``.
+    """
+    return head_dim if unit > 1 else _power_of_2(head_dim)
+
+
 class StatisticsConfig(NamedTuple):
     """Compile-time arguments of ``statistics.owner_pass``."""
 

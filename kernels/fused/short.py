@@ -23,6 +23,7 @@ from i2am.kernels.fused.primitives import (
     add_into,
     compensated_add,
     feature_strides,
+    feature_unit,
     load_features,
     log_sum_exp,
     online_softmax,
@@ -34,7 +35,7 @@ from i2am.kernels.fused.primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def over_chunks(
     query_ptr,
     key_ptr,
@@ -155,7 +156,7 @@ def over_chunks(
         tl.store(parts, sums, mask=mask_n[:, None] & (offs_rows < rows)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def over_queries(
     query_ptr,
     key_ptr,
@@ -293,7 +294,9 @@ def plan(
     seqlen_k = key.shape[2]
     rows = 1 if g2r is None else g2r.shape[2]
     votes = 1 if r2g is None else r2g.shape[2]
-    config = configs.short(head_dim, query.element_size(), seqlen_q, seqlen_k)
+    unit = feature_unit(query, key)
+    width = configs.width(head_dim, unit)
+    config = configs.short(width, query.element_size(), seqlen_q, seqlen_k)
     chunks = triton.cdiv(seqlen_q, config.chunk)
     columns = key_lse.new_empty((batch, heads, chunks, seqlen_k))
     partial = None if g2r is None else key_lse.new_empty((batch, heads, chunks, rows, seqlen_k))
@@ -303,7 +306,7 @@ def plan(
         "bias_ptr": bias,
         "columns_ptr": columns,
         "partial_ptr": partial,
-        **feature_strides(query=(query, "m"), key=(key, "n")),
+        **feature_strides(unit, query=(query, "m"), key=(key, "n")),
         **strides("bias", bias, "bhmn"),
         "H": heads,
         "M": seqlen_q,

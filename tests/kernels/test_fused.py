@@ -158,7 +158,8 @@ def test_one_key_takes_all_mass_or_none(offset):
     bias = torch.zeros(37, device=DEVICE)
     bias[5] = offset
     _, statistics = check(query, key, value, bias=bias)
-    assert statistics.g2r[0, 0, 0, 5] == pytest.approx(1.0 if offset > 0 else 0.0, abs=1e-6)
+    share = statistics.g2r[0, 0, 0, 5].item()
+    assert share == pytest.approx(1.0 if offset > 0 else 0.0, abs=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
@@ -229,6 +230,24 @@ def test_regions_are_computed_where_they_are(monkeypatch):
 def test_any_strides(layout, relayout):
     query, key, value = (relayout(x, layout) for x in tokens(2, 2, 19, 35, 40, dtype=torch.float16))
     check(query, key, value, query_weights=uniform(2, 1, 38)[..., ::2])
+
+
+@both_schedules
+@pytest.mark.parametrize("head_dim", [72, 80, 96, 160])
+@pytest.mark.parametrize("layout", ["sliced", "shifted"])
+def test_features_that_are_not_read_8_at_a_time(layout, relayout, head_dim):
+    """Where they lie in two blocks, ptxas 12.8 lost the second one's place in shared memory."""
+    inputs = tokens(2, 2, 19, 35, head_dim, dtype=torch.float16)
+    check(*(relayout(x, layout) for x in inputs))
+
+
+@pytest.mark.parametrize("head_dim", [40, 80, 160])
+@pytest.mark.parametrize("shape", [(1, 37), (200, 1), (1, 300), (1, 1)], ids=ids)
+def test_counts_of_one(shape, head_dim):
+    """Were 1 known to the compiler it would leave the loop away; see above."""
+    bias = torch.zeros(shape[1], device=DEVICE)
+    inputs = tokens(2, 2, *shape, head_dim, dtype=torch.float16)
+    check(*inputs, bias=bias, query_weights=uniform(2, 5, shape[0]))
 
 
 # --- masks ----------------------------------------------------------------------------------------

@@ -328,6 +328,9 @@ def test_refuses_gradients():
 
 
 def test_fused_refuses_fp64():
-    fp64 = {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in GOOD.items()}
+    fp64 = {
+        key: x.to(DEVICE, torch.float64) if isinstance(x, torch.Tensor) else x
+        for key, x in GOOD.items()
+    }
     with pytest.raises(ValueError, match=r"impl='fused' computes in fp32"):
         accumulate_joint_statistics(**fp64, impl="fused")
