@@ -293,7 +293,7 @@ def plan(
     seqlen_k = key.shape[2]
     rows = 1 if g2r is None else g2r.shape[2]
     votes = 1 if r2g is None else r2g.shape[2]
-    config = configs.short(head_dim, query.element_size(), seqlen_q, seqlen_k)
+    config = configs.short(head_dim, query.element_size(), seqlen_q, seqlen_k, max(rows, votes))
     chunks = triton.cdiv(seqlen_q, config.chunk)
     columns = key_lse.new_empty((batch, heads, chunks, seqlen_k))
     partial = None if g2r is None else key_lse.new_empty((batch, heads, chunks, rows, seqlen_k))
