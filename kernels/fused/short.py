@@ -296,7 +296,7 @@ def plan(
     votes = 1 if r2g is None else r2g.shape[2]
     unit = feature_unit(query, key)
     width = configs.width(head_dim, unit)
-    config = configs.short(width, query.element_size(), seqlen_q, seqlen_k)
+    config = configs.short(width, query.element_size(), seqlen_q, seqlen_k, max(rows, votes))
     chunks = triton.cdiv(seqlen_q, config.chunk)
     columns = key_lse.new_empty((batch, heads, chunks, seqlen_k))
     partial = None if g2r is None else key_lse.new_empty((batch, heads, chunks, rows, seqlen_k))

@@ -632,10 +632,11 @@ def test_every_tile_shape_serves_some_call(monkeypatch):
                     forward = configs.forward(head_dim, itemsize, seqlen, bias)
                     assert forward.BLOCK_V + forward.BLOCK_V_TAIL >= head_dim
                     for keys in (1, 16, 64, 77, 128):
-                        if configs.fits_short(head_dim, itemsize, keys, 1):
-                            short = configs.short(head_dim, itemsize, seqlen, keys)
-                            assert short.BLOCK_N >= keys
-                            assert -(-seqlen // short.chunk) <= configs.MAX_CHUNKS
+                        for rows in (1, 2, 4):
+                            if configs.fits_short(head_dim, itemsize, keys, rows):
+                                short = configs.short(head_dim, itemsize, seqlen, keys, rows)
+                                assert short.BLOCK_N >= keys
+                                assert -(-seqlen // short.chunk) <= configs.MAX_CHUNKS
                     for rows in (1, 2, 4, 5, 16, 17, 768):
                         chosen = configs.statistics(head_dim, itemsize, seqlen, rows, bias)
                         assert chosen.BLOCK_ROWS >= min(rows, configs.MAX_ROW_BLOCK)
