@@ -4,6 +4,8 @@ The general layout carries it as it is: FLUX Kontext, whose grids stand in the a
 transformer, whose processors are not UNet ones, and whose guidance runs in two calls.
 """
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
 )
 from torch.overrides import TorchFunctionMode
 
@@ -90,6 +93,52 @@ def images(tiny, pipeline, true_guidance):
         _auto_resize=False,
         num_inference_steps=4,
     )
+
+
+def test_a_layout_of_unet_levels_is_refused(tiny, oracle, pipeline):
+    """Nobody knows the grid of a denoiser's input [batch, tokens, channels]."""
+    plain = images(tiny, pipeline, False)
+    prefix = TEXT + GENERATED[0] * GENERATED[1]
+    layout = TokenLayout.cross_attention(REFERENCE, prefix, layers=LAYOUT.layers)
+    recorder = i2am.record(pipeline, layout=layout, time_groups=1)
+    message = r".*layout must give the grid .* is not \[batch, channels, height, width\]"
+    with oracle.gives_up(recorder, ValueError, message):
+        image = images(tiny, pipeline, False)
+    assert torch.equal(image, plain)
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ).eval()
+
+
+@pytest.mark.parametrize("layers", [r"attn$", r"attn2$", r"blocks\.1\.attn$"])
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("options", [{}, {"grid": (2, 2)}, {"grid": (2, 2), "prefix": 1}])
+def test_an_adapter_beside_joint_attention_is_refused(pipeline, sd3, family, layers, options):
+    """Its keys follow the image's own ones (SD3), or its queries have no grid (FLUX)."""
+    denoiser = {"flux": pipeline.transformer, "sd3": sd3}[family]
+    options = {**options, "layers": layers}
+    names = [name for name, _ in denoiser.named_modules() if re.search(layers, name)]
+    message = rf"must match an attention layer of {type(denoiser).__name__}, but"
+    if names:
+        kind = type(denoiser.get_submodule(names[0])).__name__
+        message = rf"must match cross-attention layers alone, .* got the {kind} {names[0]} of"
+    with pytest.raises(ValueError, match=message):
+        i2am.record(denoiser, layout=TokenLayout.ip_adapter(**options), time_groups=1)
 
 
 @pytest.mark.parametrize("true_guidance", [False, True], ids=["one call", "two calls"])
