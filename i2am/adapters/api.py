@@ -68,7 +68,8 @@ def record(
         layout: Which tokens are the generated and the reference image's; default what is known of
             the pipeline.
         directions: One or both of ``"reference_to_generated"``, ``"generated_to_reference"``.
-        time_groups: Groups of denoising steps kept apart, group 0 the noisiest.
+        time_groups: Groups of denoising steps kept apart, group 0 the noisiest; in a run of fewer
+            steps each step is one, with a warning.
         guidance: Classifier-free guidance branch, ``"conditional"``, ``"unconditional"`` or
             ``"both"``.
         regions: Regions of the generated image for specific-reference maps, by name: a

@@ -18,7 +18,7 @@ class RunClock:
 
     Args:
         scheduler: The scheduler to follow, ``None`` for a denoiser in a loop of the caller's.
-        time_groups: Number of groups; step ``s`` of ``n`` is in group ``s * time_groups // n``.
+        time_groups: Number of groups asked for, see `groups`.
         steps: Without a scheduler: evaluations of one run, ``None`` if unknown.
 
     Attributes:
@@ -29,9 +29,6 @@ class RunClock:
         idle: How many of these neither called the denoiser nor replayed a CUDA graph of it.
         captured: Set once attention of this run was recorded into a CUDA graph, whose replays
             call nobody.
-
-    Raises:
-        ValueError: There are fewer steps than time groups.
     """
 
     def __init__(
@@ -69,17 +66,18 @@ class RunClock:
         self._on_run, self._on_step, self._guard = on_run, on_step, guard
 
     @property
+    def groups(self) -> int:
+        """Time groups of the run: as many as were asked for, but none without a step."""
+        return min(self.time_groups, self.steps)
+
+    @property
     def group(self) -> int:
         """0-based time group of the current evaluation; 0 is the noisiest."""
         step = min(self._step_of(self.evaluation), self.steps - 1)
-        return step * self.time_groups // self.steps
+        return step * self.groups // self.steps
 
     def arrive(self) -> None:
-        """The denoiser is about to be called.
-
-        Raises:
-            ValueError: The run that begins has fewer steps than there are time groups.
-        """
+        """The denoiser is about to be called."""
         self._called = True
         over = self.scheduler is None and self.evaluation == self.evaluations
         if not self._announced and not over:
@@ -165,11 +163,6 @@ class RunClock:
     def _expect(self, evaluations: int) -> None:
         self.evaluations = max(evaluations, 1)
         self.steps = self._step_of(self.evaluations - 1) + 1
-        if self.steps < self.time_groups:
-            raise ValueError(
-                f"time_groups must be at most the number of denoising steps, "
-                f"got {self.time_groups} for {self.steps}"
-            )
 
     def _step_of(self, evaluation: int) -> int:
         """0-based denoising step of an evaluation, both counted from where the run begins."""

@@ -24,6 +24,7 @@ from i2am.attribution.grid import Grid, describe_regions
 from i2am.attribution.layers import apply
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.sums import AttentionSite, LayerSums
+from i2am.attribution.time_groups import too_many
 from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout, Tokens
 
 
@@ -190,12 +191,13 @@ class Recorder:
         no_joint = joint is None and accumulator.records_joint
         for remark in self._remarks(sums, lost, no_joint=no_joint):
             warnings.warn(remark, stacklevel=2)
+        groups = self._clock.groups
         return AttributionMaps(
-            apply(lambda held: held.clone(), sums),
+            apply(lambda held: held[:, :groups].clone(), sums),
             votes=accumulator.votes,
             rows=accumulator.rows,
             provenance=self._provenance(branch, accumulator),
-            joint=joint,
+            joint=joint and joint.first_groups(groups),
         )
 
     @property
@@ -362,6 +364,8 @@ class Recorder:
                 "joint maps were asked for and there are none: they need reference tokens with a "
                 "place on the reference image, which no recorded layer has"
             )
+        if (more := too_many(self._clock.time_groups, self._clock.steps)) is not None:
+            remarks.append(more)
         announced, made = self._clock.evaluations, self._clock.evaluation
         if over and announced is not None and made != announced:
             remarks.append(

@@ -10,6 +10,8 @@ import click
 from i2am.cli import flags
 
 FILE = click.Path(path_type=Path)
+log = logging.getLogger("i2am")
+
 # known without importing torch
 SYSTEMS = ("paint-by-example", "dci-vton", "stableviton", "custom")
 
@@ -62,7 +64,8 @@ def convert(
     fault, 130 interrupted, 143 terminated.
     """
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
+    log.info("reading %s", checkpoint)
     import torch
 
     from i2am.cli.errors import InputRejected

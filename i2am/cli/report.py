@@ -72,7 +72,8 @@ def report(
     rejected, 5 output folder in use or run damaged, 74 disk fault, 130 interrupted, 143 terminated.
     """
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
+    log.info("reading %s", ", ".join(map(str, runs)))
     from i2am.cli.folder import no_conflict
     from i2am.cli.reporting import Wanted, samples_of
     from i2am.viewer import write_report

@@ -21,6 +21,7 @@ from i2am.cli.runs import open_run
 from i2am.data.images import ImageRejected, read_bytes, read_image, read_mask
 from i2am.plots.titles import step_titles
 from i2am.viewer import Sample, Stack, sample
+from i2am.wording import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -162,7 +163,7 @@ def shown_samples(
         facts = {
             # a path or a built-in name
             "Model": Path(str(settings["model"])).name,
-            "Scheduler": f"{manifest['model']['scheduler']}, {settings['steps']} steps",
+            "Scheduler": f"{manifest['model']['scheduler']}, {counted(settings['steps'], 'step')}",
             "Guidance": f"{settings['guidance']:g}, {branch} half recorded" if guided else "none",
             "Seed": str(settings["seed"]),
             "Size": f"{image['width']} \N{MULTIPLICATION SIGN} {image['height']} pixels",

@@ -11,6 +11,8 @@ import click
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode, InputRejected, OutputConflict, Stopped, Terminated
 
+log = logging.getLogger("i2am")
+
 DATA = "paper-doll"
 POCKET = "pocket"
 
@@ -85,7 +87,8 @@ def train(
     folder in use, 74 disk fault, 130 interrupted, 143 terminated.
     """
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
+    log.info("preparing to train %s on %s", model, data)
     try:
         import accelerate  # noqa: F401
     except ImportError:

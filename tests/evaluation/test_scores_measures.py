@@ -65,15 +65,23 @@ def test_grey_values_are_pillows():
     assert torch.equal(grey(picture), to_pixels(to_image(picture).convert("L")))
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ""])
-def test_a_picture_is_found_by_its_stem_or_its_name(tmp_path, suffix):
-    path = tmp_path / f"00001_00{suffix or '.jpg'}"
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".JPG"])
+@pytest.mark.parametrize("listed", [".jpg", ".png", ".JPG", ".Png"])
+def test_a_picture_is_found_whatever_its_format(tmp_path, listed, ending):
+    path = tmp_path / f"00001_00{ending}"
     path.touch()
-    assert find_picture(tmp_path, "00001_00" if suffix else path.name) == path
+    assert find_picture(tmp_path, f"00001_00{listed}") == path
+
+
+@pytest.mark.parametrize("listed", ["00001_00.png", "00001_00.JPG", "00001_00.gif"])
+def test_the_listed_picture_comes_before_others_of_its_stem(tmp_path, listed):
+    for name in ("00001_00.jpg", "00001_00.jpeg", listed):
+        (tmp_path / name).touch()
+    assert find_picture(tmp_path, listed) == tmp_path / listed
 
 
 def test_a_missing_picture_is_named_like_the_data_set_does(tmp_path):
-    assert find_picture(tmp_path, "00001_00") == tmp_path / "00001_00.jpg"
+    assert find_picture(tmp_path, "00001_00.JPG") == tmp_path / "00001_00.JPG"
 
 
 # Protocols
