@@ -37,6 +37,9 @@ def format_of(path: Path, *, what: str) -> Format:
     """
     with path.open("rb") as file:
         start = file.read(_START)
+    # first of all: the length of its header may be the bytes that others begin with
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
+        return "safetensors"
     if start.startswith(b"PK"):
         # the directory of a zip archive is at its end
         if not zipfile.is_zipfile(path):
@@ -44,8 +47,6 @@ def format_of(path: Path, *, what: str) -> Format:
         return "zip"
     if start.startswith(b"\x80"):
         return "pickle"
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
-        return "safetensors"
     raise ValueError(f"{what} is {_no_weights(start)}")
 
 

@@ -433,6 +433,17 @@ def test_truncated_anywhere(tmp_path, options):
         assert str(refusal.value).startswith(f"checkpoint {cut} is ")
 
 
+def test_safetensors_files_whose_length_looks_like_another_format(tmp_path):
+    """The first bytes are the length of the header, a multiple of 8: here those of a pickle."""
+    for letters in range(1, 300):
+        tensors = {"a" * letters: torch.ones(1)}
+        save_file(tensors, tmp_path / "x.safetensors")
+        if (tmp_path / "x.safetensors").read_bytes()[0] == pickle.PROTO[0]:
+            break
+    assert set(read_checkpoint(tmp_path / "x.safetensors")) == set(tensors)
+    assert letters < 299
+
+
 def test_truncated_safetensors(tmp_path):
     save_file(TENSORS, tmp_path / "x.safetensors")
     data = (tmp_path / "x.safetensors").read_bytes()

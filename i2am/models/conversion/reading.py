@@ -82,7 +82,7 @@ def _read_zip(path: Path, what: str) -> dict[str, Tensor]:
             members = {info.filename: info for info in archive.infolist()}
             order = f"{root}/byteorder"
             _check_order(archive.read(order).decode() if order in members else "little", what)
-            whole = UntypedStorage.from_file(os.fspath(path), False, path.stat().st_size)
+            whole = _mapped(path)
         content = _unpickled(Unpickler(io.BytesIO(pickled)), what)
 
         def find(storage: Storage) -> UntypedStorage:
@@ -136,8 +136,14 @@ def _read_legacy(path: Path, what: str) -> dict[str, Tensor]:
                 file.seek(size, os.SEEK_CUR)
             if file.tell() > path.stat().st_size:
                 raise ValueError("storages are cut off")
-            whole = UntypedStorage.from_file(os.fspath(path), False, path.stat().st_size)
+            whole = _mapped(path)
         return _tensors(content, lambda storage: _cut(whole, *places[storage.key], storage), what)
+
+
+def _mapped(path: Path) -> UntypedStorage:
+    """The bytes of a file, read when they are used; what is written to them stays in memory."""
+    storage: Any = UntypedStorage.from_file(os.fspath(path), False, path.stat().st_size)
+    return storage
 
 
 def _cut(whole: UntypedStorage, begin: int, size: int, storage: Storage) -> UntypedStorage:
