@@ -9,8 +9,9 @@ import click
 
 from i2am.cli import flags
 
-FILE = click.Path(path_type=Path)
 log = logging.getLogger("i2am")
+
+FILE = click.Path(path_type=Path)
 
 # known without importing torch
 SYSTEMS = ("paint-by-example", "dci-vton", "stableviton", "custom")
@@ -65,7 +66,8 @@ def convert(
     """
     if verbose:
         log.setLevel(logging.DEBUG)
-    log.info("reading %s", checkpoint)
+    # the imports below take seconds
+    log.info("converting %s as %s", checkpoint, system)
     import torch
 
     from i2am.cli.errors import InputRejected
