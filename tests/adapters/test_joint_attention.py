@@ -30,12 +30,9 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 )
 
 
-@pytest.fixture(scope="module")
-def layout():
-    """As README defines it."""
-    names = {}
-    exec(LINES.partition("\nwith ")[0], names)
-    return names["layout"]
+DEFINED: dict = {}
+exec(LINES.partition("\nwith ")[0], DEFINED)
+LAYOUT = DEFINED["layout"]
 
 
 @pytest.fixture
@@ -96,7 +93,7 @@ def images(tiny, pipeline, true_guidance):
 
 
 @pytest.mark.parametrize("true_guidance", [False, True], ids=["one call", "two calls"])
-def test_kontext(tiny, pipeline, layout, true_guidance):
+def test_kontext(tiny, pipeline, true_guidance):
     seen = []
 
     class Spy(TorchFunctionMode):
@@ -110,7 +107,7 @@ def test_kontext(tiny, pipeline, layout, true_guidance):
 
     with Spy():
         plain = images(tiny, pipeline, true_guidance)
-    with i2am.record(pipeline, layout=layout, time_groups=2) as recorder:
+    with i2am.record(pipeline, layout=LAYOUT, time_groups=2) as recorder:
         assert torch.equal(images(tiny, pipeline, true_guidance), plain)
     maps = recorder.maps()
     assert maps.provenance["steps"] == maps.provenance["evaluations"] == 4
