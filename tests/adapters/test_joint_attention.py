@@ -1,10 +1,11 @@
 """A family that i2am has no layout for yet: text, generated and reference tokens in one sequence.
 
-The general layout carries it as it is: FLUX Kontext, whose grids stand in the arguments of its
-transformer, whose processors are not UNet ones, and whose guidance runs in two calls.
+The general layout carries it as it is: FLUX Kontext, by the lines of README. Its grids stand in the
+arguments of its transformer, its processors are not UNet ones, and its guidance runs in two calls.
 """
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,23 +20,20 @@ from diffusers import (
 from torch.overrides import TorchFunctionMode
 
 import i2am
-from i2am.layouts import TokenLayout, Tokens
 
 TEXT, GENERATED, REFERENCE = 5, (8, 6), (4, 4)
 
-
-def resolve(call, frame):
-    ids = frame.arguments["img_ids"]
-    tokens = []
-    for picture in (0, 1):
-        places = ids[ids[:, 0] == picture, 1:]
-        height, width = (int(n) + 1 for n in places.amax(0) - places.amin(0))
-        start = TEXT + int((ids[:, 0] < picture).sum())
-        tokens.append(Tokens(start, height * width, (height, width)))
-    return tokens[0], tokens[1]
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+(LINES,) = (
+    block
+    for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    if "def kontext" in block
+)
 
 
-LAYOUT = TokenLayout("kontext", resolve, layers=r"transformer_blocks\.\d+\.attn$")
+DEFINED: dict = {}
+exec(LINES.partition("\nwith ")[0], DEFINED)
+LAYOUT = DEFINED["layout"]
 
 
 @pytest.fixture
@@ -181,3 +179,27 @@ def test_kontext(tiny, pipeline, true_guidance):
             torch.testing.assert_close(
                 recorded[:, :, :, 0], expected.float().unflatten(-1, grid), rtol=2e-5, atol=1e-7
             )
+
+
+def test_the_lines_of_readme_run_as_they_stand(tiny, pipeline):
+    class Small(FluxKontextPipeline):
+        def __call__(self, image, prompt):
+            assert prompt
+            return super().__call__(
+                image,
+                prompt_embeds=torch.ones(1, TEXT, 16),
+                pooled_prompt_embeds=torch.ones(1, 16),
+                height=32,
+                width=24,
+                max_area=32 * 24,
+                _auto_resize=False,
+                num_inference_steps=5,
+            )
+
+    pipe = Small(**pipeline.components)
+    pipe.set_progress_bar_config(disable=True)
+    names = {"pipe": pipe, "reference": tiny.picture(0, 16, 16)}
+    exec(LINES, names)
+    (layer,) = names["maps"].layer_sums
+    assert (layer.site.generated_grid, layer.site.reference_grid) == (GENERATED, REFERENCE)
+    assert names["image"].size == (24, 32)

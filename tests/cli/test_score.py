@@ -247,6 +247,7 @@ def test_a_broken_torchvision_costs_what_needs_it(run, run_apart, broken_torchvi
     assert made["imacs_g"]["value"] is not None
     assert made["ssim"]["status"] == "not_computed"
     assert "operator torchvision::nms does not exist" in made["ssim"]["reason"]
+    assert "; install the torchvision that was built for torch" in made["ssim"]["reason"]
 
 
 def test_help_imports_nothing_heavy():
