@@ -119,7 +119,7 @@ PATH = click.Path(path_type=Path)
     "--threads",
     type=click.IntRange(1),
     show_default="torch's",
-    help="Of torch on a CPU; they decide last bits.",
+    help="Of torch on the CPU; they decide last bits.",
 )
 @click.option(
     "--engine",
