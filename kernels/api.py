@@ -33,7 +33,8 @@ def attention_statistics(
 
     ``P`` (softmax over the keys) is what the model uses, ``C`` (softmax over the queries) is what
     reference-to-generated attribution needs. Inference only, no gradient. fp32 statistics for
-    fp16, bf16 and fp32 inputs, fp64 for fp64. Deterministic to the bit for equal inputs.
+    fp16, bf16 and fp32 inputs, fp64 for fp64. Deterministic to the bit for equal inputs,
+    on a CPU with one number of threads.
 
     Args:
         query: ``[batch, heads, seqlen_q, head_dim]``, any strides.

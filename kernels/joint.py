@@ -34,7 +34,8 @@ def accumulate_joint_statistics(
 
     ``W`` and ``V`` are the poolings of the queries and of the keys, ``P`` and ``C`` the softmaxes
     of :func:`~i2am.kernels.attention_statistics`, whose log-sum-exps are given: the keys may
-    therefore be some of those that the model attended to. Inference only; deterministic to the bit.
+    therefore be some of those that the model attended to. Inference only; deterministic to the bit,
+    on a CPU with one number of threads.
 
     Args:
         query: ``[batch, heads, seqlen_q, head_dim]``, any strides.

@@ -128,7 +128,7 @@ log = logging.getLogger("i2am")
     "--threads",
     type=click.IntRange(1),
     show_default="torch's",
-    help="Of torch on a CPU; they decide last bits.",
+    help="Of torch on the CPU; they decide last bits.",
 )
 @click.option(
     "--engine",

@@ -55,7 +55,9 @@ POCKET = "pocket"
 @click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Checkpoints.")
 @click.option("--max-steps", type=click.IntRange(1), help="Stop a stage after so many, to resume.")
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Readers.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of torch on the CPU.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Of torch on the CPU; they decide last bits."
+)
 @flags.quiet
 @flags.verbose
 @click.pass_context

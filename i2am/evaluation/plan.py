@@ -41,7 +41,7 @@ class Settings:
         preset: How attention is recorded: ``"paper"``, or ``"official"`` as in the published code.
         batch: Samples per call of the model, part of what decides the last bits of an image.
         shard: Samples per shard, the unit of work, commit and failure.
-        threads: Threads of torch on a CPU, which decide last bits there.
+        threads: Threads of torch on the CPU, which decide last bits of what is computed there.
         dtype: Of the weights.
         device: Type of the device, ``"cpu"`` or ``"cuda"``.
         maps: What is stored of the maps: float16, float32 or none.
