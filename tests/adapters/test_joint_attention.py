@@ -20,6 +20,7 @@ from diffusers import (
 from torch.overrides import TorchFunctionMode
 
 import i2am
+from i2am.layouts import TokenLayout
 
 TEXT, GENERATED, REFERENCE = 5, (8, 6), (4, 4)
 
