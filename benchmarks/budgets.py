@@ -24,7 +24,7 @@ GIB = 2**30
 BUDGETS = (12, 24, 80)
 BATCHES = (1, 8, 32)
 WAYS = ("plain", "beside", "fused", "materialised")
-PRECISION = 50
+PRECISION = 20
 """A largest batch is known to one part of so many."""
 MAX_BATCH = 4096
 

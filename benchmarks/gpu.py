@@ -50,12 +50,14 @@ class Step:
         rows: Yields the names of its rows, and what measures each.
         tests: Arguments of pytest instead, each test being a row.
         packages: What it needs beside torch, triton, numpy and pytest.
+        processes: How many run the tests side by side, at most.
     """
 
     limit: int
     rows: Callable[[argparse.Namespace], Rows] | None = None
     tests: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    processes: int = 14
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -140,7 +142,10 @@ STEPS = {
     "tests": Step(150, tests=("tests/kernels", "--ignore=tests/kernels/test_ahead_of_time.py")),
     "calls": Step(120, calls),
     "profile": Step(40, profile),
-    "recorder": Step(60, tests=("tests/adapters", "-m", "gpu"), packages=("diffusers",)),
+    # few tests, and many seconds until diffusers is imported
+    "recorder": Step(
+        60, tests=("tests/adapters", "-m", "gpu"), packages=("diffusers",), processes=4
+    ),
     "steps": Step(240, steps, packages=("diffusers",)),
     "batches": Step(120, batches, packages=("diffusers",)),
 }
@@ -222,7 +227,8 @@ def command(step: str, ledger: Ledger, options: argparse.Namespace, folder: Path
     settled.write_text("\n".join(sorted(ledger.settled(step))), encoding="utf-8")
     parallel = []
     if _is_here("xdist"):
-        processes = 2 if options.dry_run else max(1, min(14, (os.cpu_count() or 1) - 2))
+        most = 2 if options.dry_run else STEPS[step].processes
+        processes = max(1, min(most, (os.cpu_count() or 1) - 2))
         parallel = ["-n", str(processes), "--dist", "worksteal", "--max-worker-restart", "50"]
     if _is_here("pytest_timeout"):
         parallel += ["--timeout", str(LIMIT)]

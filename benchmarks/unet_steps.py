@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import eager
 import torch
 from harness import MIB, LeftOut, Settings, compare
+from torch import Tensor
 from unets import SIZES, STEPS, GraphedLoop, Loop, twin
 
 import i2am
@@ -86,11 +87,15 @@ def measure_graph(benchmark: Any, settings: Settings, size: str, batch: int) -> 
     plain, loop = (
         GraphedLoop(unet, SIZES[size], batch, guidance=True) for unet in _twins(size, settings)
     )
-    _measure_variant(benchmark, settings, size, batch, plain, loop, "graph")
+    _measure_variant(benchmark, settings, size, batch, plain, loop, "graph", tolerance=0.0)
 
 
 def measure_compiled(benchmark: Any, settings: Settings, size: str, batch: int) -> None:
-    """Guided steps of a UNet compiled block by block, recorded, against one that is not."""
+    """Guided steps of a UNet compiled block by block, recorded, against one that is not.
+
+    Recorded attention is an operator that the compiler cannot look into, so it joins other
+    operations than beside plain attention: outputs are equal to rounding only.
+    """
     unets = _twins(size, settings)
     plain, loop = (Loop(unet, SIZES[size], batch, guidance=True) for unet in unets)
     for unet in unets:
@@ -98,13 +103,22 @@ def measure_compiled(benchmark: Any, settings: Settings, size: str, batch: int) 
         backend = "inductor" if settings.on_gpu else "aot_eager"
         unet.compile_repeated_blocks(fullgraph=True, backend=backend)
     try:
-        _measure_variant(benchmark, settings, size, batch, plain, loop, "compiled")
+        # a few roundings of bf16, 2 ** -8 each
+        _measure_variant(benchmark, settings, size, batch, plain, loop, "compiled", tolerance=2**-5)
     finally:
         _twins.cache_clear()
 
 
 def _measure_variant(
-    benchmark: Any, settings: Settings, size: str, batch: int, plain: Loop, loop: Loop, name: str
+    benchmark: Any,
+    settings: Settings,
+    size: str,
+    batch: int,
+    plain: Loop,
+    loop: Loop,
+    name: str,
+    *,
+    tolerance: float,
 ) -> None:
     benchmark.group = f"{size}, batch {batch}, guidance, {name}"
     benchmark.extra_info.update(
@@ -119,12 +133,19 @@ def _measure_variant(
     )
     layout = SIZES[size].layout
     with i2am.record(loop.unet, scheduler=loop.scheduler, layout=layout) as recorder:
-        same = [torch.equal(loop(), plain()) for _ in range(4)]
-        rounds = min(settings.rounds, STEPS - len(same) - 4)  # of one run
+        differences = [_difference(loop(), plain()) for _ in range(4)]
+        rounds = min(settings.rounds, STEPS - len(differences) - 4)  # of one run
         compare(benchmark, loop, plain, settings, rounds=rounds, repeat=False)
         evaluations = recorder.maps().provenance["evaluations"]
-    benchmark.extra_info.update(identical=all(same), evaluations=evaluations)
-    assert all(same), f"steps equal to the un-recorded ones: {same}"
+    difference = max(differences)
+    benchmark.extra_info.update(difference=difference, evaluations=evaluations)
+    assert difference <= tolerance, f"the recorded step is {difference:.2g} off the un-recorded one"
+
+
+def _difference(output: Tensor, plain: Tensor) -> float:
+    """The largest difference as a part of the largest value; a NaN is infinitely far."""
+    difference = (output - plain).abs().max() / plain.abs().max()
+    return float(difference.nan_to_num(float("inf")))
 
 
 @functools.lru_cache(maxsize=1)

@@ -41,19 +41,21 @@ def make_qkv(
     return query, key, value
 
 
-def tensor_core_rounding(query: Tensor, key: Tensor, *, scale: float | None = None) -> float:
-    """The relative error of statistics that a GPU's matrix instructions add in 16 bits, else 0.
+def hardware_rounding(query: Tensor, key: Tensor, *, scale: float | None = None) -> float:
+    """The relative error of statistics that a GPU's arithmetic adds to eager fp32's, else 0.
 
-    They truncate where they align the products of a score (``HGMMA`` on Hopper), where eager fp32
-    rounds: a score is off by a few ``eps * max |S|``, and so is everything that is made of its
-    exponential. With ordinary logits that is no more than the error of eager fp32; with logits of
-    hundreds it is several times as much.
+    In 16 bits matrix instructions truncate where they align the products of a score (``HGMMA`` on
+    Hopper), where eager fp32 rounds: a score is off by a few ``eps * max |S|``. In fp32 the
+    products are added in another order than the library's, which is worth one of them. Everything
+    made of its exponential is off by as much. With ordinary logits that is no more than the error
+    of eager fp32; with logits of hundreds it is several times as much.
     """
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+    if query.device.type != "cuda" or query.dtype == torch.float64:
         return 0.0
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     largest = (scale * (query.double() @ key.double().mT)).abs().max().item()
-    return 4 * torch.finfo(torch.float32).eps * largest
+    units = 1 if query.dtype == torch.float32 else 4
+    return units * torch.finfo(torch.float32).eps * largest
 
 
 def assert_matches_reference(
@@ -70,7 +72,7 @@ def assert_matches_reference(
     ``exact`` is the fp64 reference on the same values, ``eager`` the reference in the working
     dtype. Errors are the largest absolute ones relative to the largest exact value; one rounding
     band of fp32 (4 eps) is granted where the eager error happens to vanish, and ``rounding`` for
-    what the hardware adds (:func:`tensor_core_rounding`). Infinities must agree.
+    what the hardware adds (:func:`hardware_rounding`). Infinities must agree.
     """
     assert actual.shape == exact.shape, (
         f"{name}: shape {tuple(actual.shape)} != {tuple(exact.shape)}"

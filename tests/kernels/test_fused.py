@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from i2am.kernels import attention_statistics, attention_with_statistics, reference
-from i2am.testing import assert_matches_reference, make_qkv, tensor_core_rounding
+from i2am.testing import assert_matches_reference, hardware_rounding, make_qkv
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -58,7 +58,7 @@ def check(query, key, value, **arguments):
     # the same without the row log-sum-exp of the attention call
     alone = attention_statistics(query, key, impl="fused", **arguments)
     eager_output = eager_attention(*inputs, **arguments)
-    rounding = tensor_core_rounding(query, key, scale=arguments.get("scale"))
+    rounding = hardware_rounding(query, key, scale=arguments.get("scale"))
     matches = partial(assert_matches_reference, rounding=rounding)
     matches(actual[0], exact=exact[0], eager=eager_output, name="output")
     for name in exact[1]._fields:

@@ -11,9 +11,9 @@ from i2am.kernels import (
 )
 from i2am.testing import (
     assert_matches_reference,
+    hardware_rounding,
     make_qkv,
     peak_bytes,
-    tensor_core_rounding,
 )
 
 pytestmark = [
@@ -78,7 +78,7 @@ def check(query, key, impl, **arguments):
     exact = joint(query, key, exact=True, **arguments)
     eager = joint(query, key, **arguments)
     actual = joint(query, key, impl=impl, **arguments)
-    rounding = tensor_core_rounding(query, key, scale=arguments.get("scale"))
+    rounding = hardware_rounding(query, key, scale=arguments.get("scale"))
     for name in NAMES:
         assert actual[name].dtype == torch.float32
         assert_matches_reference(
