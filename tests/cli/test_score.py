@@ -204,16 +204,16 @@ def broken_torchvision(tmp_path):
     return tmp_path / "site"
 
 
-def test_imacs_does_not_mind_a_broken_torchvision(run, run_apart, broken_torchvision):
+def test_imacs_does_not_mind_a_broken_torchvision(run, run_fresh, broken_torchvision):
     line = ["score", str(run.folder), "--metrics", "imacs", *QUICK]
-    done = run_apart(line, path=broken_torchvision)
+    done = run_fresh(line, path=broken_torchvision)
     assert (done.code, done.err) == (0, "")
 
 
 @pytest.mark.slow
-def test_a_broken_torchvision_costs_what_needs_it(run, run_apart, broken_torchvision):
+def test_a_broken_torchvision_costs_what_needs_it(run, run_fresh, broken_torchvision):
     line = ["score", str(run.folder), "--metrics", "imacs,ssim", *QUICK]
-    done = run_apart(line, path=broken_torchvision)
+    done = run_fresh(line, path=broken_torchvision)
     assert done.code == 3
     made = json.loads(written(run)["metrics.json"])["settings"]["paired"]["metrics"]
     assert made["imacs_g"]["value"] is not None
