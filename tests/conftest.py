@@ -122,8 +122,8 @@ def _zygote() -> Any:
 def fork(_zygote: Any) -> Iterator[Callable[..., Fork]]:
     """Runs code in a process of its own: a fork of one that has imported torch and diffusers.
 
-    For tests that need another process, not a fresh interpreter: what an import costs, what it
-    needs and what hashes are salted with does not show.
+    For tests that need another process, not a fresh interpreter: what an import costs or needs does
+    not show. Hashes are salted otherwise than in this process.
     """
     forks: list[Fork] = []
 
