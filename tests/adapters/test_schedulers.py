@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from allpairspy import AllPairs
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -182,9 +183,10 @@ def test_flow_matching(cls, options, calls):
     assert count.groups(8, calls=calls) == grouped(order(8), 4)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50])
-@pytest.mark.parametrize("time_groups", [1, 2, 5])
-@pytest.mark.parametrize("name", ["ddim", "pndm", "heun", "euler"])
+@pytest.mark.parametrize(
+    ("name", "steps", "time_groups"),
+    [*map(tuple, AllPairs([["ddim", "pndm", "heun", "euler"], [1, 2, 3, 7, 50], [1, 2, 5]]))],
+)
 def test_every_number_of_steps(name, steps, time_groups):
     cls, options, steps_of_evaluations = SCHEDULERS[name]
     count = Count(cls(**options), time_groups)
@@ -203,9 +205,15 @@ def evaluations_of(scheduler, steps):
     return scheduler.timesteps
 
 
-@pytest.mark.parametrize("tell", [True, False], ids=["begin index", "by timestep"])
-@pytest.mark.parametrize("skipped_steps", range(6))
-@pytest.mark.parametrize("name", ["ddim", "pndm", "heun", "kdpm2", "euler"])
+@pytest.mark.parametrize(
+    ("name", "skipped_steps", "tell"),
+    [
+        *map(
+            tuple,
+            AllPairs([["ddim", "pndm", "heun", "kdpm2", "euler"], range(6), [True, False]]),
+        )
+    ],
+)
 def test_start_inside_the_schedule(name, skipped_steps, tell):
     """Pipelines slice the timesteps; repeated ones must not mislead."""
     cls, options, steps_of_evaluations = SCHEDULERS[name]

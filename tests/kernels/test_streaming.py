@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from allpairspy import AllPairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,9 +153,11 @@ def test_the_poison_bites(poisoned_memory):
 SHAPES = [(1, 1), (1, 7), (7, 1), (63, 131), (131, 63), (1037, 131), (131, 1037), (64, 77)]
 
 
-@pytest.mark.parametrize("logits", [None, 10, 40, 80, 200])
-@dtypes
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "logits"),
+    [*map(tuple, AllPairs([SHAPES, DTYPES, [None, 10, 40, 80, 200]]))],
+    ids=str,
+)
 def test_error_is_at_most_twice_the_eager_error(shape, dtype, logits):
     query, key, _ = make_qkv(1, 2, *shape, 40, dtype=dtype, logits=logits)
     if logits is not None:
