@@ -1,7 +1,7 @@
 """Tiny pipelines with random weights, and inputs for them; everything offline and in seconds."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,6 @@ TINY_CLIP = {
     "image_size": 16,
     "patch_size": 4,
 }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
