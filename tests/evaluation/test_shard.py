@@ -67,7 +67,7 @@ def test_round_trip(options):
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_round_trip_of_anything(data):
     ids = data.draw(st.lists(NAMES, min_size=1, max_size=4, unique=True))

@@ -359,7 +359,6 @@ def test_power_lost_after_every_operation(tmp_path, reference, choose):
 
 @settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(seed=st.integers(0, 2**32 - 1))

@@ -265,7 +265,7 @@ def calls(draw):
     return query, key, layouts, arguments, {"TILE_ELEMENTS": tile, "KEPT_ELEMENTS": kept}
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(derandomize=True, max_examples=150)
 @given(call=calls())
 def test_any_call_stays_within_the_budget(relayout, call):
     query, key, layouts, arguments, budget = call
@@ -276,7 +276,7 @@ def test_any_call_stays_within_the_budget(relayout, call):
         check(query, key, **arguments)
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(derandomize=True, max_examples=100)
 @given(call=calls())
 def test_any_call_with_a_known_row_log_sum_exp_stays_within_the_budget(relayout, call):
     query, key, layouts, arguments, budget = call

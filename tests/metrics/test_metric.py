@@ -105,7 +105,7 @@ def test_reset_clone_and_pickle():
 
 
 @given(sizes=st.lists(st.integers(0, 3), min_size=3, max_size=3))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_merging_states_in_any_order_equals_one_pass(sizes):
     batches = [batch(samples, seed) for seed, samples in enumerate(sizes)]
     whole = updated(*batches)
