@@ -21,7 +21,6 @@ TEST = [
     *PLOTS,
     *RAY,
     *TRAIN,
-    "allpairspy>=2.5",
     "hypothesis>=6.100",
     "playwright>=1.50",
     "psutil>=6.0",

@@ -1,5 +1,6 @@
 """Every test run: one thread; without a GPU Triton's interpreter, and `gpu` tests skipped."""
 
+import contextlib
 import functools
 import gzip
 import json
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
 # tensors are tiny here: a second thread costs more than it brings, much more on a busy machine;
@@ -30,11 +30,14 @@ if not CUDA:
 
 torch.set_num_threads(1)
 
-# how long an example takes says nothing on a busy machine
-hypothesis.settings.register_profile(
-    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("busy")
+with contextlib.suppress(ImportError):  # the kernels' tests run without it
+    import hypothesis
+
+    # how long an example takes says nothing on a busy machine
+    hypothesis.settings.register_profile(
+        "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("busy")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by marker

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from allpairspy import AllPairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -153,12 +152,20 @@ def test_the_poison_bites(poisoned_memory):
 SHAPES = [(1, 1), (1, 7), (7, 1), (63, 131), (131, 63), (1037, 131), (131, 1037), (64, 77)]
 
 
+LOGITS = [None, 10, 40, 80, 200]
+
+
 @pytest.mark.parametrize(
-    ("shape", "dtype", "logits"),
-    [*map(tuple, AllPairs([SHAPES, DTYPES, [None, 10, 40, 80, 200]]))],
+    ("shape", "logits", "dtype"),
+    # every two of them meet
+    [
+        (shape, logits, DTYPES[(row + column) % len(DTYPES)])
+        for row, shape in enumerate(SHAPES)
+        for column, logits in enumerate(LOGITS)
+    ],
     ids=str,
 )
-def test_error_is_at_most_twice_the_eager_error(shape, dtype, logits):
+def test_error_is_at_most_twice_the_eager_error(shape, logits, dtype):
     query, key, _ = make_qkv(1, 2, *shape, 40, dtype=dtype, logits=logits)
     if logits is not None:
         scores = query.double() @ key.double().mT / 40**0.5

@@ -80,11 +80,16 @@ TINY_CLIP = {
 }
 
 
-@pytest.fixture
-def custom() -> CustomPipeline:
+@pytest.fixture(scope="session")
+def _custom() -> CustomPipeline:
     pipeline = TINY_CUSTOM.build(seed=0)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def custom(_custom: CustomPipeline) -> CustomPipeline:
+    return copy.deepcopy(_custom)
 
 
 @pytest.fixture(scope="session")
@@ -127,11 +132,16 @@ def theirs() -> Callable[..., Any]:
     return diffusers_pipeline
 
 
-@pytest.fixture
-def paint_by_example(public_folder: Path) -> PaintByExamplePipeline:
+@pytest.fixture(scope="session")
+def _paint_by_example(public_folder: Path) -> PaintByExamplePipeline:
     pipeline = PaintByExamplePipeline.from_pretrained(public_folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def paint_by_example(_paint_by_example: PaintByExamplePipeline) -> PaintByExamplePipeline:
+    return copy.deepcopy(_paint_by_example)
 
 
 @pytest.fixture
