@@ -4,6 +4,9 @@ VENV := .venv
 PY := $(VENV)/bin/python -P
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH := 2.13.0
+GPU_PYTHON := 3.12
+SECONDS := 200
+OUT := benchmarks/results/gpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # the first of these that is new enough; override with `make PYTHON=/path/to/python test`
@@ -18,7 +21,7 @@ STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f
 PYTEST := $(PY) -m pytest -n logical --maxprocesses=8 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo gallery test test-all lint kernels benchmark gpu plots accuracy clean
+.PHONY: help setup demo gallery test test-all lint kernels benchmark gpu wheels plots accuracy clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /make \1	/' | expand -t 18
@@ -54,11 +57,19 @@ benchmark: $(STAMP) ## time the operator and a recorded UNet step
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json
 	$(PY) benchmarks/report.py .benchmarks/latest.json .benchmarks/result.json
 
-gpu: $(STAMP) ## everything that needs a GPU, in ten minutes
-	$(VENV)/bin/python benchmarks/h200.py
+# on a machine with a GPU, torch, triton, numpy and pytest; without network, .wheels is carried along
+gpu: ## what only a GPU tells: make gpu SECONDS=200, then make gpu SECONDS=400 goes on
+	$(PYTHON) benchmarks/gpu.py --seconds $(SECONDS) -o $(OUT)
+
+wheels: $(STAMP) ## packages for `make gpu` without network, in .wheels (for GPU_PYTHON=3.12)
+	@rm -rf .wheels
+	$(PIP) download -q -c constraints.txt -d .wheels --only-binary=:all: --python-version $(GPU_PYTHON) \
+		--implementation cp $(addprefix --platform manylinux,_2_28_x86_64 _2_17_x86_64 2014_x86_64 1_x86_64) \
+		diffusers hypothesis pytest-xdist pytest-timeout
+	@rm -f .wheels/numpy-*  # comes with torch
 
 plots: $(STAMP) ## draw the scaling plots of the last GPU result (needs matplotlib)
-	$(VENV)/bin/python benchmarks/scaling_plots.py benchmarks/results/h200.json docs/scaling.png
+	$(VENV)/bin/python benchmarks/scaling_plots.py benchmarks/results/gpu/rows.jsonl docs/scaling.png
 
 accuracy: $(STAMP) ## score the pocket model's attribution against the truth
 	$(VENV)/bin/python benchmarks/attribution_accuracy.py

@@ -1,33 +1,28 @@
 """How many samples fit a GPU of 12, 24 or 80 GB, with and without recording.
 
-    python benchmarks/budgets.py .benchmarks/budgets.json --budget 12 --budget 24
-
 One guided step of a UNet of SD-1.5 size (latent 64 x 48, 1037 reference tokens) counts, its weights
 and everything else that the process holds on the card included. The allocator is held to the budget
-and says itself what fits. Writes what is known after every batch that was tried.
+and says itself what fits. ``gpu.py`` runs it.
 """
 
-import argparse
 import gc
-import json
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import eager
-import harness
 import torch
-from diffusers import UNet2DConditionModel
+from harness import LeftOut, Settings
 from unets import SIZES, Loop
 
 import i2am
-from i2am.attribution.storage import write_atomically
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 GIB = 2**30
 BUDGETS = (12, 24, 80)
-BATCHES = (1, 2, 4, 8, 16, 32)
+BATCHES = (1, 8, 32)
 WAYS = ("plain", "beside", "fused", "materialised")
 PRECISION = 50
 """A largest batch is known to one part of so many."""
@@ -65,7 +60,7 @@ def guess(peaks: dict[int, float], budget: float) -> int:
     return int(larger + (budget - larger_peak) / max(per_sample, 1.0))
 
 
-def step_peak(unet: UNet2DConditionModel, batch: int, way: str) -> int:
+def step_peak(unet: "UNet2DConditionModel", batch: int, way: str) -> int:
     """Bytes allocated at most during the first guided step of a run.
 
     Raises:
@@ -90,81 +85,82 @@ def step_peak(unet: UNet2DConditionModel, batch: int, way: str) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-class Tries:
-    """Batches that are tried one way, written down as they come."""
+def fits(unet: "UNet2DConditionModel", way: str, batch: int, budget: float) -> int | None:
+    """Peak bytes of a batch on a card of ``budget`` bytes, ``None`` where it does not fit."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    # CUDA's own context is on the card too, though not in the allocator's books
+    context = total - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - context) / total))
+    try:
+        return step_peak(unet, batch, way)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
-    def __init__(self, way: str, unet: UNet2DConditionModel, write: Callable[[str, Any], None]):
-        self._way = way
+
+class Search:
+    """Batches of a UNet that are tried in one way; what was learnt of one serves the next.
+
+    Args:
+        unet: The denoiser.
+        way: How it is recorded, one of ``WAYS``.
+    """
+
+    def __init__(self, unet: "UNet2DConditionModel", way: str) -> None:
         self._unet = unet
-        self._write = write
-        self.peaks: dict[int, float] = {}
+        self._way = way
+        self._peaks: dict[int, float] = {}
 
-    def measure(self, batch: int) -> None:
-        """Run a step of it.
+    def peaks(self) -> dict[str, Any]:
+        """Peaks in GiB of the batches in ``BATCHES``, as long as they fit."""
+        _, total = torch.cuda.mem_get_info()
+        for batch in BATCHES:
+            if not self._fits(batch, total):
+                break
+        rows = [
+            {"way": self._way, "batch": batch, "peak_GiB": round(peak / GIB, 3)}
+            for batch, peak in sorted(self._peaks.items())
+        ]
+        return {"peaks": rows}
+
+    def largest(self, budget_GB: int) -> dict[str, Any]:
+        """The largest batch on a card of so many GB.
 
         Raises:
-            torch.OutOfMemoryError: It does not fit.
+            LeftOut: The card here is smaller.
         """
-        gc.collect()
-        torch.cuda.empty_cache()
-        self.peaks[batch] = step_peak(self._unet, batch, self._way)
-        peak = round(self.peaks[batch] / GIB, 3)
-        self._write("peaks", {"way": self._way, "batch": batch, "peak_GiB": peak})
+        budget = budget_GB * 1e9
+        if budget > torch.cuda.get_device_properties().total_memory:
+            raise LeftOut(f"this card has less than {budget_GB} GB")
+        found = largest(partial(self._fits, budget=budget), guess(self._peaks, budget))
+        return {"largest": [{"way": self._way, "budget_GB": budget_GB, "batch": found}]}
 
-    def fits(self, batch: int, budget: int) -> bool:
-        """Whether it does on a card of ``budget`` GB."""
-        gc.collect()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        # CUDA's own context is on the card too, though not in the allocator's books
-        context = total - free - torch.cuda.memory_reserved()
-        torch.cuda.set_per_process_memory_fraction((budget * 1e9 - context) / total)
-        try:
-            self.measure(batch)
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-        return True
-
-    def largest(self, budget: int) -> int:
-        """The largest batch that fits a card of ``budget`` GB."""
-        found = largest(partial(self.fits, budget=budget), guess(self.peaks, budget * 1e9))
-        self._write("largest", {"way": self._way, "budget_GB": budget, "batch": found})
-        return found
+    def _fits(self, batch: int, budget: float) -> bool:
+        peak = fits(self._unet, self._way, batch, budget)
+        if peak is not None:
+            self._peaks[batch] = peak
+        return peak is not None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--budget", type=int, action="append", help="in GB; default 12, 24, 80")
-    parser.add_argument("--way", choices=WAYS, action="append")
-    options = parser.parse_args()
-    device = torch.device("cuda")
-    result: dict[str, Any] = {"about": harness.describe(device), "peaks": [], "largest": []}
+def rows(settings: Settings) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Names of the rows, and what measures each: small budgets first, which are quick.
 
-    def write(table: str, row: dict[str, Any]) -> None:
-        print(row, flush=True)
-        result[table].append(row)
-        write_atomically(options.out, (json.dumps(result, indent=1) + "\n").encode())
-
-    unet = SIZES["sd15"].build(device, torch.bfloat16)
-    total = torch.cuda.get_device_properties(device).total_memory
-    budgets = [budget for budget in options.budget or BUDGETS if budget * 1e9 <= total]
-    all_tries = [Tries(way, unet, write) for way in options.way or WAYS]
-    for tries in all_tries:
-        with suppress(torch.OutOfMemoryError):
-            for batch in BATCHES:
-                tries.measure(batch)
-    # small ones first, which are quick: of all ways, should time run out
-    for budget in sorted(budgets):
-        for tries in all_tries:
-            tries.largest(budget)
+    Raises:
+        LeftOut: There is no GPU.
+    """
+    if not settings.on_gpu:
+        raise LeftOut("only a GPU's allocator can be held to a budget")
+    unet = SIZES["sd15"].build(settings.device, torch.bfloat16)
+    searches = {way: Search(unet, way) for way in WAYS}
+    for way, search in searches.items():
+        yield f"peaks, {way}", search.peaks
+    for budget in BUDGETS:
+        for way, search in searches.items():
+            yield f"{budget} GB, {way}", partial(search.largest, budget)
 
 
 def _nothing() -> None:
     pass
-
-
-if __name__ == "__main__":
-    main()

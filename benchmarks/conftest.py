@@ -69,8 +69,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         return (yield)
     except torch.OutOfMemoryError:
         pytest.skip("out of memory")
+    except harness.LeftOut as reason:
+        pytest.skip(str(reason))
     except Exception as error:
-        if torch.cuda.is_available() and _is_lost():
+        if harness.is_lost():
             _leave_out(pyfuncitem.nodeid, str(error))
             pytest.exit("no kernel runs any more in this process", returncode=3)
         raise
@@ -85,15 +87,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def _leave_out(test: str, reason: str) -> None:
     LEFT_OUT.append({"test": test, "reason": reason})
-
-
-def _is_lost() -> bool:
-    """Whether an illegal access, say, has ended this process's use of the GPU."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

@@ -10,8 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 1 << 24
@@ -70,6 +68,9 @@ def hook_published(unet: nn.Module, rows: slice) -> Callable[[], None]:
 
     Group norm, input projection, self-attention, norms and projections, for every block.
     """
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
     handles = []
     for module in unet.modules():
         if isinstance(module, Transformer2DModel):

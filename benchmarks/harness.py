@@ -8,7 +8,7 @@ that is the larger of what the kernels and what Python takes. ``kernels_ms`` is 
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -28,6 +28,10 @@ MIB = 2**20
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "flash-colreduce", "flash-colsum")
 
 
+class LeftOut(Exception):
+    """A row that this machine does not have, and why."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the options of the command line, or the device, decide."""
@@ -39,6 +43,8 @@ class Settings:
     rounds: int
     steps: int
     """Of a whole run."""
+    impl: str | None = None
+    """Of the kernels; ``None`` is the device's default."""
 
     @property
     def on_gpu(self) -> bool:
@@ -48,6 +54,37 @@ class Settings:
     def batch(self) -> int:
         """Samples of a single call: 8 if that is one of the batches."""
         return 8 if 8 in self.batches else self.batches[0]
+
+
+class Row:
+    """A row measured by a script: the part of pytest-benchmark's fixture that `compare` needs."""
+
+    def __init__(self) -> None:
+        self.group = ""
+        self.extra_info: dict[str, Any] = {}
+        self._seconds: list[float] = []
+
+    def pedantic(self, call: Call, *, setup: Call, rounds: int = 1, warmup_rounds: int = 0) -> None:
+        """Run ``setup`` and then ``call``, timed, ``rounds`` times after ``warmup_rounds``."""
+        for _ in range(warmup_rounds):
+            setup()
+            call()
+        for _ in range(rounds):
+            setup()
+            start = time.perf_counter()
+            call()
+            self._seconds.append(time.perf_counter() - start)
+
+    def result(self) -> dict[str, Any]:
+        """The row as a file of results holds it: what was measured and its percentiles in ms."""
+        return row(self.group, self.extra_info, self._seconds)
+
+
+def row(group: str, info: Mapping[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
+    """A row of results from the seconds of its rounds, each of ``info["calls"]`` calls."""
+    times = 1e3 * np.percentile(seconds, (20, 50, 80)) / info["calls"]
+    percentiles = dict(zip(("p20_ms", "p50_ms", "p80_ms"), map(_short, times), strict=True))
+    return {"group": group, **info, **percentiles}
 
 
 def compare(
@@ -64,7 +101,7 @@ def compare(
     Stats of the row are seconds per round of ``extra_info["calls"]`` calls.
 
     Args:
-        benchmark: The fixture of pytest-benchmark.
+        benchmark: The fixture of pytest-benchmark, or a :class:`Row`.
         work: What the row is about.
         plain: What it is compared with.
         settings: Where, and how often.
@@ -156,6 +193,17 @@ def synchronize(device: torch.device) -> None:
     """Wait for everything that was asked of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def is_lost() -> bool:
+    """Whether an illegal access, say, has ended this process's use of the GPU."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def describe(device: torch.device) -> dict[str, Any]:

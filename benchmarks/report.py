@@ -2,8 +2,9 @@
 
     python benchmarks/report.py .benchmarks/*.json benchmarks/results/cpu.json
 
-Takes JSON of pytest-benchmark and of ``budgets.py``; keeps medians, 20th and 80th percentiles, peak
-memory, device, versions and commit; prints Markdown. Given the result alone it prints that again.
+Takes JSON of pytest-benchmark; keeps medians, 20th and 80th percentiles, peak memory, device,
+versions and commit; prints Markdown. Given the result alone, or the rows that ``gpu.py`` wrote, it
+prints those.
 """
 
 import json
@@ -13,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import harness
+from ledger import Ledger
 
 from i2am.attribution.storage import write_atomically
 
@@ -38,18 +40,44 @@ def summarize(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "commit": "unknown"}
     rows: list[Row] = []
     left_out: list[Row] = []
-    budgets: dict[str, list[Row]] = {"peaks": [], "largest": []}
     for source in sources:
-        if "benchmarks" in source:
-            result |= source["machine_info"]["i2am"]
-            result["commit"] = source["commit_info"].get("id") or result["commit"]
-            rows += map(_row, source["benchmarks"])
-            left_out += source.get("left_out", [])
-        else:
-            result = source["about"] | result
-            for table in budgets:
-                budgets[table] += source[table]
+        result |= source["machine_info"]["i2am"]
+        result["commit"] = source["commit_info"].get("id") or result["commit"]
+        rows += [
+            harness.row(benchmark["group"], benchmark["extra_info"], benchmark["stats"]["data"])
+            for benchmark in source["benchmarks"]
+        ]
+        left_out += source.get("left_out", [])
+    return result | {"rows": rows, "left_out": left_out, "budgets": {"peaks": [], "largest": []}}
+
+
+def from_rows(lines: Iterable[Row]) -> dict[str, Any]:
+    """A result of the rows that ``gpu.py`` writes."""
+    result: dict[str, Any] = {"device": "unknown", "versions": {}, "commit": "unknown"}
+    rows: list[Row] = []
+    left_out: list[Row] = []
+    budgets: dict[str, list[Row]] = {"peaks": [], "largest": []}
+    for line in lines:
+        day, _, commit = line["run"].split(" ")
+        result |= {"date": day, "commit": commit}
+        if (line["step"], line["name"]) == ("machine", "about"):
+            result |= line
+        if "level" in line:
+            rows.append(line)
+        for reason in ("error", "left_out"):
+            if reason in line:
+                left_out.append({"test": line["name"], "reason": line[reason]})
+        for table in budgets:
+            budgets[table] += line.get(table, [])
     return result | {"rows": rows, "left_out": left_out, "budgets": budgets}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result from a file of either kind."""
+    if path.suffix == ".jsonl":
+        return from_rows(Ledger(path, run="").rows())
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -57,7 +85,7 @@ def tables(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     levels = {
         level: [row for row in rows if row["level"] == level]
-        for level in ("operator", "step", "run")
+        for level in ("operator", "step", "variant", "run")
     }
     calls = levels["operator"]
     parts = [
@@ -67,17 +95,11 @@ def tables(result: Mapping[str, Any]) -> str:
         _calls(calls, "MiB held while running", "attention alone", _plain_memory, _memory),
         _calls(calls, "share of the roofline", "floor, given lse", _floor, _share),
         _steps(levels["step"]),
+        _variants(levels["variant"]),
         _runs(levels["run"]),
         _budgets(result["budgets"]["largest"]),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
-
-
-def _row(benchmark: Mapping[str, Any]) -> Row:
-    info = dict(benchmark["extra_info"])
-    times = np.percentile(benchmark["stats"]["data"], (20, 50, 80)) / info["calls"]
-    p20, p50, p80 = (float(f"{1e3 * time:.4g}") for time in times)
-    return {"group": benchmark["group"], **info, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
 
 
 def _head(result: Mapping[str, Any]) -> list[str]:
@@ -91,10 +113,10 @@ def _calls(rows: list[Row], title: str, alone_title: str, alone: Cell, cell: Cel
     if not ways:
         return []
     lines = _header(title, alone_title, *ways)
-    for group, members in _grouped(rows, "group").items():
+    for (group, batch), members in _grouped(rows, "group", "batch").items():
         cells = {row["way"]: cell(row) for row in members}
         first = next(filter(None, map(alone, members)), "-")
-        name = f"{group}, batch {members[0]['batch']}"
+        name = f"{group}, batch {batch}"
         lines.append(_line(name, first, *(cells.get(way) or "-" for way in ways)))
     return lines
 
@@ -144,7 +166,7 @@ def _steps(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     lines = _header("one UNet step", "plain", *STEP_WAYS)
-    for group, members in _grouped(rows, "group").items():
+    for (group,), members in _grouped(rows, "group").items():
         cells = {
             row["way"]: f"{row['ratio']:.3f} x, "
             f"{row['memory_MiB'] - row['plain_memory_MiB']:+.3g} MiB"
@@ -155,11 +177,20 @@ def _steps(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _variants(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = _header("one guided UNet step", "plain", "recorded")
+    for row in rows:
+        lines.append(_line(row["group"], f"{row['plain_ms']:.4g} ms", f"{row['ratio']:.3f} x"))
+    return lines
+
+
 def _runs(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     lines = _header("one run", "plain", "beside", "fused")
-    for group, members in _grouped(rows, "group").items():
+    for (group,), members in _grouped(rows, "group").items():
         cells = {row["way"]: f"{row['ratio']:.3f} x" for row in members}
         plain = f"{members[0]['plain_ms'] / 1e3:.3g} s"
         lines.append(_line(group, plain, cells.get("beside", "-"), cells.get("fused", "-")))
@@ -170,16 +201,16 @@ def _budgets(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     lines = _header("largest batch of a guided SD-1.5-size step", *BUDGET_WAYS)
-    for budget, members in _grouped(rows, "budget_GB").items():
+    for (budget,), members in _grouped(rows, "budget_GB").items():
         found = {row["way"]: row["batch"] for row in members}
         lines.append(_line(f"{budget} GB", *(found.get(way, "-") for way in BUDGET_WAYS)))
     return lines
 
 
-def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
+def _grouped(rows: list[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(row[key], []).append(row)
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
 
 
@@ -195,7 +226,7 @@ def main(*sources: Path, target: Path) -> None:
     if sources:
         contents = [json.loads(source.read_text(encoding="utf-8")) for source in sources]
         write_atomically(target, (json.dumps(summarize(contents), indent=1) + "\n").encode())
-    print(tables(json.loads(target.read_text(encoding="utf-8"))))
+    print(tables(read(target)))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Time and memory of recording against the size of the attention matrix, and against the batch.
 
-    python benchmarks/scaling_plots.py benchmarks/results/h200.json docs/scaling.png
+    python benchmarks/scaling_plots.py benchmarks/results/gpu/rows.jsonl docs/scaling.png
 
 Needs matplotlib, the extra ``plots``.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ def draw(result: Mapping[str, Any]) -> "Figure":
     panels = (
         ("one call: ms", "seqlen_q x seqlen_k", call_points(calls, lambda row: row["p50_ms"])),
         ("one call: MiB held", "seqlen_q x seqlen_k", call_points(calls, _memory)),
-        ("one UNet step: ms", "samples", step_points(steps)),
+        ("one guided UNet step: ms", "samples", step_points(steps)),
         ("one guided SD-1.5-size step: peak GiB", "samples", peak_points(result)),
     )
     for axes, (title, label, points) in zip(figure.subplots(2, 2).flat, panels, strict=True):
@@ -66,10 +67,10 @@ def call_points(rows: list[Row], value: Callable[[Row], float]) -> Points:
 
 
 def step_points(rows: list[Row]) -> Points:
-    """By size and way: un-guided steps, the plain one among them."""
+    """By size and way: guided steps, the plain one among them."""
     points: Points = {}
     for row in rows:
-        if row["guidance"]:
+        if not row["guidance"]:
             continue
         name = f"{row['size']}, {row['way']}"
         points.setdefault(name, []).append((row["batch"], row["p50_ms"]))
@@ -91,4 +92,4 @@ def _memory(row: Row) -> float:
 
 
 if __name__ == "__main__":
-    draw(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))).savefig(sys.argv[2])
+    draw(report.read(Path(sys.argv[1]))).savefig(sys.argv[2])

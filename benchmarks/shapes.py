@@ -71,6 +71,9 @@ DIT = (
 )
 """Joint attention of a Flux-size transformer: 512 text tokens and 4096 of one or two images."""
 
+GPU = (*CUSTOM[:3], SDXL[0], WARP[4], WARP[3], DIT[0])
+"""The costly calls of each model, for a GPU at hand for minutes."""
+
 TINY = (
     AttentionShape("tiny", 24, 13, 8, 1, heads=2),
     AttentionShape("tiny", 12, 1, 8, 1, heads=2),
@@ -82,6 +85,7 @@ GROUPS = {
     "1024x768": LARGE,
     "sdxl": SDXL,
     "dit": DIT,
+    "gpu": GPU,
     "tiny": TINY,
 }
 DEFAULT_GROUPS = {"cpu": ("512x384",), "cuda": ("512x384", "1024x768", "sdxl", "dit")}

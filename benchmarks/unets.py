@@ -1,15 +1,16 @@
 """UNets of the sizes of SD 1.5 and SDXL with random weights, and the loop that drives them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from i2am.layouts import TokenLayout
-from i2am.models.configuration import FULL_SIZE
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 STEPS = 50
 
@@ -18,7 +19,8 @@ STEPS = 50
 class UNetSize:
     """A UNet, what its latents are, and the reference tokens of its context."""
 
-    config: Mapping[str, Any]
+    get_config: Callable[[], Mapping[str, Any]]
+    """Called where a UNet is built: benchmarks of single calls run without diffusers."""
     latent: tuple[int, int]
     grid: tuple[int, int]
     prefix: int = 1
@@ -26,11 +28,17 @@ class UNetSize:
     """Features of SDXL's second text embedding, which goes in beside six numbers."""
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        return self.get_config()
+
+    @property
     def layout(self) -> TokenLayout:
         return TokenLayout.cross_attention(self.grid, self.prefix)
 
-    def build(self, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+    def build(self, device: torch.device, dtype: torch.dtype) -> "UNet2DConditionModel":
         """Random weights, made on the device itself."""
+        from diffusers import UNet2DConditionModel
+
         with torch.device("meta"):
             unet = UNet2DConditionModel(**self.config)
         return fill(unet, device, dtype)
@@ -55,10 +63,16 @@ class UNetSize:
         return inputs
 
 
+def _custom_model() -> Mapping[str, Any]:
+    from i2am.models.configuration import FULL_SIZE
+
+    return FULL_SIZE.unet
+
+
 SIZES = {
-    "sd15": UNetSize(FULL_SIZE.unet, latent=(64, 48), grid=(37, 28)),
+    "sd15": UNetSize(_custom_model, latent=(64, 48), grid=(37, 28)),
     "sdxl": UNetSize(
-        {
+        lambda: {
             "sample_size": 128,
             "in_channels": 4,
             "out_channels": 4,
@@ -78,7 +92,7 @@ SIZES = {
         pooled=1280,
     ),
     "tiny": UNetSize(
-        {
+        lambda: {
             "sample_size": (16, 12),
             "in_channels": 12,
             "out_channels": 4,
@@ -108,8 +122,10 @@ class Loop:
     """
 
     def __init__(self, unet: nn.Module, size: UNetSize, batch: int, *, guidance: bool) -> None:
+        from diffusers import DDIMScheduler
+
         parameter = next(unet.parameters())
-        self._unet = unet
+        self.unet = unet
         self._inputs = size.inputs((1 + guidance) * batch, parameter.device, parameter.dtype)
         self._latents = self._inputs["sample"][-batch:, :4]
         self._steps = 0
@@ -121,11 +137,34 @@ class Loop:
         if self._steps % STEPS == 0:
             self.scheduler.set_timesteps(STEPS)
         timestep = self.scheduler.timesteps[self._steps % STEPS]
-        noise = self._unet(timestep=timestep, **self._inputs).sample
+        noise = self._evaluate(timestep)
         # thrown away: random weights would drive the latents out of range
         self.scheduler.step(noise[self.conditional], timestep, self._latents)
         self._steps += 1
         return noise
+
+    def _evaluate(self, timestep: Tensor) -> Tensor:
+        return self.unet(timestep=timestep, **self._inputs).sample
+
+
+class GraphedLoop(Loop):
+    """The same with a CUDA graph per run: captured in its third step, replayed in later ones."""
+
+    CAPTURED = 2
+
+    def _evaluate(self, timestep: Tensor) -> Tensor:
+        step = self._steps % STEPS
+        if step == 0:
+            self._time = torch.zeros((), device=self._latents.device)
+            self._graph = torch.cuda.CUDAGraph()
+        self._time.fill_(timestep.item())
+        if step < self.CAPTURED:
+            return super()._evaluate(self._time)
+        if step == self.CAPTURED:
+            with torch.cuda.graph(self._graph):
+                self._noise = super()._evaluate(self._time)
+        self._graph.replay()
+        return self._noise
 
 
 def fill(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -145,7 +184,7 @@ def fill(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return module
 
 
-def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def twin(unet: "UNet2DConditionModel") -> "UNet2DConditionModel":
     """A second UNet with the very same weights, so that one can be recorded all the time."""
     with torch.device("meta"):
         other = type(unet).from_config(unet.config)

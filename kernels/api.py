@@ -40,8 +40,8 @@ def attention_statistics(
         key_weights: ``u``, ``[seqlen_k]``, ``[batch, seqlen_k]`` or, for several vote vectors in
             one sweep, ``[batch or 1, votes, seqlen_k]``; default uniform ``1 / seqlen_k``. Zeros
             drop tokens from the vote, not from the softmax.
-        impl: ``"fused"``, ``"streaming"``, ``"reference"``; default fused on CUDA, else
-            streaming.
+        impl: ``"fused"``, ``"streaming"``, ``"reference"``; default fused on CUDA (compute
+            capability 8.0 or newer), else streaming.
 
     Returns:
         ``(r2g, g2r, query_lse, key_lse)``: see :class:`AttentionStatistics`.

@@ -8,14 +8,27 @@ from i2am.kernels.types import Impl
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def runs_fused(device: torch.device) -> bool:
+    """Whether ``device`` is a GPU that runs the fused kernels.
+
+    Before compute capability 8.0 there are no matrix instructions for bf16, and shared memory is
+    too small for the tiles of fp16.
+    """
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+
+
 def implementation(impl: Impl | str | None, device: torch.device) -> Impl:
-    """The implementation a request means on ``device``; ``None`` is fused on CUDA, else streaming.
+    """The implementation a request means on ``device``.
+
+    ``None`` is fused on a GPU that runs it, else streaming.
 
     Raises:
         ValueError: The name is unknown.
     """
     if impl is None:
-        return Impl.FUSED if device.type == "cuda" else Impl.STREAMING
+        return Impl.FUSED if runs_fused(device) else Impl.STREAMING
     try:
         return Impl(impl)
     except ValueError:

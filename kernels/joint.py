@@ -46,8 +46,8 @@ def accumulate_joint_statistics(
         key_pooling: ``V``; ``None`` for a cell per key.
         scale: Softmax scale, default ``head_dim ** -0.5``.
         bias: Additive or bool mask, as in :func:`~i2am.kernels.attention_statistics`.
-        impl: ``"fused"``, ``"streaming"``, ``"reference"``; default fused on CUDA, else
-            streaming.
+        impl: ``"fused"``, ``"streaming"``, ``"reference"``; default fused on CUDA (compute
+            capability 8.0 or newer), else streaming.
 
     Raises:
         ValueError: A shape, dtype or device does not fit, or ``impl`` is unknown.

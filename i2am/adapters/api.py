@@ -71,7 +71,8 @@ def record(
             one per sample; tensor, array, PIL image or a list of these.
         reference_mask: Mask of the object in the reference image, likewise: adds R2G votes of its
             tokens alone.
-        impl: Implementation of the statistics; default fused on CUDA, streaming elsewhere.
+        impl: Implementation of the statistics; default fused on CUDA (compute capability 8.0 or
+            newer), streaming elsewhere.
         scheduler: The scheduler of a bare denoiser; default the pipeline's.
         num_inference_steps: Evaluations of a bare denoiser without any scheduler; then every row of
             its batch counts as a sample.

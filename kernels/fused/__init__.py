@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from i2am.kernels.arguments import runs_fused
 from i2am.kernels.fused import forward, short, statistics
 from i2am.kernels.fused.configs import MAX_HEAD_DIM, MAX_ROW_BLOCK, fits_short
 from i2am.kernels.fused.primitives import INTERPRETED
@@ -19,18 +20,28 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether the kernels run on ``device``: a GPU, or any device under Triton's interpreter."""
-    return device.type == "cuda" or INTERPRETED
+    """Whether the kernels run on ``device``: a GPU of compute capability 8.0 or newer (or one of
+    AMD), or any device under Triton's interpreter.
+    """
+    return INTERPRETED or runs_fused(device)
 
 
 def check(query: Tensor) -> None:
     """Refuse what the kernels cannot do.
 
     Raises:
-        RuntimeError: The tensors are not on a GPU and Triton's interpreter is off.
+        RuntimeError: The tensors are not on a GPU that can run them and Triton's interpreter is
+            off.
         ValueError: The dtype is fp64, or head_dim exceeds 256.
     """
     if not is_available(query.device):
+        if query.device.type == "cuda":
+            card = torch.cuda.get_device_properties(query.device)
+            raise RuntimeError(
+                "impl='fused' needs a GPU of compute capability 8.0 or newer (bf16 matrix "
+                f"instructions, shared memory for the tiles), got {card.name} with "
+                f"{card.major}.{card.minor}; impl='streaming' runs on it"
+            )
         raise RuntimeError(
             "impl='fused' needs tensors on a GPU, or TRITON_INTERPRET=1 in the environment before "
             f"triton is imported; got a query on {query.device}"

@@ -1,8 +1,8 @@
 """Compile every kernel for GPUs that are not here: ``python -m i2am.kernels.fused.ahead_of_time``.
 
 One row per kernel and target, from the machine code itself. The exit status is 1 when a kernel does
-not compile, spills registers, needs more shared memory than the target has, or multiplies 16-bit
-operands without a matrix instruction.
+not compile, spills registers, needs more shared memory than the target has, reads 16-bit operands
+one by one, or multiplies them without a matrix instruction.
 """
 
 import argparse
@@ -60,6 +60,8 @@ class Report(NamedTuple):
     spilled: int
     shared: int
     matrix: str
+    narrow: bool = False
+    """Whether a load on an NVIDIA GPU reads a single number of 16 bits, and so no pipeline does."""
 
     def problems(self, target: Target, dtype: torch.dtype) -> list[str]:
         """What makes this kernel unfit for ``target``, in words."""
@@ -70,6 +72,8 @@ class Report(NamedTuple):
             found.append(f"needs {self.shared} of {target.shared} bytes of shared memory")
         if not self.matrix and dtype.itemsize == 2:
             found.append("has no matrix instruction")
+        if self.narrow:
+            found.append("reads 16-bit operands one by one")
         return found
 
 
@@ -143,6 +147,7 @@ def report(kernel: CompiledKernel) -> Report:
         spilled=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
         shared=kernel.metadata.shared,
         matrix=_matrix(r"\b(wgmma|tcgen05\.mma|mma\.sync)", kernel.asm["ptx"]),
+        narrow=re.search(r"\bld\.global\S*\.[bu]16\b", kernel.asm["ptx"]) is not None,
     )
 
 

@@ -13,6 +13,7 @@ from i2am.kernels.fused import configs
 from i2am.kernels.fused.primitives import (
     Launch,
     dot,
+    feature_strides,
     load_features,
     load_tile,
     log_sum_exp,
@@ -51,6 +52,7 @@ def attention_forward(
     M,
     N,
     scale,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,9 +69,12 @@ def attention_forward(
     bh = (pid // blocks).to(tl.int64)
     b, h = bh // H, bh % H
 
-    query_ptr += b * stride_query_b + h * stride_query_h
-    key_ptr += b * stride_key_b + h * stride_key_h
-    value_ptr += b * stride_value_b + h * stride_value_h
+    query_ptr += (b * stride_query_b + h * stride_query_h) * UNIT
+    key_ptr += (b * stride_key_b + h * stride_key_h) * UNIT
+    value_ptr += (b * stride_value_b + h * stride_value_h) * UNIT
+    stride_query_m *= UNIT
+    stride_key_n *= UNIT
+    stride_value_n *= UNIT
     if bias_ptr is not None:
         bias_ptr += b * stride_bias_b + h * stride_bias_h
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_TAIL]
@@ -172,9 +177,7 @@ def plan(
         "bias_ptr": bias,
         "output_ptr": output,
         "lse_ptr": lse,
-        **strides("query", query, "bhmd"),
-        **strides("key", key, "bhnd"),
-        **strides("value", value, "bhnd"),
+        **feature_strides(query=(query, "m"), key=(key, "n"), value=(value, "n")),
         **strides("bias", bias, "bhmn"),
         "H": heads,
         "M": seqlen_q,

@@ -22,6 +22,7 @@ from i2am.kernels.fused.primitives import (
     Launch,
     add_into,
     compensated_add,
+    feature_strides,
     load_features,
     log_sum_exp,
     online_softmax,
@@ -66,6 +67,7 @@ def over_chunks(
     rows,
     chunk,
     scale,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -82,12 +84,12 @@ def over_chunks(
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
 
-    query_ptr += b * stride_query_b + h * stride_query_h
-    key_ptr += b * stride_key_b + h * stride_key_h
+    query_ptr += (b * stride_query_b + h * stride_query_h) * UNIT
+    key_ptr += (b * stride_key_b + h * stride_key_h) * UNIT
     if bias_ptr is not None:
         bias_ptr += b * stride_bias_b + h * stride_bias_h
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_TAIL]
-    keys = (key_ptr, offs_n, mask_n, stride_key_n, stride_key_d)
+    keys = (key_ptr, offs_n, mask_n, stride_key_n * UNIT, stride_key_d)
     k, k_tail = load_features(*keys, HEAD_DIM, BLOCK_D, BLOCK_TAIL)
     running_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -100,7 +102,7 @@ def over_chunks(
     for start in range(first, tl.minimum(first + chunk, M), BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        queries = (query_ptr, offs_m, mask_m, stride_query_m, stride_query_d)
+        queries = (query_ptr, offs_m, mask_m, stride_query_m * UNIT, stride_query_d)
         # [BLOCK_N, BLOCK_M]
         if KEYS_FIRST:
             bias = (bias_ptr, stride_bias_n, stride_bias_m)
@@ -193,6 +195,7 @@ def over_queries(
     votes,
     chunk,
     scale,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -233,14 +236,14 @@ def over_queries(
                 g2r_ptr, offs_n, mask_n, stride_g2r_n, offs_rows, mask_rows, stride_g2r_r, sums
             )
     if r2g_ptr is not None:
-        query_ptr += b * stride_query_b + h * stride_query_h
-        key_ptr += b * stride_key_b + h * stride_key_h
+        query_ptr += (b * stride_query_b + h * stride_query_h) * UNIT
+        key_ptr += (b * stride_key_b + h * stride_key_h) * UNIT
         if bias_ptr is not None:
             bias_ptr += b * stride_bias_b + h * stride_bias_h
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        keys = (key_ptr, offs_n, mask_n, stride_key_n, stride_key_d)
-        queries = (query_ptr, offs_m, mask_m, stride_query_m, stride_query_d)
+        keys = (key_ptr, offs_n, mask_n, stride_key_n * UNIT, stride_key_d)
+        queries = (query_ptr, offs_m, mask_m, stride_query_m * UNIT, stride_query_d)
         bias = (bias_ptr, stride_bias_m, stride_bias_n)
         # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_TAIL]
         q, q_tail = load_features(*queries, HEAD_DIM, BLOCK_D, BLOCK_TAIL)
@@ -299,8 +302,7 @@ def plan(
         "bias_ptr": bias,
         "columns_ptr": columns,
         "partial_ptr": partial,
-        **strides("query", query, "bhmd"),
-        **strides("key", key, "bhnd"),
+        **feature_strides(query=(query, "m"), key=(key, "n")),
         **strides("bias", bias, "bhmn"),
         "H": heads,
         "M": seqlen_q,

@@ -25,6 +25,7 @@ from i2am.kernels.fused.primitives import (
     compensated_add,
     dot,
     exponential,
+    feature_strides,
     load_features,
     log_sum_exp,
     online_softmax,
@@ -132,6 +133,7 @@ def owner_pass(
     others,
     rows,
     scale,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_OWNER: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
@@ -151,8 +153,10 @@ def owner_pass(
     bh = (pid // blocks // row_blocks).to(tl.int64)
     b, h = bh // H, bh % H
 
-    owner_ptr += b * stride_owner_b + h * stride_owner_h
-    other_ptr += b * stride_other_b + h * stride_other_h
+    owner_ptr += (b * stride_owner_b + h * stride_owner_h) * UNIT
+    other_ptr += (b * stride_other_b + h * stride_other_h) * UNIT
+    stride_owner_t *= UNIT
+    stride_other_t *= UNIT
     if bias_ptr is not None:
         bias_ptr += b * stride_bias_b + h * stride_bias_h
     # [BLOCK_OWNER, BLOCK_D], [BLOCK_OWNER, BLOCK_TAIL]
@@ -321,8 +325,7 @@ def plan(
         "weights_ptr": weights,
         "lse_ptr": lse,
         "sums_ptr": sums,
-        **strides("owner", owner, "bhtd"),
-        **strides("other", other, "bhtd"),
+        **feature_strides(owner=(owner, "t"), other=(other, "t")),
         **strides("bias", bias, ("b", "h", "owner", "other")),
         **strides("other_lse", other_lse, "bht"),
         **strides("weights", weights, "brt"),

@@ -1,14 +1,16 @@
 """The benchmarks of speed and memory: that they measure what they say, on the smallest sizes."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import budgets
 import eager
-import h200
+import gpu
 import harness
 import pytest
 import report
@@ -23,7 +25,7 @@ from i2am.testing import assert_matches_reference, make_qkv
 
 pytestmark = pytest.mark.slow  # they test no product
 
-BENCHMARKS = Path(h200.__file__).parent
+BENCHMARKS = Path(gpu.__file__).parent
 CPU = torch.device("cpu")
 
 
@@ -122,6 +124,8 @@ def test_budget_holds_the_process_and_not_only_its_tensors(monkeypatch, budget):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total - context - weights, total))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: weights)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", allowed.append)
+    card = SimpleNamespace(total_memory=total)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
 
     def step_peak(unet, batch, way):
         if weights + batch * sample > allowed[-1] * total:
@@ -129,14 +133,17 @@ def test_budget_holds_the_process_and_not_only_its_tensors(monkeypatch, budget):
         return weights + batch * sample
 
     monkeypatch.setattr(budgets, "step_peak", step_peak)
-    written = []
-    tries = budgets.Tries("plain", None, lambda table, row: written.append((table, row)))
-    for batch in (1, 2):
-        tries.measure(batch)
+    search = budgets.Search(None, "plain")
+    peaks = search.peaks()["peaks"]
+    assert [row["batch"] for row in peaks] == list(budgets.BATCHES)
+    assert peaks[0]["peak_GiB"] == round((weights + sample) / 2**30, 3)
     true = int((budget * 1e9 - context - weights) / sample)
-    assert true * (1 - 1 / budgets.PRECISION) <= tries.largest(budget) <= true
+    (found,) = search.largest(budget)["largest"]
+    assert true * (1 - 1 / budgets.PRECISION) <= found["batch"] <= true
+    assert (found["way"], found["budget_GB"]) == ("plain", budget)
     assert allowed[-1] == 1.0
-    assert written[-1][1]["budget_GB"] == budget
+    with pytest.raises(harness.LeftOut, match="less than 141 GB"):
+        search.largest(141)
 
 
 ROW = {
@@ -181,6 +188,11 @@ def test_no_speed_is_shown_for_a_wrong_result():
     assert "roofline" not in text
 
 
+def environment():
+    path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
+
+
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
     """What the benchmarks write, all of them on their smallest sizes."""
@@ -190,7 +202,7 @@ def raw(tmp_path_factory):
     ran = subprocess.run(
         [*command, *options, "--device", "cpu", f"--benchmark-json={out}"],
         cwd=BENCHMARKS.parent,
-        env=h200.environment(),
+        env=environment(),
         capture_output=True,
         text=True,
     )
@@ -239,46 +251,3 @@ def test_plots_need_no_complete_result():
     pytest.importorskip("matplotlib")
     figure = scaling_plots.draw({**RESULT, "rows": SQUARES})
     assert [len(axes.lines) for axes in figure.axes] == [1, 1, 0, 0]
-
-
-def test_steps_of_the_script_fail_alone_and_within_their_limit(monkeypatch, tmp_path):
-    write = "import sys, json; json.dump({}, open(sys.argv[1], 'w')); print('done')"
-    monkeypatch.setattr(
-        h200,
-        "STEPS",
-        {
-            "broken": h200.Step(("-c", "raise SystemExit('no such luck')"), 30),
-            "endless": h200.Step(("-c", "import time; time.sleep(60)"), 1, writes=False),
-            "half": h200.Step(("-c", "import sys; open(sys.argv[1], 'w').write('{\"be')"), 30),
-            "good": h200.Step(("-c", write), 30),
-        },
-    )
-    monkeypatch.setattr(h200, "GRACE", 0.5)
-    monkeypatch.setattr(
-        h200.report, "summarize", lambda sources: {"device": "", "sources": len(list(sources))}
-    )
-    out = tmp_path / "out.json"
-    arguments = ["h200.py", "-o", str(out), "--raw", str(tmp_path / "raw"), "--commit", "abc"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    h200.main()
-    result = json.loads(out.read_text())
-    ended = {step["step"]: (step["status"] == 0, step["stopped"]) for step in result["steps"]}
-    assert ended == {
-        "broken": (False, False),
-        "endless": (False, True),
-        "half": (True, False),
-        "good": (True, False),
-    }
-    assert "no such luck" in result["steps"][0]["output"]
-    assert result["commit"] == "abc"
-    assert result["sources"] == 1
-
-
-def test_steps_that_time_leaves_no_room_for_are_named(monkeypatch, tmp_path):
-    out = tmp_path / "out.json"
-    arguments = ["h200.py", "-o", str(out), "--raw", str(tmp_path / "raw"), "--minutes", "0"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    h200.main()
-    assert [step["status"] for step in json.loads(out.read_text())["steps"]] == [None] * len(
-        h200.STEPS
-    )

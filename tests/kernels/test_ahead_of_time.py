@@ -93,6 +93,33 @@ for x in (one, far):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_any_number_of_features_is_read_ahead_16_bytes_at_a_time():
+    """A multiple of 8 is enough: 40 and 72 leave strides that 16 does not divide."""
+    code = """
+import torch
+from i2am.kernels.fused import ahead_of_time as aot, statistics
+def loads(head_dim, layout, offset=0):
+    def tokens(seqlen):
+        sizes = (2, seqlen, 8, head_dim + offset) if layout == "bshd" else (2, 8, seqlen, head_dim)
+        x = torch.empty(sizes, dtype=torch.bfloat16, device="meta")[..., :head_dim]
+        return x.transpose(1, 2) if layout == "bshd" else x
+    weights = {"other_lse": torch.empty(2, 8, 3072, device="meta"),
+               "weights": torch.empty(2, 1, 3072, device="meta"),
+               "sums": torch.empty(2, 8, 1, 1037, device="meta")}
+    launch = statistics.plan(tokens(1037), tokens(3072), scale=1.0, bias=None, **weights)
+    kernel = aot.compile_for(launch, aot.TARGETS["sm_90"].gpu)
+    return aot.report(kernel).narrow, kernel.asm["ptx"].count("cp.async.cg.shared.global")
+for head_dim, layout in ((40, "bshd"), (40, "bhsd"), (72, "bshd"), (72, "bhsd")):
+    narrow, ahead = loads(head_dim, layout)
+    assert not narrow, (head_dim, layout)
+    assert ahead, (head_dim, layout)
+assert loads(40, "bshd", offset=1) == (True, 0)
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_nothing_is_compiled_under_the_interpreter():
     code = """
 from i2am.kernels.fused import ahead_of_time as aot
@@ -119,8 +146,9 @@ except RuntimeError as error:
             ["needs 65537 of 65536 bytes of shared memory"],
         ),
         ((128, 0, 0, ""), torch.bfloat16, ["has no matrix instruction"]),
+        ((128, 0, 0, "mfma", True), torch.float16, ["reads 16-bit operands one by one"]),
     ],
-    ids=["fits", "fp32", "spill", "shared memory", "matrix"],
+    ids=["fits", "fp32", "spill", "shared memory", "matrix", "narrow loads"],
 )
 def test_problems_are_found(needs, dtype, problems):
     from i2am.kernels.fused.ahead_of_time import TARGETS, Report

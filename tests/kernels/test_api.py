@@ -1,5 +1,7 @@
 """What the public functions promise whatever the implementation, and what they refuse."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -367,8 +369,26 @@ def test_nan_in_an_accumulator_stays_where_it_was(impl):
 # --- which implementation -------------------------------------------------------------------------
 
 
-def test_the_default_is_fused_on_cuda_and_streaming_elsewhere():
-    assert implementation(None, torch.device("cuda")) is Impl.FUSED
+@pytest.mark.parametrize(
+    ("capability", "hip", "default"),
+    [
+        ((7, 5), None, Impl.STREAMING),
+        ((8, 0), None, Impl.FUSED),
+        ((9, 0), None, Impl.FUSED),
+        ((12, 0), None, Impl.FUSED),
+        ((6, 0), "7.0", Impl.FUSED),
+    ],
+    ids=str,
+)
+def test_the_default_is_fused_where_a_gpu_runs_it(monkeypatch, capability, hip, default):
+    card = SimpleNamespace(name="card", major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert implementation(None, torch.device("cuda")) is default
+    assert implementation("fused", torch.device("cuda")) is Impl.FUSED
+
+
+def test_the_default_is_streaming_elsewhere():
     assert implementation(None, torch.device("cpu")) is Impl.STREAMING
     assert implementation(None, torch.device("mps")) is Impl.STREAMING
 

@@ -7,12 +7,14 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from i2am.kernels import attention_statistics, attention_with_statistics, reference
-from i2am.testing import assert_matches_reference, make_qkv
+from i2am.testing import assert_matches_reference, make_qkv, tensor_core_rounding
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -56,13 +58,15 @@ def check(query, key, value, **arguments):
     # the same without the row log-sum-exp of the attention call
     alone = attention_statistics(query, key, impl="fused", **arguments)
     eager_output = eager_attention(*inputs, **arguments)
-    assert_matches_reference(actual[0], exact=exact[0], eager=eager_output, name="output")
+    rounding = tensor_core_rounding(query, key, scale=arguments.get("scale"))
+    matches = partial(assert_matches_reference, rounding=rounding)
+    matches(actual[0], exact=exact[0], eager=eager_output, name="output")
     for name in exact[1]._fields:
         ruler, budget = getattr(exact[1], name), getattr(eager, name)
         for which, statistics in (("with attention", actual[1]), ("alone", alone)):
             ours = getattr(statistics, name)
             assert ours.dtype == torch.float32
-            assert_matches_reference(ours, exact=ruler, eager=budget, name=f"{name}, {which}")
+            matches(ours, exact=ruler, eager=budget, name=f"{name}, {which}")
     return actual
 
 
@@ -555,6 +559,7 @@ def test_addresses_are_64_bit(kernel, monkeypatch):
         named |= {"weights": torch.zeros(3, 3, 4), "sums": torch.zeros(3, 3, 3, 3)}
         launch = statistics.plan(**named, scale=1.0, lse=lse)
 
+    features = ("query", "key", "value", "owner", "other")
     addresses = set()
 
     def record(ptrs, mask):
@@ -570,14 +575,17 @@ def test_addresses_are_64_bit(kernel, monkeypatch):
     original = InterpreterBuilder.create_masked_load
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store)
-    huge = 2**31 - 1
+    assert launch.arguments["UNIT"] == 8
     checked = 0
     for name, tensor in named.items():
         own = [x for x in launch.arguments if x.rpartition("_")[0] == f"stride_{name}"]
         assert len(own) == tensor.ndim
         for axis, argument in enumerate(own):
             addresses.clear()
-            launch._replace(arguments=launch.arguments | {argument: huge}).run(torch.device("cpu"))
+            unit = 8 if name in features and axis < 3 else 1
+            huge = 2**31 - unit
+            steps = {argument: huge // unit}
+            launch._replace(arguments=launch.arguments | steps).run(torch.device("cpu"))
             strides = [*tensor.stride()[:axis], huge, *tensor.stride()[axis + 1 :]]
             last = sum((size - 1) * step for size, step in zip(tensor.shape, strides, strict=True))
             assert tensor.data_ptr() + last * tensor.element_size() in addresses, argument
@@ -684,9 +692,24 @@ def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(fused, "INTERPRETED", False)
     query = torch.zeros(1, 1, 2, 8)
     assert not fused.is_available(query.device)
-    assert fused.is_available(torch.device("cuda"))
     with pytest.raises(RuntimeError, match="needs tensors on a GPU, or TRITON_INTERPRET=1"):
         attention_statistics(query, query, impl="fused")
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True)], ids=str)
+def test_a_gpu_without_bf16_matrix_instructions_is_refused(monkeypatch, capability, runs):
+    from i2am.kernels import fused
+
+    card = SimpleNamespace(name="Tesla T4", major=capability[0], minor=capability[1])
+    monkeypatch.setattr(fused, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16, shape=(1, 1, 2, 8))
+    assert fused.is_available(query.device) == runs
+    if runs:
+        fused.check(query)
+        return
+    with pytest.raises(RuntimeError, match=r"8\.0 or newer .*, got Tesla T4 with 7\.5; impl='stre"):
+        fused.check(query)
 
 
 def test_triton_is_imported_only_with_the_fused_kernels():
@@ -730,6 +753,20 @@ def test_tensors_beyond_two_billion_elements():
     step = 2**30 // 64
     far = storage.as_strided(query.shape, (2**30, 1, step, 1), 0).copy_(query)
     for ours, theirs in zip(results(far, key, value), results(query, key, value), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_compiles_into_one_graph_where_the_card_decides():
+    query, key, value = tokens(1, 2, 70, 77, 40, dtype=torch.float16)
+
+    def call(query, key, value):
+        return attention_with_statistics(query * 2, key, value)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    output, statistics = compiled(query, key, value)
+    expected_output, expected = call(query, key, value)
+    for ours, theirs in zip((output, *statistics), (expected_output, *expected), strict=True):
         assert torch.equal(ours, theirs)
 
 

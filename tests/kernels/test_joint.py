@@ -9,7 +9,12 @@ from i2am.kernels import (
     attention_statistics,
     joint_streaming,
 )
-from i2am.testing import assert_matches_reference, make_qkv, peak_bytes
+from i2am.testing import (
+    assert_matches_reference,
+    make_qkv,
+    peak_bytes,
+    tensor_core_rounding,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -73,9 +78,12 @@ def check(query, key, impl, **arguments):
     exact = joint(query, key, exact=True, **arguments)
     eager = joint(query, key, **arguments)
     actual = joint(query, key, impl=impl, **arguments)
+    rounding = tensor_core_rounding(query, key, scale=arguments.get("scale"))
     for name in NAMES:
         assert actual[name].dtype == torch.float32
-        assert_matches_reference(actual[name], exact=exact[name], eager=eager[name], name=name)
+        assert_matches_reference(
+            actual[name], exact=exact[name], eager=eager[name], name=name, rounding=rounding
+        )
     return actual
 
 

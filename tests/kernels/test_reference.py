@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from i2am.kernels import (
     AttentionStatistics,
@@ -16,6 +14,10 @@ from i2am.kernels import (
     reference,
 )
 from i2am.testing import make_qkv
+
+# a GPU machine may have torch, triton, numpy and pytest alone; these tests are the CPU's
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

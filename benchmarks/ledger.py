@@ -1,0 +1,81 @@
+"""Results that outlive the process that measures them: one JSON line each, written as it comes.
+
+A row has the name of its step and its own. It is announced before it is measured and written again
+afterwards; the last line counts, so that a row which ended its process says so.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+CUT_SHORT = "the process ended before this row did"
+
+
+class Ledger:
+    """The rows in a file, and which of them a run has yet to measure.
+
+    Args:
+        path: The file, which need not exist.
+        run: Name of the run that writes; rows of others stay.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path = path
+        self.run = run
+
+    def rows(self) -> list[Line]:
+        """The last line of every row, in the order in which they first came."""
+        rows: dict[tuple[str, str], Line] = {}
+        for line in self._lines():
+            rows[line["step"], line["name"]] = line
+        return list(rows.values())
+
+    def settled(self, step: str) -> set[str]:
+        """Rows of a step that need no further try in this run: measured, or tried in it."""
+        return {
+            row["name"]
+            for row in self.rows()
+            if row["step"] == step
+            and (row["run"] == self.run or not ({"error", "left_out"} & row.keys()))
+        }
+
+    def announce(self, step: str, name: str) -> None:
+        """Say that a row is about to be measured."""
+        self.write(step, name, {"error": CUT_SHORT})
+
+    def write(self, step: str, name: str, found: Line) -> None:
+        """Append a row and see that it reaches the disk."""
+        line = json.dumps({"step": step, "name": name, "run": self.run, **found})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def forget(self, step: str) -> None:
+        """Drop the rows of a step."""
+        self._replace([row for row in self.rows() if row["step"] != step])
+
+    def compact(self) -> None:
+        """Keep the last line of every row only."""
+        self._replace(self.rows())
+
+    def _replace(self, rows: list[Line]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        new = self.path.with_suffix(".new")
+        new.write_text(text, encoding="utf-8")
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        new.replace(self.path)
+
+    def _lines(self) -> Iterator[Line]:
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:  # cut short with its machine
+                continue
