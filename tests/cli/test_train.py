@@ -190,7 +190,6 @@ def test_stopped_resumed_and_refused(command, capsys) -> None:
     assert "holds a training with another seed" in _error(capsys)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGTERM, ExitCode.TERMINATED)],

@@ -126,7 +126,6 @@ for step in range(int(sys.argv[2]), 10**6):
 """
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_a_whole_one_is_left(fork, tmp_path) -> None:
     step = 0
     for wait in (0.05, 0.11, 0.16, 0.23):
