@@ -12,10 +12,12 @@ ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 
 EXPORT = ["pyarrow>=17", "zarr>=3.1"]
+# torchvision and torch-fidelity, which needs it, are in no extra: PyPI's torchvision replaces a CPU
+# build of torch; tests have stand-ins
+METRICS = ["scipy>=1.13", "torchmetrics>=1.8"]
 PLOTS = ["matplotlib>=3.9"]
 RAY = ["ray>=2.40"]
 TRAIN = ["accelerate>=1.0", "torchmetrics>=1.8"]
-# without torchvision and torch-fidelity, which have no CPU build everywhere: tests have stand-ins
 TEST = [
     *EXPORT,
     *PLOTS,
@@ -88,7 +90,7 @@ setup(
         ),
     ],
     extras_require={
-        "metrics": ["scipy>=1.13", "torch-fidelity>=0.3", "torchmetrics[image]>=1.8"],
+        "metrics": METRICS,
         "plots": PLOTS,
         "export": EXPORT,
         "ray": RAY,

@@ -107,23 +107,25 @@ def steps(options: argparse.Namespace) -> Rows:
     import harness
     import unet_steps
 
-    sizes = ("tiny",) if options.dry_run else ("sd15", "sdxl")
+    small, large = ("tiny", "tiny") if options.dry_run else ("sd15", "sdxl")
 
-    def measured(measure: Callable[..., None], batch: int, *arguments: Any) -> Line:
+    def measured(measure: Callable[..., None], size: str, batch: int, *arguments: Any) -> Line:
         row = harness.Row()
-        measure(row, _settings(options, batch=batch), *arguments)
+        measure(row, _settings(options, batch=batch), size, batch, *arguments)
         return row.result()
 
-    for size in sizes:
-        for batch in (8, 1):
-            for way in unet_steps.WAYS:
-                name = f"{size}, batch {batch}, guidance, {way}"
-                step = partial(measured, unet_steps.measure, batch, size, batch, way, True)
-                yield name, step
-            name = f"{size}, batch {batch}, guidance, graph"
-            yield name, partial(measured, unet_steps.measure_graph, batch, size, batch)
-    name = f"{sizes[0]}, batch 8, guidance, compiled"
-    yield name, partial(measured, unet_steps.measure_compiled, 8, sizes[0], 8)
+    def rows(size: str, batch: int) -> Rows:
+        name = f"{size}, batch {batch}, guidance"
+        for way in unet_steps.WAYS:
+            yield f"{name}, {way}", partial(measured, unet_steps.measure, size, batch, way, True)
+        yield f"{name}, graph", partial(measured, unet_steps.measure_graph, size, batch)
+
+    yield from rows(small, 8)
+    yield from rows(small, 1)
+    compiled = partial(measured, unet_steps.measure_compiled, small, 8)
+    yield f"{small}, batch 8, guidance, compiled", compiled
+    yield from rows(large, 1)
+    yield from rows(large, 8)
 
 
 def batches(options: argparse.Namespace) -> Rows:

@@ -4,7 +4,7 @@
         image = pipe(...).images[0]
     maps = recorder.maps()
 
-Every name below is imported when it is first used, so ``import i2am`` costs nothing.
+Every name and package below is imported when it is first used, so ``import i2am`` costs nothing.
 """
 
 from importlib.util import find_spec
@@ -14,6 +14,19 @@ from typing import TYPE_CHECKING
 from i2am.lazy import lazy
 
 if TYPE_CHECKING:
+    from i2am import (  # noqa: F401 - for type checkers, who cannot follow __getattr__
+        adapters,
+        attribution,
+        data,
+        evaluation,
+        kernels,
+        layouts,
+        metrics,
+        models,
+        plots,
+        training,
+        viewer,
+    )
     from i2am.adapters import Recorder, record
     from i2am.attribution import AttributionMaps, Direction, Patch, load_maps
     from i2am.layouts import TokenLayout
@@ -34,7 +47,7 @@ __all__ = [
     "record",
 ]
 
-_ROOMS = {
+_NAMES = {
     "IMACS": "metrics",
     "AttributionMaps": "attribution",
     "Direction": "attribution",
@@ -46,10 +59,24 @@ _ROOMS = {
     "record": "adapters",
 }
 
+_ROOMS = (
+    "adapters",
+    "attribution",
+    "data",
+    "evaluation",
+    "kernels",
+    "layouts",
+    "metrics",
+    "models",
+    "plots",
+    "training",
+    "viewer",
+)
+
 # a checkout that was never installed: kernels/ lies beside i2am/, not inside it
 _checkout = Path(__file__).resolve().parent.parent
 if find_spec(f"{__name__}.kernels") is None and (_checkout / "kernels" / "api.py").is_file():
     __path__.append(str(_checkout))
 del _checkout
 
-__getattr__, __dir__ = lazy(__name__, _ROOMS)
+__getattr__, __dir__ = lazy(__name__, _NAMES, _ROOMS)

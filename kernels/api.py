@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from i2am.kernels import reference, streaming
-from i2am.kernels.arguments import check_sums, expanded_bias, given_scale, prepare
+from i2am.kernels.arguments import (
+    check_statistics,
+    check_sums,
+    expanded_bias,
+    given_scale,
+    prepare,
+)
 from i2am.kernels.types import AttentionStatistics, Impl
 
 
@@ -27,7 +33,8 @@ def attention_statistics(
 
     ``P`` (softmax over the keys) is what the model uses, ``C`` (softmax over the queries) is what
     reference-to-generated attribution needs. Inference only, no gradient. fp32 statistics for
-    fp16, bf16 and fp32 inputs, fp64 for fp64. Deterministic to the bit for equal inputs.
+    fp16, bf16 and fp32 inputs, fp64 for fp64. Deterministic to the bit for equal inputs,
+    on a CPU with one number of threads.
 
     Args:
         query: ``[batch, heads, seqlen_q, head_dim]``, any strides.
@@ -167,7 +174,8 @@ def accumulate_attention_statistics(
         query: As in :func:`attention_statistics`, like the arguments not listed here.
         key: ``[batch, heads, seqlen_k, head_dim]``.
         r2g: ``[batch, heads, votes, seqlen_q]``, fp32 (fp64 with fp64 inputs), any strides; the
-            votes axis is always there. ``None`` skips the direction.
+            votes axis is always there. No two elements may share memory. ``None`` skips the
+            direction.
         g2r: ``[batch, heads, rows, seqlen_k]``, likewise.
         scale: Softmax scale.
         bias: Additive or bool mask.
@@ -193,7 +201,7 @@ def accumulate_attention_statistics(
     batch, heads, seqlen_q, _ = query.shape
     check_sums("r2g", r2g, (batch, heads, votes.shape[1], seqlen_q), query)
     check_sums("g2r", g2r, (batch, heads, rows.shape[1], key.shape[2]), query)
-    check_sums("query_lse", query_lse, (batch, heads, seqlen_q), query)
+    check_statistics("query_lse", query_lse, (batch, heads, seqlen_q), query)
     row_lse, key_lse = torch.ops.i2am.accumulate(
         query, key, bias, rows, votes, query_lse, r2g, g2r, given_scale(scale, query), chosen.value
     )

@@ -120,7 +120,21 @@ def expanded_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | N
 
 
 def check_sums(name: str, sums: Tensor | None, shape: tuple[int, ...], query: Tensor) -> None:
-    """Checks an accumulator or a log-sum-exp, if there is one.
+    """Checks an accumulator, if there is one.
+
+    Raises:
+        ValueError: Its shape, dtype or device does not fit, or two of its elements share memory.
+    """
+    check_statistics(name, sums, shape, query)
+    if sums is not None and _overlaps_itself(sums):
+        raise ValueError(
+            f"{name} must not overlap itself, for every element is added to, got strides "
+            f"{sums.stride()} for {tuple(sums.shape)}"
+        )
+
+
+def check_statistics(name: str, sums: Tensor | None, shape: tuple[int, ...], query: Tensor) -> None:
+    """Checks a tensor of statistics that is read or added to, if there is one.
 
     Raises:
         ValueError: Its shape, dtype or device does not fit.
@@ -133,3 +147,18 @@ def check_sums(name: str, sums: Tensor | None, shape: tuple[int, ...], query: Te
             f"{name} must be {shape} in {statistics} on {query.device}, "
             f"got {tuple(sums.shape)} in {sums.dtype} on {sums.device}"
         )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share an address.
+
+    None do where each axis steps over all that the axes with smaller steps reach, which is so for
+    every view by slices, transposes and reshapes of a tensor that does not overlap itself.
+    """
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
+    return False

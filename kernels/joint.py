@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from i2am.kernels.arguments import check_sums, expanded_bias, given_scale, prepare
+from i2am.kernels.arguments import (
+    check_statistics,
+    check_sums,
+    expanded_bias,
+    given_scale,
+    prepare,
+)
 from i2am.kernels.pooling import Pooling
 from i2am.kernels.types import Impl
 
@@ -28,7 +34,8 @@ def accumulate_joint_statistics(
 
     ``W`` and ``V`` are the poolings of the queries and of the keys, ``P`` and ``C`` the softmaxes
     of :func:`~i2am.kernels.attention_statistics`, whose log-sum-exps are given: the keys may
-    therefore be some of those that the model attended to. Inference only; deterministic to the bit.
+    therefore be some of those that the model attended to. Inference only; deterministic to the bit,
+    on a CPU with one number of threads.
 
     Args:
         query: ``[batch, heads, seqlen_q, head_dim]``, any strides.
@@ -37,7 +44,7 @@ def accumulate_joint_statistics(
             inputs).
         key_lse: ``[batch, heads, seqlen_k]`` over the queries, likewise.
         g2r: Mean over the heads of ``W P V^T``: ``[batch, cells of queries, cells of keys]``, fp32
-            (fp64 with fp64 inputs), any strides.
+            (fp64 with fp64 inputs), any strides that let no two elements share memory.
         r2g: Mean over the heads of ``W C V^T``, likewise.
         g2r_per_head: ``W P V^T`` of every head, ``[batch, heads, cells of queries, cells of
             keys]``; ``None`` skips it.
@@ -59,8 +66,8 @@ def accumulate_joint_statistics(
     bias = expanded_bias(bias, query, key)
     batch, heads, seqlen_q, _ = query.shape
     seqlen_k = key.shape[2]
-    check_sums("query_lse", query_lse, (batch, heads, seqlen_q), query)
-    check_sums("key_lse", key_lse, (batch, heads, seqlen_k), query)
+    check_statistics("query_lse", query_lse, (batch, heads, seqlen_q), query)
+    check_statistics("key_lse", key_lse, (batch, heads, seqlen_k), query)
     cells = (
         _cells("query_pooling", query_pooling, seqlen_q, "queries"),
         _cells("key_pooling", key_pooling, seqlen_k, "keys"),

@@ -57,15 +57,15 @@ def accumulate(
     seqlen_k = key.shape[2]
     row_lse = query.new_empty(batch, heads, seqlen_q, dtype=compute)
     key_lse = key.new_empty(batch, heads, seqlen_k, dtype=compute)
-    trusted, too_wide = False, [False] * batch
+    trusted, too_wide = [False] * batch, [False] * batch
     if query_lse is not None:
         row_lse.copy_(query_lse)
         largest = row_lse.abs().amax((1, 2))
         too_wide = (largest > SHARED_RANGE).tolist()
         if query.dtype == compute and query_weights.shape[1] <= FEW_ROWS:
-            trusted = bool(largest.amax() <= TRUSTED_LSE)
+            trusted = (largest <= TRUSTED_LSE).tolist()
     tile = max(TILE_ELEMENTS, seqlen_q, seqlen_k)
-    if not trusted and seqlen_q * seqlen_k <= KEPT_ELEMENTS:
+    if not all(trusted) and seqlen_q * seqlen_k <= KEPT_ELEMENTS:
         tile = max(tile, KEPT_ELEMENTS)
     buffer = query.new_empty(min(heads * seqlen_q * seqlen_k, tile), dtype=compute)
     for item in range(batch):
@@ -82,7 +82,7 @@ def accumulate(
             key_lse=key_lse[item],
             buffer=buffer,
         )
-        if trusted:
+        if trusted[item]:
             sweep.key_blocks()
         else:
             sweep.query_blocks(shifted=too_wide[item])

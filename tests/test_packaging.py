@@ -8,10 +8,17 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib.metadata import entry_points, requires, version
+from importlib.metadata import (
+    PackageNotFoundError,
+    entry_points,
+    metadata,
+    requires,
+    version,
+)
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import i2am
 
@@ -58,6 +65,18 @@ def test_public_names_are_pinned():
     assert set(PUBLIC) <= set(dir(i2am))
 
 
+def test_packages_are_attributes_and_listed():
+    code = """
+import i2am, sys
+print(*sorted(set(dir(i2am)) - set(vars(i2am)) - set(i2am.__all__)), "torch" in sys.modules)
+print(i2am.metrics.imacs_scores.__name__)
+"""
+    *rooms, torch_is_loaded, name = run(code, path=[ROOT])
+    folders = {path.parent.name for path in (ROOT / "i2am").glob("*/__init__.py")}
+    assert set(rooms) == {*folders, "kernels"} - {"cli"}
+    assert (torch_is_loaded, name) == ("False", "imacs_scores")
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_name_resolves(name):
     assert getattr(i2am, name) is not None
@@ -83,6 +102,33 @@ def test_requirements_are_lower_bounds():
     for line in core:
         assert ">=" in line
         assert not any(sign in line.split(";")[0] for sign in ("==", "<", "~="))
+
+
+def needed(line, extra=""):
+    """Everything that a requirement brings, as requirements."""
+    requirement = Requirement(line)
+    if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+        yield requirement
+        try:
+            lines = requires(requirement.name) or []
+        except PackageNotFoundError:  # torchvision and what comes with it, in a CPU environment
+            return
+        for further in {"", *requirement.extras}:
+            for line in lines:
+                if requirement.name != "torch":
+                    yield from needed(line, further)
+
+
+@pytest.mark.parametrize("extra", sorted(metadata("i2am").get_all("Provides-Extra")))
+def test_extras_take_any_torch(extra):
+    for line in requires("i2am"):
+        for requirement in needed(line, extra):
+            assert requirement.name.lower().replace("_", "-") not in (
+                "torchvision",
+                "torch-fidelity",
+            )
+            if requirement.name == "torch":
+                assert {clause.operator for clause in requirement.specifier} <= {">=", "!="}
 
 
 # What an import costs

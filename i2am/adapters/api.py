@@ -8,7 +8,12 @@ import torch
 
 from i2am.adapters.attending import attend_by
 from i2am.adapters.clock import RunClock
-from i2am.adapters.inputs import as_mask, find_denoiser, find_layout
+from i2am.adapters.inputs import (
+    as_mask,
+    find_denoiser,
+    find_layout,
+    require_guidance_order,
+)
 from i2am.adapters.recorder import Recorder
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
@@ -47,6 +52,8 @@ def record(
 
     Processors are installed on the layers the layout names, the scheduler is followed to count
     denoising steps, and everything is put back at the end of the block, also after an exception.
+    A run that cannot be recorded still makes its image: the recording ends with a warning, and
+    :meth:`Recorder.maps` raises what was wrong.
     Of several runs in one block the last one is kept. A compiled denoiser is recorded like any
     other; processors that are watched rather than replaced (IP-Adapter's, third-party ones) break
     its graph, which ``fullgraph=True`` refuses.
@@ -61,7 +68,8 @@ def record(
         layout: Which tokens are the generated and the reference image's; default what is known of
             the pipeline.
         directions: One or both of ``"reference_to_generated"``, ``"generated_to_reference"``.
-        time_groups: Groups of denoising steps kept apart, group 0 the noisiest.
+        time_groups: Groups of denoising steps kept apart, group 0 the noisiest; in a run of fewer
+            steps each step is one, with a warning.
         guidance: Classifier-free guidance branch, ``"conditional"``, ``"unconditional"`` or
             ``"both"``.
         regions: Regions of the generated image for specific-reference maps, by name: a
@@ -94,12 +102,14 @@ def record(
 
     Returns:
         A :class:`Recorder`; after the run, ``recorder.maps()``. Entering it raises
-        ``RuntimeError`` where the denoiser is being recorded already.
+        ``RuntimeError`` where the denoiser is being recorded in another block.
 
     Raises:
         TypeError: The argument has no UNet or transformer.
-        ValueError: No layout is known, no layer matches it, or an option is out of range.
-        NotImplementedError: The denoiser is sharded over devices.
+        ValueError: No layout is known, no layer matches it, it does not describe one that does, it
+            mistakes the pipeline's guidance parts, or an option is out of range.
+        NotImplementedError: The pipeline has several denoisers, or its denoiser is sharded over
+            devices.
 
     Example:
         >>> with i2am.record(pipe) as recorder:  # doctest: +SKIP
@@ -118,6 +128,7 @@ def record(
     if isinstance(directions, str):
         directions = (directions,)
     layout = layout or find_layout(pipe_or_denoiser, denoiser)
+    require_guidance_order(pipe_or_denoiser, layout)
     make = functools.partial(
         Accumulator,
         time_groups=time_groups,

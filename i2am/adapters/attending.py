@@ -4,18 +4,23 @@ Either hands over the row log-sum-exp where it has it: it saves the recording a 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from i2am.kernels import Impl
 from i2am.kernels import attention as kernel_attention
 from i2am.kernels.native import attention_with_lse
 
-Attend = Callable[..., tuple[Tensor, Tensor | None]]
-"""``attend(query, key, value, attn_mask=None, *, scale=None) -> (output, query_lse or None)``"""
+Attended = tuple[Tensor, Tensor]
+"""``(output, query_lse)``"""
+
+Attend = Callable[..., Attended | None]
+"""``attend(query, key, value, attn_mask=None, *, scale=None)``; ``None`` where the model's own call
+has to be made."""
 
 ATTACH = ("beside", "fused")
 
@@ -43,15 +48,12 @@ def attend_beside(
     attn_mask: Tensor | None = None,
     *,
     scale: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """``scaled_dot_product_attention`` to the bit; the log-sum-exp where PyTorch yields it."""
+) -> Attended | None:
+    """``scaled_dot_product_attention`` to the bit, where PyTorch yields its log-sum-exp."""
     plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type)
-    if plain and not torch.compiler.is_compiling():
-        with_lse = attention_with_lse(query, key, value, attn_mask=attn_mask, scale=scale)
-        if with_lse is not None:
-            return with_lse
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
-    return output, None
+    if not plain or torch.compiler.is_compiling():
+        return None
+    return attention_with_lse(query, key, value, attn_mask=attn_mask, scale=scale)
 
 
 def _attend_fused(
@@ -62,5 +64,23 @@ def _attend_fused(
     *,
     scale: float | None = None,
     impl: Impl | str | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     return kernel_attention(query, key, value, bias=attn_mask, scale=scale, impl=impl)
+
+
+def attend_guarded(
+    guard: AbstractContextManager[Any],
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Attended | None:
+    """``attend`` inside a guard: also ``None`` where it fails."""
+    if torch.compiler.is_compiling():  # a graph holds the call, not what is around it
+        return attend(query, key, value, attn_mask, scale=scale)
+    with guard:
+        return attend(query, key, value, attn_mask, scale=scale)
+    return None

@@ -21,7 +21,8 @@ class Branches:
 
     Args:
         make: Makes an accumulator, given ``unresolved=``.
-        order: Order of the parts in one batch; further parts (PAG's perturbed copies) are nobody's.
+        order: Names of the parts in one batch, all of them; what is neither conditional nor
+            unconditional is nobody's.
         wanted: Branches to keep.
 
     Attributes:
@@ -49,7 +50,8 @@ class Branches:
         """Accumulators for the rows of the ``call_index``-th denoiser call of this evaluation.
 
         Raises:
-            ValueError: The rows are no multiple of the samples.
+            ValueError: The rows are no multiple of the samples, or their parts are not those of the
+                order.
         """
         if self._samples is None:
             while len(self._pending) <= call_index:
@@ -66,7 +68,8 @@ class Branches:
         """The scheduler stepped ``samples`` latents (``None``: every row was a sample).
 
         Raises:
-            ValueError: The rows recorded until now are no multiple of them.
+            ValueError: The rows recorded until now are no multiple of them, or their parts are not
+                those of the order.
         """
         if self._samples is not None:
             return
@@ -86,7 +89,12 @@ class Branches:
             accumulator.begin(group)
 
     def _split(self, call_index: int, rows: int, samples: int) -> list[tuple[str, slice]]:
-        """The wanted parts of a call's rows."""
+        """The wanted parts of a call's rows.
+
+        Raises:
+            ValueError: The rows are no multiple of the samples, or the parts are not those of the
+                order.
+        """
         parts, rest = divmod(rows, samples)
         if rest or parts == 0:
             raise ValueError(
@@ -95,7 +103,12 @@ class Branches:
             )
         if call_index == 0:
             self._separate = parts == 1
-            names = [CONDITIONAL] if parts == 1 else [*self._order[:parts]]
+            if parts not in (1, len(self._order)):
+                raise ValueError(
+                    f"guidance_order of the layout must name the {parts} parts of the denoiser's "
+                    f"batch ({rows} rows for {samples} samples), got {self._order}"
+                )
+            names = [CONDITIONAL] if parts == 1 else [*self._order]
         else:
             names = [UNCONDITIONAL] if (call_index, parts) == (1, 1) and self._separate else []
         self.met.update(names)

@@ -3,7 +3,10 @@
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
+
+from i2am.adapters.guard import UNGUARDED
 
 
 class RunClock:
@@ -15,7 +18,7 @@ class RunClock:
 
     Args:
         scheduler: The scheduler to follow, ``None`` for a denoiser in a loop of the caller's.
-        time_groups: Number of groups; step ``s`` of ``n`` is in group ``s * time_groups // n``.
+        time_groups: Number of groups asked for, see `groups`.
         steps: Without a scheduler: evaluations of one run, ``None`` if unknown.
 
     Attributes:
@@ -23,11 +26,9 @@ class RunClock:
         evaluation: How many are over.
         steps: Denoising steps of the run.
         timesteps: The scheduler's values, one per evaluation that is over.
+        idle: How many of these neither called the denoiser nor replayed a CUDA graph of it.
         captured: Set once attention of this run was recorded into a CUDA graph, whose replays
             call nobody.
-
-    Raises:
-        ValueError: There are fewer steps than time groups.
     """
 
     def __init__(
@@ -47,27 +48,36 @@ class RunClock:
         self.captured = False
         self.evaluations: int | None = None
         self.evaluation = 0
+        self.idle = 0
         self.timesteps: list[Any] = []
         self.steps = 1
         if scheduler is None and steps is not None:
             self._expect(steps)
 
-    def bind(self, *, on_run: Callable[[], None], on_step: Callable[[int | None], None]) -> None:
-        """Whom to tell: when a run begins, and the number of samples after each evaluation."""
-        self._on_run, self._on_step = on_run, on_step
+    def bind(
+        self,
+        *,
+        on_run: Callable[[], None],
+        on_step: Callable[[int | None], None],
+        guard: AbstractContextManager[Any] = UNGUARDED,
+    ) -> None:
+        """Whom to tell: when a run begins, and the number of samples after each evaluation; both,
+        where the scheduler is the caller, inside ``guard``."""
+        self._on_run, self._on_step, self._guard = on_run, on_step, guard
+
+    @property
+    def groups(self) -> int:
+        """Time groups of the run: as many as were asked for, but none without a step."""
+        return min(self.time_groups, self.steps)
 
     @property
     def group(self) -> int:
         """0-based time group of the current evaluation; 0 is the noisiest."""
         step = min(self._step_of(self.evaluation), self.steps - 1)
-        return step * self.time_groups // self.steps
+        return step * self.groups // self.steps
 
     def arrive(self) -> None:
-        """The denoiser is about to be called.
-
-        Raises:
-            ValueError: The run that begins has fewer steps than there are time groups.
-        """
+        """The denoiser is about to be called."""
         self._called = True
         over = self.scheduler is None and self.evaluation == self.evaluations
         if not self._announced and not over:
@@ -76,6 +86,7 @@ class RunClock:
         self._stale |= self.captured
         self.captured = False
         self.evaluation = 0
+        self.idle = 0
         self.timesteps = []
         self._on_run()
         if self.scheduler is not None:
@@ -93,9 +104,10 @@ class RunClock:
                 "a recorded run must begin with calls of the denoiser itself and capture a CUDA "
                 "graph of its own, got a step after a replay of an earlier one"
             )
-        self._called = False
+        called, self._called = self._called, False
         if self._announced:
             return  # somebody else's step: the denoiser was not called since the run was announced
+        self.idle += not called and not self.captured
         self.timesteps.append(timestep)
         # repeated timesteps may hide the place of the first one until the second
         if self.scheduler is not None and self.evaluation < 2:
@@ -123,9 +135,10 @@ class RunClock:
         @functools.wraps(step)
         def recording_step(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
-            given = signature.bind_partial(*args, **kwargs).arguments
-            sample = given.get("sample")
-            self.advance(given.get("timestep"), None if sample is None else len(sample))
+            with self._guard:
+                given = signature.bind_partial(*args, **kwargs).arguments
+                sample = given.get("sample")
+                self.advance(given.get("timestep"), None if sample is None else len(sample))
             return result
 
         self._wrap("set_timesteps", recording_set_timesteps)
@@ -150,11 +163,6 @@ class RunClock:
     def _expect(self, evaluations: int) -> None:
         self.evaluations = max(evaluations, 1)
         self.steps = self._step_of(self.evaluations - 1) + 1
-        if self.steps < self.time_groups:
-            raise ValueError(
-                f"time_groups must be at most the number of denoising steps, "
-                f"got {self.time_groups} for {self.steps}"
-            )
 
     def _step_of(self, evaluation: int) -> int:
         """0-based denoising step of an evaluation, both counted from where the run begins."""

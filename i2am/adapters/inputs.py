@@ -1,5 +1,7 @@
 """What a caller may hand to ``record()``: pipelines, denoisers, masks; what is known of them."""
 
+import re
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -7,7 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from i2am.layouts.token_layout import TokenLayout
+from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, TokenLayout
+
+_DENOISER = re.compile(r"(^|_)(unet|transformer)(_|$)")
+
+# by class, or a class it inherits from; one order for every number of parts
+_GUIDANCE_ORDERS: dict[str, list[tuple[str, ...]]] = {
+    "StableDiffusionInstructPix2PixPipeline": [(CONDITIONAL, "image", UNCONDITIONAL)],
+    "StableDiffusionXLInstructPix2PixPipeline": [(CONDITIONAL, "image", UNCONDITIONAL)],
+    "PAGMixin": [(UNCONDITIONAL, CONDITIONAL, "perturbed"), (CONDITIONAL, "perturbed")],
+    "OmniGenPipeline": [(CONDITIONAL, UNCONDITIONAL, "image"), (CONDITIONAL, UNCONDITIONAL)],
+    "DreamLitePipeline": [(UNCONDITIONAL, "image", CONDITIONAL), (UNCONDITIONAL, CONDITIONAL)],
+    "LuminaPipeline": [(CONDITIONAL, UNCONDITIONAL)],
+}
 
 
 def find_denoiser(pipe_or_denoiser: Any) -> tuple[nn.Module, Any | None]:
@@ -15,21 +29,28 @@ def find_denoiser(pipe_or_denoiser: Any) -> tuple[nn.Module, Any | None]:
 
     Raises:
         TypeError: There is neither.
-        NotImplementedError: The denoiser is sharded over devices.
+        NotImplementedError: There are several, or the denoiser is sharded over devices.
     """
     scheduler = None
     if isinstance(pipe_or_denoiser, nn.Module):
         denoiser: Any = pipe_or_denoiser
     else:
         components = getattr(pipe_or_denoiser, "components", None) or {}
-        found = [components.get(name) for name in ("unet", "transformer")]
-        found = [component for component in found if component is not None]
+        found = [
+            name for name, part in components.items() if part is not None and _DENOISER.search(name)
+        ]
+        if len(found) > 1:
+            raise NotImplementedError(
+                f"recording {type(pipe_or_denoiser).__name__} as a whole is not supported: "
+                f"pipe_or_denoiser must have one denoiser, got {' and '.join(found)}; pass the one "
+                "to record, and scheduler="
+            )
         if not found:
             raise TypeError(
                 "pipe_or_denoiser must be a diffusers pipeline with a unet or transformer, or that "
                 f"module itself, got {type(pipe_or_denoiser).__name__}"
             )
-        denoiser, scheduler = found[0], components.get("scheduler")
+        denoiser, scheduler = components[found[0]], components.get("scheduler")
     if getattr(denoiser, "_parallel_config", None) is not None:
         raise NotImplementedError(
             "recording a denoiser with context or tensor parallelism is not supported"
@@ -47,6 +68,32 @@ def find_layout(pipe_or_denoiser: Any, denoiser: nn.Module) -> TokenLayout:
     if declared is not None:
         layout: TokenLayout = declared()
         return layout
+    layout = _implied_layout(pipe_or_denoiser, denoiser)
+    orders = _guidance_orders(pipe_or_denoiser)
+    return replace(layout, guidance_order=orders[0]) if orders else layout
+
+
+def require_guidance_order(pipe_or_denoiser: Any, layout: TokenLayout) -> None:
+    """Refuse a layout that mistakes the guidance parts of a pipeline's batch.
+
+    Raises:
+        ValueError: The pipeline is known to have them in another order.
+    """
+    orders = _guidance_orders(pipe_or_denoiser)
+    if orders and layout.guidance_order not in orders:
+        raise ValueError(
+            f"guidance_order of the layout must be {' or '.join(map(str, orders))} for "
+            f"{type(pipe_or_denoiser).__name__}, got {layout.guidance_order}"
+        )
+
+
+def _guidance_orders(pipe_or_denoiser: Any) -> list[tuple[str, ...]]:
+    """The orders of guidance parts in one batch, where a pipeline has others than most have."""
+    known = (_GUIDANCE_ORDERS.get(cls.__name__) for cls in type(pipe_or_denoiser).__mro__)
+    return next((orders for orders in known if orders is not None), [])
+
+
+def _implied_layout(pipe_or_denoiser: Any, denoiser: nn.Module) -> TokenLayout:
     adapters = getattr(denoiser, "encoder_hid_proj", None)
     for projection in getattr(adapters, "image_projection_layers", ()):
         # only this variant keeps the patches of its encoder apart

@@ -6,12 +6,15 @@ place and is watched: see :mod:`i2am.adapters.watching`. The image is the same t
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor
 
-from i2am.adapters.attending import Attend, attend_beside
+from i2am.adapters.attending import Attend, attend_beside, attend_guarded
+from i2am.adapters.guard import UNGUARDED
 from i2am.adapters.projections import additive_mask, key_states, split_heads
 from i2am.adapters.sites import Record
 from i2am.adapters.watching import install_watching
@@ -20,10 +23,16 @@ from i2am.adapters.watching import install_watching
 class RecordingAttnProcessor(AttnProcessor2_0):
     """``AttnProcessor2_0`` that hands query and key to a recorder; without one it just attends."""
 
-    def __init__(self, record: Record | None = None, attend: Attend = attend_beside) -> None:
+    def __init__(
+        self,
+        record: Record | None = None,
+        attend: Attend = attend_beside,
+        guard: AbstractContextManager[Any] = UNGUARDED,
+    ) -> None:
         super().__init__()
         self.record = record
         self.attend = attend
+        self.guard = guard
 
     def __call__(
         self,
@@ -51,7 +60,13 @@ class RecordingAttnProcessor(AttnProcessor2_0):
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        output, lse = self.attend(query, key, value, mask)
+        attended, lse = None, None
+        if self.record is not None:
+            attended = attend_guarded(self.guard, self.attend, query, key, value, mask)
+        if attended is None:
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        else:
+            output, lse = attended
         if self.record is not None:
             self.record(query, key, bias=mask, query_lse=lse)
         output = output.transpose(1, 2).flatten(2).to(query.dtype)
@@ -83,13 +98,19 @@ class FusedRecordingAttnProcessor(RecordingAttnProcessor, FusedAttnProcessor2_0)
         return attn.to_q(hidden_states), *attn.to_kv(keys).chunk(2, dim=-1)
 
 
-def install(attn: Any, record: Record, attend: Attend = attend_beside) -> Callable[[], None]:
+def install(
+    attn: Any,
+    record: Record,
+    attend: Attend = attend_beside,
+    guard: AbstractContextManager[Any] = UNGUARDED,
+) -> Callable[[], None]:
     """Record one attention module.
 
     Args:
         attn: The module.
         record: What to hand query and key to.
         attend: How it attends meanwhile.
+        guard: What recording and attending are inside of.
 
     Returns:
         A function that puts everything back; a processor that somebody else installed meanwhile is
@@ -98,13 +119,13 @@ def install(attn: Any, record: Record, attend: Attend = attend_beside) -> Callab
     original = attn.processor
     replacement = _REPLACEMENTS.get(type(original))
     if replacement is None:
-        return install_watching(attn, record, attend)
-    ours = replacement(record, attend)
+        return install_watching(attn, record, attend, guard)
+    ours = replacement(record, attend, guard)
     attn.set_processor(ours)
 
     def restore() -> None:
         # whoever kept it: from now on it only attends, as the model does
-        ours.record, ours.attend = None, attend_beside
+        ours.record, ours.attend, ours.guard = None, attend_beside, UNGUARDED
         if attn.processor is ours:
             attn.set_processor(original)
         elif type(attn.processor) is replacement:

@@ -1,5 +1,6 @@
 """The recorder: listens to the layers of a denoiser and to its scheduler, and has the maps."""
 
+import contextlib
 import itertools
 import warnings
 import weakref
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from i2am.adapters.attending import Attend, attend_beside
 from i2am.adapters.branches import Branches, Target
 from i2am.adapters.clock import RunClock
+from i2am.adapters.guard import Guard
 from i2am.adapters.hooks import around_calls
 from i2am.adapters.inputs import versions
 from i2am.adapters.observations import Observations
@@ -22,11 +24,15 @@ from i2am.attribution.grid import Grid, describe_regions
 from i2am.attribution.layers import apply
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.sums import AttentionSite, LayerSums
+from i2am.attribution.time_groups import too_many
 from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout, Tokens
 
 
 class Recorder:
     """What ``record()`` returns: records between ``attach`` and ``detach``, or in a ``with``.
+
+    Nothing that goes wrong in the recording disturbs the run: it ends the recording, with a warning
+    at once and the error in :meth:`maps`, and the run goes on as if nobody recorded.
 
     Args:
         denoiser: The module whose calls are the evaluations.
@@ -37,7 +43,7 @@ class Recorder:
         attend: How recorded layers attend.
 
     Raises:
-        ValueError: No attention layer matches the layout.
+        ValueError: No attention layer matches the layout, or one that the layout does not describe.
     """
 
     def __init__(
@@ -66,14 +72,24 @@ class Recorder:
                 f"{type(self._network).__name__}, but {layout.layers!r} matches none of "
                 f"{len(attention)}: {', '.join([*attention][:4])}, ..."
             )
+        if layout.context_keys:
+            for name, module in self._layers.items():
+                if not getattr(module, "is_cross_attention", False):
+                    raise ValueError(
+                        f"layout {layout.name!r} must match cross-attention layers alone, whose "
+                        f"keys are a context, got the {type(module).__name__} {name} of "
+                        f"{type(self._network).__name__}, whose keys are also the image's own"
+                    )
         self._names = list(self._layers)
         config = getattr(self._network, "config", None)
         self._rounds_up = getattr(config, "downsample_padding", 1) != 0
         self._clock = clock
-        clock.bind(on_run=self._begin_run, on_step=self._end_evaluation)
+        self._guard = Guard(self._give_up)
+        clock.bind(on_run=self._begin_run, on_step=self._end_evaluation, guard=self._guard)
         self._wanted = wanted
         self._make = make
         self._attend = attend
+        self._in_block = False
         self._restore: list[Callable[[], None]] = []
         self._installed: dict[str, Any] = {}
         self._processors: dict[str, str] = {}
@@ -83,32 +99,49 @@ class Recorder:
 
     def __enter__(self) -> Self:
         self.attach()
+        self._in_block = True
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._in_block = False
         self.detach()
 
     def attach(self) -> None:
-        """Start recording.
+        """Start recording, until :meth:`detach`.
+
+        A recorder of the same denoiser that was attached by this method, as by an earlier run of a
+        notebook's cell, is detached first, with a warning; it keeps what it has recorded.
 
         Raises:
-            RuntimeError: The denoiser is being recorded already.
+            RuntimeError: The denoiser is being recorded in a ``with`` block.
         """
         from i2am.adapters.processors import install
 
-        if self._network in _ATTACHED:
-            raise RuntimeError(
-                f"{type(self._network).__name__} is being recorded already; "
-                "leave that record() block first"
+        earlier = _ATTACHED.get(self._network)
+        if earlier is not None:
+            network = type(self._network).__name__
+            if earlier._in_block:
+                raise RuntimeError(
+                    f"{network} is being recorded already; leave that record() block first"
+                )
+            earlier.detach()
+            warnings.warn(
+                f"{network} was still being recorded by an earlier recorder, which is detached "
+                "now; call detach() when a recording is over",
+                stacklevel=2,
             )
-        _ATTACHED.add(self._network)
-        LISTENERS[self._key] = self._add
+        _ATTACHED[self._network] = self
+        guarded = self._guard.around
+        LISTENERS[self._key] = guarded(self._add)
         try:
             for index, (name, module) in enumerate(self._layers.items()):
                 self._processors[name] = type(module.processor).__name__
-                self._restore.append(install(module, Site(self._key, index), self._attend))
+                site = Site(self._key, index)
+                self._restore.append(install(module, site, self._attend, self._guard))
                 self._installed[name] = module.processor
-            self._restore.append(around_calls(self._denoiser, self._open_frame, self._close_frame))
+            self._restore.append(
+                around_calls(self._denoiser, guarded(self._open_frame), guarded(self._close_frame))
+            )
             self._clock.attach()
         except BaseException:
             self.detach()
@@ -124,7 +157,7 @@ class Recorder:
             restore()
         self._restore.clear()
         self._installed.clear()
-        _ATTACHED.discard(self._network)
+        _ATTACHED.pop(self._network, None)
 
     def maps(self, guidance: str | None = None) -> AttributionMaps:
         """The maps of the last run.
@@ -138,6 +171,9 @@ class Recorder:
         Raises:
             ValueError: ``guidance`` is not a branch that ``record()`` was asked for.
             RuntimeError: Nothing was recorded, or not in that branch; says what was seen instead.
+            Exception: What ended the recording of this run, of its own type: ``ValueError`` where
+                the layout or the masks do not fit the run, ``NotImplementedError`` where it holds
+                what cannot be recorded, or the fault of a ``resolve`` or of ours.
         """
         branch = guidance or self._wanted[0]
         if branch not in self._wanted:
@@ -145,6 +181,8 @@ class Recorder:
                 f"guidance must be one that record() was asked for, {' or '.join(self._wanted)}, "
                 f"got {branch!r}"
             )
+        if self._failure is not None:
+            raise self._failure
         lost = self._find_lost() if self._attached else self._lost
         accumulator = self._branches.recorded.get(branch)
         if accumulator is None or not len(accumulator):
@@ -153,12 +191,13 @@ class Recorder:
         no_joint = joint is None and accumulator.records_joint
         for remark in self._remarks(sums, lost, no_joint=no_joint):
             warnings.warn(remark, stacklevel=2)
+        groups = self._clock.groups
         return AttributionMaps(
-            apply(lambda held: held.clone(), sums),
+            apply(lambda held: held[:, :groups].clone(), sums),
             votes=accumulator.votes,
             rows=accumulator.rows,
             provenance=self._provenance(branch, accumulator),
-            joint=joint,
+            joint=joint and joint.first_groups(groups),
         )
 
     @property
@@ -168,14 +207,34 @@ class Recorder:
     def _begin_run(self) -> None:
         self._branches = Branches(self._make, order=self.layout.guidance_order, wanted=self._wanted)
         self._seen = Observations(self.layout, self._processors)
+        self._failure: Exception | None = None
         self._call = 0
         self._frame: Frame | None = None
         self._rows = 0
         self._targets: list[Target] = []
-        self._resolved: dict[tuple[AttentionCall, Grid], tuple[Tokens, Tokens] | None] = {}
+        self._resolved: dict[tuple[AttentionCall, Grid | None], tuple[Tokens, Tokens] | None] = {}
         # whether any call had keys beside the reference tokens
         self._beside_reference = False
         self._said: set[str] = set()
+
+    def _give_up(self, error: Exception) -> None:
+        """The run goes on without recording: nothing of it stays attached, or in memory."""
+        if not self._attached:
+            return
+        call = self._seen.denoiser_calls
+        # whatever else fails on the way out, the first error is the one to tell
+        with contextlib.suppress(Exception):
+            self.detach()
+        self._begin_run()
+        self._failure = error
+        error.add_note(f"recording ended at call {call} of the denoiser, the run went on without")
+        # the user may have made errors of warnings
+        with contextlib.suppress(Warning):
+            warnings.warn(
+                f"recording ended at call {call} of the denoiser, the run goes on without: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
 
     def _end_evaluation(self, samples: int | None) -> None:
         self._branches.reveal(samples)
@@ -185,12 +244,17 @@ class Recorder:
 
     def _open_frame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._clock.arrive()
+        self._seen.denoiser_calls += 1
         sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        height, width = sample.shape[-2:] if sample.ndim == 4 else (1, sample.shape[1])
-        self._frame = Frame((height, width), kwargs, rounds_up=self._rounds_up)
+        if not isinstance(sample, Tensor):
+            raise NotImplementedError(
+                f"recording {type(self._network).__name__} is not supported: the input of a "
+                f"denoiser must be a tensor of all samples, got {type(sample).__name__}"
+            )
+        size = (sample.shape[2], sample.shape[3]) if sample.ndim == 4 else None
+        self._frame = Frame(size, kwargs, rounds_up=self._rounds_up)
         self._rows = len(sample)
         self._targets = self._branches.targets(self._call, self._rows)
-        self._seen.denoiser_calls += 1
 
     def _close_frame(self) -> None:
         self._frame = None
@@ -249,17 +313,19 @@ class Recorder:
                     f"directions must include reference_to_generated for {name}: its "
                     f"{reference.count} reference tokens have no place on the reference image"
                 )
-            accumulator.add(
-                site,
-                query[rows, :, generated.index],
-                key[rows],
-                group=self._clock.group,
-                reference=reference.index,
-                voters=slice(None) if self.layout.prefix_votes else None,
-                scale=scale,
-                bias=_part_of_bias(bias, rows, generated.index),
-                query_lse=None if query_lse is None else query_lse[rows, :, generated.index],
-            )
+            # statistics are fp32 also where the model runs under autocast
+            with torch.autocast(query.device.type, enabled=False):
+                accumulator.add(
+                    site,
+                    query[rows, :, generated.index],
+                    key[rows],
+                    group=self._clock.group,
+                    reference=reference.index,
+                    voters=slice(None) if self.layout.prefix_votes else None,
+                    scale=scale,
+                    bias=_part_of_bias(bias, rows, generated.index),
+                    query_lse=None if query_lse is None else query_lse[rows, :, generated.index],
+                )
         self._seen.calls[name] += 1
         self._beside_reference |= reference.count < key.shape[2]
 
@@ -298,11 +364,18 @@ class Recorder:
                 "joint maps were asked for and there are none: they need reference tokens with a "
                 "place on the reference image, which no recorded layer has"
             )
+        if (more := too_many(self._clock.time_groups, self._clock.steps)) is not None:
+            remarks.append(more)
         announced, made = self._clock.evaluations, self._clock.evaluation
         if over and announced is not None and made != announced:
             remarks.append(
                 f"the run made {made} of {announced} announced evaluations: "
                 "its time groups are not equally long"
+            )
+        if self._clock.idle:
+            remarks.append(
+                f"the denoiser was not called in {self._clock.idle} of {made} evaluations (does "
+                "another one take its place?): they are missing in its maps"
             )
         remarks = [remark for remark in remarks if remark not in self._said]
         self._said.update(remarks)
@@ -311,7 +384,7 @@ class Recorder:
 
 _G2R = (Direction.GENERATED_TO_REFERENCE,)
 _KEYS = itertools.count()
-_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Recorder] = weakref.WeakKeyDictionary()
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, Branches] = weakref.WeakKeyDictionary()
 
 

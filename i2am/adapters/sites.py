@@ -57,9 +57,7 @@ def _record_attention(
 ) -> None:
     listener, layer = address.tolist()
     if listener in LISTENERS:
-        # statistics are fp32 also where the model runs under autocast
-        with torch.autocast(query.device.type, enabled=False):
-            LISTENERS[listener](layer, call_index, query, key, bias, scale, query_lse)
+        LISTENERS[listener](layer, call_index, query, key, bias, scale, query_lse)
 
 
 @_record_attention.register_fake

@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from i2am.adapters.attending import Attend, attend_beside
+from i2am.adapters.attending import Attend, attend_beside, attend_guarded
+from i2am.adapters.guard import UNGUARDED
 from i2am.adapters.projections import additive_mask, key_states, split_heads
 from i2am.adapters.sites import Record
 
@@ -31,7 +33,10 @@ _WITHOUT_SDPA = (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
 def install_watching(
-    attn: Any, record: Record, attend: Attend = attend_beside
+    attn: Any,
+    record: Record,
+    attend: Attend = attend_beside,
+    guard: AbstractContextManager[Any] = UNGUARDED,
 ) -> Callable[[], None]:
     """Watch the processor of one attention module; returns what puts everything back."""
     processor = attn.processor
@@ -42,7 +47,7 @@ def install_watching(
     else:
         processor.__class__ = _watching_class(base)
         vars(processor)[_WATCHED] = {}
-    vars(processor)[_WATCHED][attn] = record, attend
+    vars(processor)[_WATCHED][attn] = record, attend, guard
 
     def restore() -> None:
         records = vars(processor)[_WATCHED]
@@ -65,12 +70,13 @@ def _watching_class(base: Any) -> Any:
         watched = vars(self).get(_WATCHED, {}).get(attn)
         if watched is None:
             return base.__call__(self, attn, hidden_states, *args, **kwargs)
-        record, attend = watched
+        record, attend, guard = watched
         given = signature.bind(self, attn, hidden_states, *args, **kwargs).arguments
-        with _WatchAttention(record, attend, _call_indices(self, given)):
+        with _WatchAttention(record, attend, guard, _call_indices(self, given)):
             output = base.__call__(self, attn, hidden_states, *args, **kwargs)
         if base in _WITHOUT_SDPA:
-            _record_projections(record, attn, given)
+            with guard:
+                _record_projections(record, attn, given)
         return output
 
     def __call__(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -90,26 +96,33 @@ def _call_indices(processor: Any, given: dict[str, Any]) -> Iterator[int]:
     """
     context = given.get("encoder_hidden_states")
     if not (hasattr(processor, "to_k_ip") and isinstance(context, tuple)):
-        return itertools.count()
+        yield from itertools.count()
+        return
     masks = given.get("ip_adapter_masks")
-    made = [0]
+    yield 0
     following = 1
     for adapter, (images, scale) in enumerate(zip(context[1], processor.scale, strict=False)):
         masked = masks is not None and masks[adapter] is not None
         calls = range(following, following + (images.shape[1] if masked else 1))
         following = calls.stop
         if any(scale) if isinstance(scale, list) else scale:
-            made += calls
-    return iter(made)
+            yield from calls
 
 
 class _WatchAttention(TorchFunctionMode):
     """Makes every ``scaled_dot_product_attention`` call as it is told to, and records it."""
 
-    def __init__(self, record: Record, attend: Attend, call_indices: Iterator[int]) -> None:
+    def __init__(
+        self,
+        record: Record,
+        attend: Attend,
+        guard: AbstractContextManager[Any],
+        call_indices: Iterator[int],
+    ) -> None:
         super().__init__()
         self.record = record
         self.attend = attend
+        self.guard = guard
         self.call_indices = call_indices
         self.calls = 0
 
@@ -120,25 +133,30 @@ class _WatchAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | kwargs
-        if given.get("is_causal"):
-            raise NotImplementedError("recording causal attention is not supported")
-        query, key, mask = given["query"], given["key"], given.get("attn_mask")
-        scale, lse = given.get("scale"), None
-        if given.get("dropout_p") or given.get("enable_gqa"):
+        query, key, mask, scale = (given.get(n) for n in ("query", "key", "attn_mask", "scale"))
+        attended, lse = None, None
+        # the others are calls that only PyTorch's own function makes
+        if not any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
+            value = given.get("value")
+            attended = attend_guarded(self.guard, self.attend, query, key, value, mask, scale=scale)
+        if attended is None:
             output = func(*args, **kwargs)
         else:
-            output, lse = self.attend(query, key, given["value"], mask, scale=scale)
-        if key.shape[1] != query.shape[1]:
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        self.record(
-            query,
-            key,
-            bias=mask,
-            scale=scale,
-            query_lse=lse,
-            call_index=next(self.call_indices, self.calls),
-        )
-        self.calls += 1
+            output, lse = attended
+        with self.guard:
+            if given.get("is_causal"):
+                raise NotImplementedError("recording causal attention is not supported")
+            if key.shape[1] != query.shape[1]:
+                key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            self.record(
+                query,
+                key,
+                bias=mask,
+                scale=scale,
+                query_lse=lse,
+                call_index=next(self.call_indices, self.calls),
+            )
+            self.calls += 1
         return output
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from i2am.attribution.grid import Grid
 from i2am.attribution.layers import tensors
 from i2am.attribution.sums import AttentionSite
+from i2am.wording import counted
 
 if TYPE_CHECKING:
     from i2am.attribution.maps import AttributionMaps
@@ -15,8 +16,8 @@ def summary(maps: "AttributionMaps") -> str:
     sums = [held for layer in maps.layer_sums for held in tensors(layer).values()]
     nbytes = sum(held.nbytes for held in sums) + (maps.joint.nbytes if maps.joint else 0)
     head = (
-        f"AttributionMaps: {_count(maps.n_samples, 'sample')}, "
-        f"{_count(maps.time_groups, 'time group')}, {_count(len(maps.layers), 'layer')}, "
+        f"AttributionMaps: {counted(maps.n_samples, 'sample')}, "
+        f"{counted(maps.time_groups, 'time group')}, {counted(len(maps.layers), 'layer')}, "
         f"{nbytes / 2**20:.1f} MiB, guidance {maps.provenance.get('guidance', 'unknown')}"
     )
     lines = [
@@ -26,7 +27,7 @@ def summary(maps: "AttributionMaps") -> str:
         *(f"  {_line(layer.site)}" for layer in maps.layer_sums),
     ]
     if maps.joint is not None:
-        layers = _count(len(maps.joint.layers), "layer")
+        layers = counted(len(maps.joint.layers), "layer")
         lines.append(f"  joint: {maps.joint.extent}, mean of {layers}")
     if note := maps.provenance.get("note"):
         lines.append(f"  note: {note}")
@@ -35,18 +36,14 @@ def summary(maps: "AttributionMaps") -> str:
 
 def _line(site: AttentionSite) -> str:
     if site.reference_grid is None:
-        reference = _count(site.reference_tokens, "token")
+        reference = counted(site.reference_tokens, "token")
     else:
         reference = _by(site.reference_grid)
-    merged = f", mean of {_count(len(site.merged), 'layer')}" if site.merged else ""
+    merged = f", mean of {counted(len(site.merged), 'layer')}" if site.merged else ""
     return (
         f"{site.layer}: {_by(site.generated_grid)} from {reference}, "
-        f"{_count(site.heads, 'head')}{merged}{'' if site.causal else ', causal=False'}"
+        f"{counted(site.heads, 'head')}{merged}{'' if site.causal else ', causal=False'}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _by(grid: Grid) -> str:

@@ -5,6 +5,26 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from i2am.wording import counted
+
+
+def too_many(time_groups: int, steps: int) -> str | None:
+    """What to say where more groups are asked for than a run has steps: each step is one then.
+
+    Args:
+        time_groups: Groups asked for.
+        steps: Denoising steps of the run.
+
+    Returns:
+        One sentence, None where there are enough steps.
+    """
+    if time_groups <= steps:
+        return None
+    return (
+        f"{counted(time_groups, 'time group')} were asked for and the run has "
+        f"{counted(steps, 'step')}: its maps have {counted(steps, 'time group')}"
+    )
+
 
 def refuse_capture(like: Tensor) -> None:
     """Called where sums are made: a graph would empty them again whenever it is replayed.

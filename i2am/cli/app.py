@@ -106,6 +106,7 @@ def _messages() -> Iterator[None]:
     """Our log and Python's warnings as plain lines on stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Plain())
+    handler.addFilter(_Once())
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -118,6 +119,22 @@ def _messages() -> Iterator[None]:
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate
+
+
+class _Once(logging.Filter):
+    """Lets a warning through the first time alone, whoever repeats it for the next image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        text = record.getMessage()
+        new = text not in self._said
+        self._said.add(text)
+        return new
 
 
 class _Plain(logging.Formatter):

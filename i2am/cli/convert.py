@@ -9,7 +9,10 @@ import click
 
 from i2am.cli import flags
 
+log = logging.getLogger("i2am")
+
 FILE = click.Path(path_type=Path)
+
 # known without importing torch
 SYSTEMS = ("paint-by-example", "dci-vton", "stableviton", "custom")
 
@@ -62,7 +65,9 @@ def convert(
     fault, 130 interrupted, 143 terminated.
     """
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
+    # the imports below take seconds
+    log.info("converting %s as %s", checkpoint, system)
     import torch
 
     from i2am.cli.errors import InputRejected

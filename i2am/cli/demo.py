@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from i2am.cli.result import Result
     from i2am.data.paper_doll import Scenes
 
+log = logging.getLogger("i2am")
+
 # (person, garment): held-out scenes; each person is drawn in a garment of its own, so that nothing
 # of the wanted one can be seen in the inputs
 PAIRS = ((0, 101), (2, 107), (11, 118))
@@ -58,13 +60,14 @@ The pocket model has random weights here: what it paints is noise, and its maps 
     show_default=True,
     help="Folder for the inputs and the results.",
 )
-@click.option("--steps", type=click.IntRange(5), default=Settings.steps, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=Settings.steps, show_default=True)
 @flags.overwrite
 @flags.verbose
 def demo(out: Path, steps: int, overwrite: bool, verbose: bool) -> ExitCode:
     """Record the pocket model on drawn people and garments with known correspondence."""
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
+    log.info("drawing people and garments, and loading the pocket model")
     from i2am.cli.folder import MANIFEST, fresh_folder
     from i2am.cli.recording import full_record
     from i2am.cli.reporting import recorded_samples

@@ -12,6 +12,7 @@ import torch
 from i2am.attribution import AttributionMaps
 from i2am.cli.errors import InputRejected
 from i2am.kernels.streaming import TILE_ELEMENTS
+from i2am.wording import counted
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -59,7 +60,7 @@ class Estimate:
         available = "unknown" if self.available is None else readable(self.available)
         return "\n".join(
             [
-                f"maps that stay      {readable(self.stays)} in {self.layers} layers",
+                f"maps that stay      {readable(self.stays)} in {counted(self.layers, 'layer')}",
                 f"during the run      {readable(self.transient)} more",
                 f"images              {readable(self.images)}",
                 f"memory available    {available}",

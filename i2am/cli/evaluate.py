@@ -11,6 +11,7 @@ from i2am.cli import flags
 from i2am.cli.settings import BytesType, SizeType
 
 PATH = click.Path(path_type=Path)
+log = logging.getLogger("i2am")
 
 
 @click.command(
@@ -54,7 +55,7 @@ PATH = click.Path(path_type=Path)
     "--time-groups",
     type=click.IntRange(1),
     show_default="5",
-    help="Groups of steps kept apart in the maps.",
+    help="Groups of steps kept apart in the maps, at most one per step.",
 )
 @click.option(
     "--preset",
@@ -69,7 +70,12 @@ PATH = click.Path(path_type=Path)
     metavar=SizeType.name,
     help="Pixels of the images; by default what the model makes of 1024x768.",
 )
-@click.option("--batch", type=click.IntRange(1), show_default="8", help="Samples per call.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    show_default="8, or the shard if that is less",
+    help="Samples per call.",
+)
 @click.option(
     "--memory-budget",
     type=BytesType(),
@@ -77,7 +83,10 @@ PATH = click.Path(path_type=Path)
     help="Take the largest batch that fits, by a measurement before the run; instead of --batch.",
 )
 @click.option(
-    "--shard", type=click.IntRange(1), show_default="16", help="Samples committed together."
+    "--shard",
+    type=click.IntRange(1),
+    show_default="16, or the batch if that is more",
+    help="Samples committed together.",
 )
 @click.option(
     "--maps",
@@ -119,7 +128,7 @@ PATH = click.Path(path_type=Path)
     "--threads",
     type=click.IntRange(1),
     show_default="torch's",
-    help="Of torch on a CPU; they decide last bits.",
+    help="Of torch on the CPU; they decide last bits.",
 )
 @click.option(
     "--engine",
@@ -149,9 +158,10 @@ def evaluate(ctx: click.Context, as_json: bool, verbose: bool, **options: Any) -
     143 terminated.
     """
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
     if options["batch"] is not None and options["memory_budget"] is not None:
         raise click.UsageError("--memory-budget picks the batch, leave --batch out.", ctx)
+    log.info("loading %s, and the pairs of %s", options["model"], options["data"])
     from i2am.cli.evaluating import run
 
     result = run(options)

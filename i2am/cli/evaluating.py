@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from i2am.cli.calling import warn_of_size
 from i2am.cli.errors import CommandError, ExitCode, InputRejected, Stopped, Terminated
 from i2am.cli.estimate import available_memory, readable
 from i2am.cli.runs import run_errors
@@ -18,11 +19,19 @@ from i2am.data.vitonhd import DataRejected
 from i2am.evaluation.engines import Outcome, Share, open_jobs, run_here, run_on_ray, share_of
 from i2am.evaluation.errors import OutOfMemory
 from i2am.evaluation.memory import measure, need
-from i2am.evaluation.opening import Opened, Sources, open_run, stored_options, with_batch
+from i2am.evaluation.opening import (
+    Opened,
+    Sources,
+    default_size,
+    open_run,
+    stored_options,
+    with_batch,
+)
 from i2am.evaluation.plan import Settings
 from i2am.evaluation.store import Store
 from i2am.evaluation.worker import Worker
 from i2am.models.loading import ModelRejected
+from i2am.wording import counted
 
 log = logging.getLogger("i2am")
 
@@ -65,7 +74,10 @@ class Result:
         return {**asdict(self), "out": str(self.out)}
 
     def __str__(self) -> str:
-        lines = [f"{self.out}: {self.samples} samples in {self.seconds:.0f} s"]
+        made = f"{counted(self.samples, 'sample')} in {self.seconds:.0f} s"
+        if not self.samples:
+            made = "no sample was computed" if self.remaining else "all samples were there already"
+        lines = [f"{self.out}: {made}"]
         if self.failed:
             lines.append(f"{self.failed} failed, i2am status {self.out} says why")
         lines += self.problems
@@ -179,11 +191,21 @@ def _open(options: dict[str, Any], sources: Sources, share: Share) -> Opened:
     contents = options["hash_inputs"]
     if share.world > 1:
         log.info("worker %d of %d", share.rank, share.world)
+    if share.rank:
+        # what is to be said of the run, the first worker says
+        log.setLevel(logging.ERROR)
     if asked["device"] == "cuda":
         torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
     opened = open_run(sources, asked, contents=contents)
     if not opened.pipe.trained:
         log.warning("the weights of %s are random, not trained: scores mean nothing", sources.model)
+    warn_of_size(sources.model, options["size"], default_size(opened.pipe))
+    if opened.pipe.takes("pose") and not all("pose" in of.names for of in opened.data.values()):
+        log.warning(
+            "model %s takes poses and %s has no folder image-densepose: it gets all-black ones",
+            sources.model,
+            sources.data,
+        )
     for name, data in opened.data.items():
         for problem in data.problems[:5]:
             log.warning("%s: %s", name, problem.message)
@@ -200,7 +222,8 @@ def _open(options: dict[str, Any], sources: Sources, share: Share) -> Opened:
                 f"memory-budget must be at least the {readable(found.of(1))} that one sample "
                 f"takes, got {readable(budget)}"
             )
-        batch = min(batch, max(len(data) for data in opened.data.values()))
+        most = max(len(data) for data in opened.data.values())
+        batch = min(batch, most, options["shard"] or most)
         log.info("a batch of %d takes about %s", batch, readable(found.of(batch)))
         opened = with_batch(opened, batch, sources, contents=contents)
     return opened

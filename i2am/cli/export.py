@@ -10,6 +10,7 @@ import click
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode, InputRejected
 from i2am.cli.runs import open_run
+from i2am.wording import counted
 
 FILE = click.Path(path_type=Path)
 log = logging.getLogger("i2am")
@@ -39,6 +40,7 @@ def export(
         log.setLevel(logging.DEBUG)
     if (zarr is None) == (parquet is None):
         raise click.UsageError("Give either --zarr or --parquet.")
+    log.info("reading %s", run)
     from i2am.cli.folder import no_conflict
     from i2am.evaluation.export import to_parquet, to_zarr
     from i2am.evaluation.summary import summarize
@@ -61,5 +63,5 @@ def export(
         click.echo(json.dumps({"run": str(run), "out": out, "ok": ok, "samples": samples}))
     else:
         rest = "" if ok == samples else "; the others failed or are not committed"
-        click.echo(f"{out}: {ok} of {samples} samples{rest}")
+        click.echo(f"{out}: {ok} of {counted(samples, 'sample')}{rest}")
     return ExitCode.DONE if ok == samples else ExitCode.INCOMPLETE

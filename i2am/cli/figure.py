@@ -10,6 +10,8 @@ import click
 from i2am.cli import flags
 
 FILE = click.Path(path_type=Path)
+log = logging.getLogger("i2am")
+
 # known without importing numpy; a test compares them with i2am.plots.recorded
 WHICH = (
     *("4", "5", "6", "7", "8", "9", "time_and_head", "time_groups", "heads", "reference_maps"),
@@ -93,7 +95,8 @@ def figure(
     fault, 130 interrupted, 143 terminated.
     """
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
+    log.info("reading %s", ", ".join(map(str, runs)))
     from i2am.cli.drawing import Drawing, draw
 
     drawing = Drawing(runs=runs, which=which, out=out, overwrite=overwrite, **options)

@@ -11,6 +11,7 @@ from i2am.cli import flags
 from i2am.cli.settings import BoxType, Settings, SizeType
 
 FILE = click.Path(path_type=Path)
+log = logging.getLogger("i2am")
 
 
 @click.command(
@@ -65,7 +66,7 @@ FILE = click.Path(path_type=Path)
     "--time-groups",
     type=click.IntRange(1),
     default=Settings.time_groups,
-    help="Groups of steps kept apart.",
+    help="Groups of steps kept apart, at most one per step.",
 )
 @click.option(
     "--region",
@@ -130,11 +131,12 @@ def record(
     folder in use, 74 disk fault, 130 interrupted, 143 terminated.
     """
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
     try:
         settings = Settings(**options)
     except ValueError as error:
         raise click.UsageError(f"{error}.", ctx) from error
+    log.info("loading %s", settings.model)
     from i2am.cli.recording import dry_record, full_record
 
     if dry_run:

@@ -11,13 +11,14 @@ import torch
 
 import i2am
 from i2am.attribution import AttributionMaps, Box, Direction
-from i2am.cli.calling import call, check_model, complete, generated_size, layout_of
+from i2am.cli.calling import call, check_model, complete, generated_size, layout_of, warn_of_size
 from i2am.cli.errors import InputRejected
 from i2am.cli.estimate import Estimate, estimate
 from i2am.cli.folder import check_free, fresh_folder
 from i2am.cli.result import Result, Run, write
 from i2am.cli.settings import FILES, Inputs, Settings, read_inputs
 from i2am.layouts.token_layout import AttentionCall, Frame, Resolved
+from i2am.wording import counted
 
 if TYPE_CHECKING:
     from i2am.models.base import ReferencePipeline
@@ -73,7 +74,6 @@ def _load(settings: Settings) -> "tuple[ReferencePipeline, Settings]":
     """The pipeline with its sampler, and the settings with the sampler's numbers."""
     from i2am.models.loading import ModelRejected, load_offline
 
-    log.debug("loading %s", settings.model)
     try:
         # the bar of the steps is diffusers' own and stays
         verbose = log.isEnabledFor(logging.DEBUG)
@@ -167,7 +167,9 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_
             "and mean nothing",
             settings.model,
         )
-    rows, columns = settings.size or pipe.default_output_size(inputs.person)
+    own = pipe.default_output_size(inputs.person)
+    warn_of_size(settings.model, settings.size, own)
+    rows, columns = settings.size or own
     stretch = (columns / rows) / (inputs.person.width / inputs.person.height)
     # a rounded side is not a stretch
     if abs(stretch - 1) > 0.01 + 1 / min(rows, columns):
@@ -182,7 +184,8 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_
     regions = {
         box.name: Box(box.top, box.left, box.height, box.width, size) for box in settings.regions
     }
-    log.info("recording %d steps, %d pixels wide and %d high", settings.steps, width, height)
+    steps = counted(settings.steps or 0, "step")
+    log.info("recording %s, %d pixels wide and %d high", steps, width, height)
     started = time.monotonic()
     with i2am.record(
         pipe,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -14,6 +15,8 @@ log = logging.getLogger("i2am")
 FILE = click.Path(path_type=Path)
 LARGE = 50_000_000
 """Bytes of a page from which on a folder serves its reader better."""
+NAMED = 3
+"""Samples named in a warning about left out ones; JSON has all."""
 
 
 @click.command(
@@ -72,7 +75,8 @@ def report(
     rejected, 5 output folder in use or run damaged, 74 disk fault, 130 interrupted, 143 terminated.
     """
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
+    log.info("reading %s", ", ".join(map(str, runs)))
     from i2am.cli.folder import no_conflict
     from i2am.cli.reporting import Wanted, samples_of
     from i2am.viewer import write_report
@@ -82,6 +86,7 @@ def report(
     with no_conflict():
         samples = samples_of(wanted)
         files = write_report(out, samples, title=title, overwrite=overwrite, compress=compress)
+    _tell(wanted.left_out)
     page = out if out.suffix.lower() in (".html", ".htm") else out / files[0]
     if (size := page.stat().st_size) > LARGE:
         log.warning(
@@ -96,3 +101,13 @@ def report(
     else:
         click.echo(page)
     return ExitCode.INCOMPLETE if wanted.left_out else ExitCode.DONE
+
+
+def _tell(left_out: Mapping[str, str]) -> None:
+    """Logs each reason once, with the samples that it concerns."""
+    samples: dict[str, list[str]] = {}
+    for id, reason in left_out.items():
+        samples.setdefault(reason, []).append(id)
+    for reason, ids in samples.items():
+        more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+        log.warning("left out: %s%s: %s", ", ".join(ids[:NAMED]), more, reason)

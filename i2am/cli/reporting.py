@@ -21,6 +21,7 @@ from i2am.cli.runs import open_run
 from i2am.data.images import ImageRejected, read_bytes, read_image, read_mask
 from i2am.plots.titles import step_titles
 from i2am.viewer import Sample, Stack, sample
+from i2am.wording import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -162,7 +163,7 @@ def shown_samples(
         facts = {
             # a path or a built-in name
             "Model": Path(str(settings["model"])).name,
-            "Scheduler": f"{manifest['model']['scheduler']}, {settings['steps']} steps",
+            "Scheduler": f"{manifest['model']['scheduler']}, {counted(settings['steps'], 'step')}",
             "Guidance": f"{settings['guidance']:g}, {branch} half recorded" if guided else "none",
             "Seed": str(settings["seed"]),
             "Size": f"{image['width']} \N{MULTIPLICATION SIGN} {image['height']} pixels",
@@ -254,7 +255,6 @@ def _of_setting(store: "Store", setting: str, wanted: Wanted, name: str) -> Iter
                     yield one
                     continue
             wanted.left_out[title] = reason
-            log.warning("%s is left out: %s", title, reason)
 
 
 def _data(store: "Store", setting: str, wanted: Wanted) -> "VitonHD":
@@ -316,7 +316,7 @@ def _evaluated_sample(
             "Guidance": f"{guidance:g}",
             "Seed": str(settings["seed"]),
             "Preset": settings["preset"],
-            "Maps": f"{settings['maps']}, averaged over layers",
+            "Maps": "none kept" if not stacks else f"{settings['maps']}, averaged over layers",
             "i2am": plan["i2am"],
         },
         notes=[] if plan["model"].get("trained", True) else ["the weights are random, not trained"],
@@ -348,9 +348,8 @@ def _shard_scores(shard: "Shard", at: int) -> dict[str, dict[str, Any]]:
     scores = {}
     for name, value in zip(shard.score_names, shard.scores[at].tolist(), strict=True):
         undefined = math.isnan(value)
-        reason = reasons[name].message if undefined and name in reasons else None
         scores[name] = {
             "value": None if undefined else value,
-            "reason": (reason or "not defined") if undefined else None,
+            "reason": reasons[name].message if undefined else None,
         }
     return scores

@@ -12,6 +12,7 @@ import click
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode, Stopped, Terminated
 from i2am.cli.runs import open_run
+from i2am.wording import Footnotes, counted
 
 if TYPE_CHECKING:
     from i2am.evaluation.scores.scoring import RunScores
@@ -90,16 +91,17 @@ def score(
     Exit codes: 0 done, 1 unexpected, 2 usage, 3 part of a run or of the metrics is missing,
     5 a run is damaged or no run, 74 disk fault, 130 interrupted, 143 terminated.
     """
+    if verbose:
+        log.setLevel(logging.DEBUG)
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise click.UsageError("the same RUN is given twice.")
+    log.info("reading %s", ", ".join(map(str, runs)))
     from i2am.evaluation.scores.protocols import PROTOCOLS
     from i2am.evaluation.scores.results import write_results
     from i2am.evaluation.scores.scoring import Scoring, score_run
     from i2am.evaluation.scores.tables import labels
 
     scoring = Scoring(metrics=metrics, protocol=PROTOCOLS[protocol], replicates=replicates, **files)
-    if len({run.resolve() for run in runs}) < len(runs):
-        raise click.UsageError("the same RUN is given twice.")
-    if verbose:
-        log.setLevel(logging.DEBUG)
     scored = []
     # all first: a name that is no run is not found out after hours
     with ExitStack() as stack:
@@ -131,7 +133,8 @@ def _tell(run: Path, scores: "RunScores") -> None:
             shards = f"{of['shards_committed']} of {of['shards_expected']} shards"
             log.warning(f"{run}: {shards} of {setting} are committed, the scores are of these")
         if of["n_failed"]:
-            log.warning(f"{run}: {of['n_failed']} samples of {setting} failed and have no scores")
+            failed = counted(of["n_failed"], "sample")
+            log.warning(f"{run}: {failed} of {setting} failed and have no scores")
 
 
 def _report(
@@ -152,8 +155,11 @@ def _report(
         click.echo(json.dumps(document, allow_nan=False))
         return not comparison.obstacles
     click.echo(paper_table(documents, names))
+    footnotes = Footnotes()
     for name, document in zip(names, documents, strict=True):
-        click.echo(f"\n{name}\n{detail_table(document)}")
+        click.echo(f"\n{name}\n{detail_table(document, footnotes)}")
     if comparison.correlations:
-        click.echo(f"\n{correlation_table(comparison.correlations)}")
+        click.echo(f"\n{correlation_table(comparison.correlations, footnotes)}")
+    if footnotes.lines:
+        click.echo("\n" + "\n".join(footnotes.lines))
     return not comparison.obstacles

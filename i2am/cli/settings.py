@@ -1,5 +1,6 @@
 """What ``i2am record`` was asked to do, and the checks that need no model."""
 
+import logging
 import math
 import re
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from i2am.cli.errors import InputRejected
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+log = logging.getLogger("i2am")
 
 _REGION = re.compile(r"([A-Za-z0-9_-]+)=(\d+),(\d+),(\d+),(\d+)")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])(i)?B", re.IGNORECASE)
@@ -112,8 +115,8 @@ class Settings:
     `paste_back` that is None is the model's own.
 
     Raises:
-        ValueError: Fewer steps than time groups, two regions of one name, the unconditional half
-            without guidance, or a guidance that is not finite.
+        ValueError: Two regions of one name, the unconditional half without guidance, one file of a
+            warp network without the other, or a guidance that is not finite.
     """
 
     model: str
@@ -144,10 +147,6 @@ class Settings:
     def __post_init__(self) -> None:
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
-        if self.steps is not None and self.steps < self.time_groups:
-            raise ValueError(
-                f"steps must be at least the {self.time_groups} time groups, got {self.steps}"
-            )
         names = [box.name for box in self.regions]
         for name in names:
             if names.count(name) > 1:
@@ -180,13 +179,19 @@ class Inputs:
 
 
 def read_inputs(settings: Settings) -> Inputs:
-    """Read every input file.
+    """Read every input file; warns of a mask that looks like a picture.
 
     Raises:
         InputRejected: A file is no usable image or mask; a mask, the pose or the agnostic image
             has another size than its image; or a region leaves the person image.
     """
-    from i2am.data.images import ImageRejected, read_bytes, read_image, read_mask
+    from i2am.data.images import (
+        ImageRejected,
+        looks_like_mask,
+        read_bytes,
+        read_image,
+        read_mask,
+    )
 
     digests: dict[str, str] = {}
 
@@ -200,7 +205,15 @@ def read_inputs(settings: Settings) -> Inputs:
 
     def mask_of(image: "Image", name: str, path: Path) -> "Image":
         option, content = name.replace("_", "-"), load(name, path)
-        return read_mask(path, name=option, size=image.size, content=content)
+        mask = read_mask(path, name=option, size=image.size, content=content)
+        if not looks_like_mask(path, content=content):
+            log.warning(
+                "%s %s looks like a picture rather than a mask: its pixels of half brightness and "
+                "more count as white",
+                option,
+                path,
+            )
+        return mask
 
     try:
         person = read("person", settings.person)

@@ -11,9 +11,12 @@ import click
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode
 from i2am.cli.runs import open_run
+from i2am.wording import Footnotes, counted
 
 if TYPE_CHECKING:
     from i2am.evaluation.summary import Summary
+
+log = logging.getLogger("i2am")
 
 _LISTED = 20
 """Failed samples in the text; JSON has all."""
@@ -32,7 +35,8 @@ def status(run: Path, as_json: bool, verbose: bool) -> int:
     5 not a run or damaged, 74 disk fault, 130 interrupted, 143 terminated.
     """
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
+    log.info("reading %s", run)
     from i2am.evaluation.summary import summarize
 
     with open_run(run) as store:
@@ -48,16 +52,19 @@ def status(run: Path, as_json: bool, verbose: bool) -> int:
         }
         click.echo(json.dumps(result, allow_nan=False))
     else:
+        footnotes = Footnotes()
         for setting, summary in summaries.items():
-            click.echo("\n".join(_lines(setting, summary)))
+            click.echo("\n".join(_lines(setting, summary, footnotes)))
+        for line in footnotes.lines:
+            click.echo(line)
     return ExitCode.DONE if complete else ExitCode.INCOMPLETE
 
 
-def _lines(setting: str, summary: "Summary") -> list[str]:
+def _lines(setting: str, summary: "Summary", footnotes: Footnotes) -> list[str]:
     present = summary.shards - sum(last - first + 1 for first, last in summary.missing)
     lines = [
-        f"{setting}: {summary.committed} of {summary.samples} samples committed, "
-        f"in {present} of {summary.shards} shards; {len(summary.failed)} failed"
+        f"{setting}: {summary.committed} of {counted(summary.samples, 'sample')} committed, "
+        f"in {present} of {counted(summary.shards, 'shard')}; {len(summary.failed)} failed"
     ]
     if summary.missing:
         some = [
@@ -69,7 +76,8 @@ def _lines(setting: str, summary: "Summary") -> list[str]:
         lines.append(f"  {id} failed: {reason.message} ({reason.code})")
     if len(summary.failed) > _LISTED:
         lines.append(f"  {len(summary.failed) - _LISTED} more failed; --json lists all")
-    for score, codes in summary.undefined.items():
-        counts = ", ".join(f"{count} {code}" for code, count in codes.items())
-        lines.append(f"  {score} is undefined in {sum(codes.values())} of {summary.ok}: {counts}")
+    for score, reasons in summary.undefined.items():
+        why = ", ".join(f"{n} {footnotes.mark(of.message)}" for of, n in reasons.items())
+        samples = counted(summary.ok, "sample")
+        lines.append(f"  {score} is undefined in {sum(reasons.values())} of {samples}: {why}")
     return lines

@@ -11,6 +11,8 @@ import click
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode, InputRejected, OutputConflict, Stopped, Terminated
 
+log = logging.getLogger("i2am")
+
 DATA = "paper-doll"
 POCKET = "pocket"
 
@@ -53,7 +55,9 @@ POCKET = "pocket"
 @click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Checkpoints.")
 @click.option("--max-steps", type=click.IntRange(1), help="Stop a stage after so many, to resume.")
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Readers.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of torch on the CPU.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Of torch on the CPU; they decide last bits."
+)
 @flags.quiet
 @flags.verbose
 @click.pass_context
@@ -85,7 +89,8 @@ def train(
     folder in use, 74 disk fault, 130 interrupted, 143 terminated.
     """
     if verbose:
-        logging.getLogger("i2am").setLevel(logging.DEBUG)
+        log.setLevel(logging.DEBUG)
+    log.info("preparing to train %s on %s", model, data)
     try:
         import accelerate  # noqa: F401
     except ImportError:

@@ -10,6 +10,7 @@ import click
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode
 from i2am.cli.runs import open_run
+from i2am.wording import counted
 
 log = logging.getLogger("i2am")
 
@@ -30,6 +31,7 @@ def verify(run: Path, quiet: bool, as_json: bool, verbose: bool) -> int:
     """
     if verbose:
         log.setLevel(logging.DEBUG)
+    log.info("reading %s", run)
     with open_run(run) as store:
         problems = store.verify(progress=not quiet and sys.stderr.isatty())
         shards = sum(len(store.committed(setting)) for setting in store.settings())
@@ -39,10 +41,10 @@ def verify(run: Path, quiet: bool, as_json: bool, verbose: bool) -> int:
         for problem in problems:
             click.echo(problem)
         if not problems:
-            click.echo(f"{run}: {shards} shards and their images are as they were written")
+            click.echo(f"{run}: {counted(shards, 'shard')} and all images are as they were written")
     if problems:
         log.warning(
-            "%d problems; delete the shards concerned, then i2am evaluate computes them again",
-            len(problems),
+            "%s; delete the shards concerned, then i2am evaluate computes them again",
+            counted(len(problems), "problem"),
         )
     return ExitCode.CONFLICT if problems else ExitCode.DONE

@@ -16,6 +16,8 @@ MAX_PIXELS = 50_000_000
 MAX_BYTES = 512 * 2**20  # twice MAX_PIXELS uncompressed; keeps a checkpoint from being read whole
 # not all that Pillow knows: it would start Ghostscript for an EPS file
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+_BLACK, _WHITE = 64, 191  # what JPEG or an interpolation leaves of black and white is within
+_GREY_SHARE = 0.1  # soft edges of a mask are less
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits in one channel
 
@@ -131,6 +133,28 @@ def read_mask(
             f"{name} {path} must have black and white pixels, all of it is {colour}", code
         )
     return mask
+
+
+def looks_like_mask(path: str | Path, *, content: bytes | None = None) -> bool:
+    """Whether nearly all pixels of a file are nearly black or nearly white.
+
+    A photo, a drawing in colours or a depth map is not so, although `read_mask` makes a mask of it.
+
+    Args:
+        path: The file, one that `read_mask` accepts.
+        content: As for `read_image`.
+
+    Raises:
+        ImageRejected: As for `read_image`.
+    """
+    from PIL import ImageChops
+
+    image = _over(_load(Path(path), "mask", content), background="black")
+    red, green, blue = image.split()
+    highest = ImageChops.lighter(ImageChops.lighter(red, green), blue).histogram()
+    lowest = ImageChops.darker(ImageChops.darker(red, green), blue).histogram()
+    clear = sum(highest[: _BLACK + 1]) + sum(lowest[_WHITE:])
+    return clear >= (1 - _GREY_SHARE) * image.width * image.height
 
 
 def _load(path: Path, name: str, content: bytes | None) -> "Image":

@@ -7,7 +7,7 @@ from hashlib import file_digest
 from pathlib import Path
 from stat import S_ISREG
 
-from i2am.data.vitonhd_pairs import ENDINGS, Pair, Problem
+from i2am.data.vitonhd_pairs import ENDINGS, Pair, Problem, file_names
 
 # the archive has the first ending, copies of it the others
 _MASK_ENDINGS = (
@@ -119,8 +119,7 @@ class Files:
     ) -> Problem | None:
         kind, (stem, key) = KINDS[name], _names(name, pair)
         usual = f"{stem}{kind.endings[0]}"
-        # of an image and a garment the list has the whole name
-        wanted = [*([key] if key != stem else []), *(f"{stem}{ending}" for ending in kind.endings)]
+        wanted = file_names(stem, key, kind.endings)
         file = next((candidate for candidate in wanted if candidate in links), None)
         if file is not None and file != usual:
             self._others[name, key] = file

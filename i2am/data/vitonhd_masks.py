@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from i2am.data.images import ImageRejected
+from i2am.data.images import ImageRejected, looks_like_mask
 from i2am.data.vitonhd_files import KINDS
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def mask_warnings(data: "VitonHD", count: int = 16) -> tuple[str, ...]:
         count: How many pairs, spread evenly over it. Those that cannot be read are left out.
 
     Returns:
-        For each kind a sentence if more than half of the masks look inverted, and one if some
-        are of one colour, on which scores are undefined.
+        For each kind a sentence if more than half of the masks look inverted, one if some are of
+        one colour, on which scores are undefined, and one if some are pictures rather than masks.
 
     Raises:
         ValueError: If the count is below 1.
@@ -69,6 +69,7 @@ def mask_warnings(data: "VitonHD", count: int = 16) -> tuple[str, ...]:
             continue
         inverted: list[int] = []
         uniform: list[int] = []
+        pictures: list[int] = []
         seen = 0
         for index in picked:
             try:
@@ -78,6 +79,8 @@ def mask_warnings(data: "VitonHD", count: int = 16) -> tuple[str, ...]:
                 continue
             seen += 1
             line = data.pairs[index].line
+            if not looks_like_mask(data.path(name, index)):
+                pictures.append(line)
             if bool((mask == mask[0, 0]).all()):
                 uniform.append(line)
             elif looks_inverted(mask, agnostic):
@@ -92,5 +95,11 @@ def mask_warnings(data: "VitonHD", count: int = 16) -> tuple[str, ...]:
             warnings.append(
                 f"{len(uniform)} of {seen} masks of {folder} are all black or all white once cut "
                 f"at 128 of 255, the first that of line {uniform[0]}: their scores are undefined"
+            )
+        if pictures:
+            warnings.append(
+                f"{len(pictures)} of {seen} masks of {folder} look like pictures rather than "
+                f"masks, the first that of line {pictures[0]}: their pixels of half brightness and "
+                "more count as white"
             )
     return tuple(warnings)

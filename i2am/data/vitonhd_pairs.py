@@ -11,7 +11,8 @@ from typing import Literal
 
 Setting = Literal["paired", "unpaired"]
 
-ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_LOWER = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+ENDINGS = (*_LOWER, *map(str.upper, _LOWER))
 """What names of pictures end in, the likeliest first."""
 _SHOWN = 5
 _ID_BYTES = 200  # leaves room for an ending in the 255 bytes that file systems allow
@@ -144,7 +145,7 @@ def read_pairs(path: Path, setting: Setting) -> tuple[list[Pair], list[Problem]]
 def _pair(person_file: str, garment_file: str, line: int, setting: Setting) -> Pair:
     if setting == "paired":
         garment_file = person_file
-    person, garment = _stem(person_file), _stem(garment_file)
+    person, garment = stem_of(person_file), stem_of(garment_file)
     name = person if setting == "paired" else f"{person}_{garment}"
     encoded = name.encode()
     if len(encoded) > _ID_BYTES:
@@ -161,9 +162,21 @@ def _again(pair: Pair, earlier: Pair) -> str:
     return f"a pair of {_short(pair.person)} and {_short(pair.garment)}"
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
+    """The name of a picture without its ending; the whole name where it has none of `ENDINGS`."""
     stem, ending = splitext(name)
     return stem if ending.lower() in ENDINGS else name
+
+
+def file_names(stem: str, listed: str, endings: Sequence[str] = ENDINGS) -> list[str]:
+    """Names that the file of a picture may have: the listed one, then its stem with each ending.
+
+    Args:
+        stem: What all of its files are called after.
+        listed: The name in the list; the stem where no name is listed.
+        endings: By preference.
+    """
+    return [*([] if listed == stem else [listed]), *(f"{stem}{ending}" for ending in endings)]
 
 
 def _is_bare(name: str) -> bool:

@@ -58,8 +58,7 @@ def measure(opened: "Opened", batch: int) -> Measured:
     item = first_whole(opened.data[settings.pairs[0]])
     items = {name: value.expand(batch, *value.shape) for name, value in item.items()}
     opened.pipe.set_progress_bar_config(disable=True)
-    if settings.device == "cpu":
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads)
 
     def call() -> i2am.AttributionMaps:
         return generate(opened.pipe, items, [0] * batch, settings)[1]

@@ -1,5 +1,6 @@
 """From names to the parts of a run: the model on its device, the data, the settings, a worker."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from i2am.attribution.time_groups import too_many
 from i2am.data.vitonhd import VitonHD
 from i2am.evaluation.generating import first_whole
 from i2am.evaluation.plan import Settings, digest_of, make_plan
@@ -16,6 +18,8 @@ from i2am.models.loading import load_offline
 
 if TYPE_CHECKING:
     from i2am.models.base import ReferencePipeline
+
+log = logging.getLogger("i2am")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def open_run(sources: Sources, options: Mapping[str, Any], *, contents: bool = F
     Args:
         sources: Where they are.
         options: Fields of `Settings` that were asked for; those that are missing or None come from
-            the sampler, the model and the defaults.
+            the sampler, the model and the defaults: a batch of at most the shard, a shard of at
+            least the batch. More time groups than steps become as many, with a warning.
         contents: Whether the data set's contents count in the fingerprint, not their sizes alone.
 
     Raises:
@@ -73,9 +78,15 @@ def open_run(sources: Sources, options: Mapping[str, Any], *, contents: bool = F
         **asked,
     }
     if "size" not in asked:
-        asked["size"] = _default_size(pipe)
-    if asked.get("batch", Settings.batch) > asked.get("shard", Settings.shard):
-        asked.setdefault("shard", asked["batch"])
+        asked["size"] = default_size(pipe)
+    batch, shard = (asked.get(name, getattr(Settings, name)) for name in ("batch", "shard"))
+    if batch > shard:
+        # what was not asked for gives way
+        asked = {"batch": shard, "shard": batch, **asked}
+    groups = asked.get("time_groups", Settings.time_groups)
+    if (remark := too_many(groups, asked["steps"])) is not None:
+        log.warning("%s", remark)
+        asked["time_groups"] = asked["steps"]
     settings = Settings(**asked)
     pipe.size_arguments(settings.size)
     data = _open_data(pipe, sources, settings)
@@ -151,10 +162,10 @@ def with_batch(opened: Opened, batch: int, sources: Sources, *, contents: bool) 
     return replace(opened, settings=settings, plan=plan)
 
 
-def _default_size(pipe: "ReferencePipeline") -> tuple[int, int]:
+def default_size(pipe: "ReferencePipeline") -> tuple[int, int]:
+    """(height, width) of the images that a model makes of a person of VITON-HD."""
     from PIL import Image
 
-    # what the model makes of a person of VITON-HD
     return pipe.default_output_size(Image.new("RGB", (768, 1024)))
 
 

@@ -41,7 +41,7 @@ class Settings:
         preset: How attention is recorded: ``"paper"``, or ``"official"`` as in the published code.
         batch: Samples per call of the model, part of what decides the last bits of an image.
         shard: Samples per shard, the unit of work, commit and failure.
-        threads: Threads of torch on a CPU, which decide last bits there.
+        threads: Threads of torch on the CPU, which decide last bits of what is computed there.
         dtype: Of the weights.
         device: Type of the device, ``"cpu"`` or ``"cuda"``.
         maps: What is stored of the maps: float16, float32 or none.
@@ -115,8 +115,9 @@ def make_plan(
         contents: Whether the contents of the data set's files count, not their sizes alone.
 
     Returns:
-        JSON values. Its ``fingerprint`` is the same wherever model and data lie, and however many
-        processes compute the run.
+        JSON values. A pair is its id, the person's and the garment's name, the line of the list and
+        the file name of the person's picture. The ``fingerprint`` is the same wherever model and
+        data lie, and however many processes compute the run.
     """
     scheduler = {
         name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")
@@ -136,7 +137,10 @@ def make_plan(
             "split": data[settings.pairs[0]].split,
             "digest": {name: data[name].digest(contents=contents) for name in settings.pairs},
             "pairs": {
-                name: [[p.id, p.person, p.garment, p.line] for p in data[name].pairs]
+                name: [
+                    [p.id, p.person, p.garment, p.line, data[name].path("image", number).name]
+                    for number, p in enumerate(data[name].pairs)
+                ]
                 for name in settings.pairs
             },
         },

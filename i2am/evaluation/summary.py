@@ -17,7 +17,7 @@ class Summary:
         samples: How many the plan wants.
         ok: How many of these are committed and did not fail.
         failed: Why each failed sample did, by its id.
-        undefined: By score and reason's code, in how many samples that did not fail it is NaN.
+        undefined: By score and reason, in how many samples that did not fail it is NaN.
         shards: How many the plan wants.
         missing: Numbers of those not committed, as first and last of each unbroken sequence.
         damaged: One sentence for each of these that is there, but truncated or damaged.
@@ -26,7 +26,7 @@ class Summary:
     samples: int
     ok: int
     failed: dict[str, Reason]
-    undefined: dict[str, dict[str, int]]
+    undefined: dict[str, dict[Reason, int]]
     shards: int
     missing: list[tuple[int, int]]
     damaged: list[str]
@@ -48,7 +48,10 @@ class Summary:
             "committed": self.committed,
             "ok": self.ok,
             "failed": {id: reason._asdict() for id, reason in self.failed.items()},
-            "undefined": self.undefined,
+            "undefined": {
+                score: [{**reason._asdict(), "n": n} for reason, n in reasons.items()]
+                for score, reasons in self.undefined.items()
+            },
             "shards": self.shards,
             "missing": self.missing,
             "damaged": self.damaged,
@@ -77,7 +80,7 @@ def summarize(store: Store) -> dict[str, Summary]:
 
 def _summary(store: Store, setting: str, damaged: Iterable[str]) -> Summary:
     ok, failed = 0, {}
-    undefined: dict[str, Counter[str]] = {}
+    undefined: dict[str, Counter[Reason]] = {}
     present = set()
     for shard in store.shards(setting):
         present.add(shard.number)
@@ -88,7 +91,7 @@ def _summary(store: Store, setting: str, damaged: Iterable[str]) -> Summary:
                 continue
             ok += 1
             for score, reason in reasons.items():
-                undefined.setdefault(score, Counter())[reason.code] += 1
+                undefined.setdefault(score, Counter())[reason] += 1
     numbers = store.shard_numbers(setting)
     return Summary(
         samples=len(store.ids(setting)),

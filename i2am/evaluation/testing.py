@@ -27,9 +27,11 @@ def make_plan(
     """
     people = [f"{number:05d}_00" for number in range(pairs)]
     lists = {
-        "paired": [[person, person, person, line] for line, person in enumerate(people, 1)],
+        "paired": [
+            [person, person, person, line, f"{person}.jpg"] for line, person in enumerate(people, 1)
+        ],
         "unpaired": [
-            [f"{person}_{people[-line]}", person, people[-line], line]
+            [f"{person}_{people[-line]}", person, people[-line], line, f"{person}.jpg"]
             for line, person in enumerate(people, 1)
         ],
     }

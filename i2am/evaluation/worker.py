@@ -72,8 +72,8 @@ class Worker:
     ) -> None:
         self.store, self.pipe, self.data, self.settings = store, pipe, data, settings
         self._log = store.folder / "logs" / f"{platform.node()}-{os.getpid()}.jsonl"
-        if settings.device == "cpu":
-            torch.set_num_threads(settings.threads)
+        # scores are computed on the CPU also where the model is not
+        torch.set_num_threads(settings.threads)
         pipe.set_progress_bar_config(disable=True)
 
     def run(self, setting: str, number: int, *, tick: Callable[[int], Any] | None = None) -> Done:

@@ -104,8 +104,8 @@ class AttentionCall:
 class Frame:
     """What one call of the denoiser was given."""
 
-    size: Grid
-    """Height and width of its input."""
+    size: Grid | None
+    """Height and width of an input ``[batch, channels, height, width]``, ``None`` for others."""
     arguments: dict[str, object] = field(default_factory=dict, compare=False)
     """Its keyword arguments."""
     rounds_up: bool = True
@@ -115,7 +115,15 @@ class Frame:
         """The grid of a UNet level with that many tokens, ``None`` if no level has.
 
         Never a square root: grids may have any shape.
+
+        Raises:
+            ValueError: The input of the denoiser has no height and width.
         """
+        if self.size is None:
+            raise ValueError(
+                "layout must give the grid of the generated tokens where the denoiser's input is "
+                "not [batch, channels, height, width], got one that asks for a level of a UNet"
+            )
         height, width = self.size
         while height * width > tokens and (height, width) != (1, 1):
             height, width = (max((n + self.rounds_up) // 2, 1) for n in (height, width))
@@ -134,11 +142,15 @@ class TokenLayout:
         resolve: ``(call, frame) -> (generated, reference)`` token ranges of the query and the key
             sequence; ``None`` for a call that is not to be recorded.
         layers: Regular expression searched in the paths of the attention modules.
-        guidance_order: Order of the classifier-free guidance parts in one batch. Parts that come
-            as calls of their own are told apart by their order, conditional first.
+        guidance_order: Names of the classifier-free guidance parts in one batch, in order and all
+            of them: a batch of more or fewer parts, but for one of conditional rows alone, is not
+            recorded. Parts that come as calls of their own are told apart by their order,
+            conditional first.
         prefix_votes: Let all keys of the call, prefix tokens included, share the uniform R2G vote
             (preset ``official``) instead of the reference tokens alone.
         note: What a reader of the maps has to know of these tokens, kept with the result.
+        context_keys: Whether all keys of its layers are a context's, so that layers whose keys are
+            also the image's own are refused before a run.
 
     Raises:
         ValueError: ``guidance_order`` does not contain ``"conditional"``.
@@ -150,6 +162,7 @@ class TokenLayout:
     guidance_order: tuple[str, ...] = (UNCONDITIONAL, CONDITIONAL)
     prefix_votes: bool = False
     note: str = ""
+    context_keys: bool = False
 
     def __post_init__(self) -> None:
         if CONDITIONAL not in self.guidance_order:

@@ -4,11 +4,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from i2am.attribution.direction import Direction
 from i2am.attribution.presets import Preset, get_preset
 from i2am.metrics.functional import Undefined, imacs
+from i2am.missing import missing
+
+try:
+    from torchmetrics import Metric
+# a torchvision that does not fit torch breaks the import with a RuntimeError
+except (ImportError, RuntimeError) as error:
+    _REFUSAL = missing("i2am.IMACS", "torchmetrics", error)
+
+    class Metric:  # type: ignore[no-redef]
+        """Lets the class below be imported and read without torchmetrics, but not be used."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            raise ImportError(_REFUSAL)
 
 
 class IMACS(Metric):
@@ -27,6 +39,9 @@ class IMACS(Metric):
         undefined: Samples without a score ``"raise"`` or, under ``"nan"``, are left out of the mean
             and counted in the state ``n_undefined``.
         **kwargs: Options of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ImportError: If torchmetrics cannot be imported.
 
     Example:
         >>> metric = IMACS()

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from i2am.missing import missing
+
 
 def masked_l1(images: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean absolute difference over the pixels of a mask and the channels.
@@ -42,7 +44,7 @@ def masked_ssim(images: Tensor, target: Tensor, mask: Tensor, window: int = 7) -
     Raises:
         ValueError: If a shape is wrong, a value lies outside [0, 1], a mask is empty, or the window
             has an impossible side.
-        ImportError: If torchmetrics is not installed.
+        ImportError: If torchmetrics cannot be imported.
     """
     _check(images, target, mask)
     if window < 3 or window % 2 == 0 or window > min(images.shape[-2:]):
@@ -53,10 +55,7 @@ def masked_ssim(images: Tensor, target: Tensor, mask: Tensor, window: int = 7) -
         from torchmetrics.functional.image import structural_similarity_index_measure
     # a torchvision that does not fit torch breaks the import with a RuntimeError
     except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            "i2am.metrics.masked_ssim needs torchmetrics, which could not be imported "
-            f'({error}); install it with: pip install "i2am[metrics]"'
-        ) from error
+        raise ImportError(missing("i2am.metrics.masked_ssim", "torchmetrics", error)) from error
     _, similarity = structural_similarity_index_measure(
         images.float(),
         target.float(),

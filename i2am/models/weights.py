@@ -2,14 +2,15 @@
 
 import json
 import os
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from i2am.models.file_formats import format_of
 
 # in the order in which diffusers and transformers prefer them
 WEIGHT_NAMES = (
@@ -29,7 +30,8 @@ def weight_files(folder: str | os.PathLike[str], variant: str | None = None) -> 
 
     Raises:
         FileNotFoundError: There is no weight file, or a shard is missing.
-        ValueError: A file is truncated or otherwise no weight file.
+        ValueError: A file is truncated or otherwise no weight file, or of another format than its
+            name says.
     """
     folder = Path(folder)
     names = [_with_variant(name, variant) for name in WEIGHT_NAMES]
@@ -121,7 +123,7 @@ def check_keys(
     """Raises a ValueError that lists what is wrong with a set of weights, if anything is."""
     found = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     groups = {name: sorted(keys) for name, keys in found.items()}
-    problems = [f"{name}: {_some(keys)}" for name, keys in groups.items() if keys]
+    problems = [f"{name}: {some_of(keys)}" for name, keys in groups.items() if keys]
     if problems:
         raise ValueError(f"the weights of the {what} do not fit; {'; '.join(problems)}")
 
@@ -144,7 +146,8 @@ def in_one_sentence(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {type(error).__name__} {reason}") from error
 
 
-def _some(keys: list[str], limit: int = 8) -> str:
+def some_of(keys: Sequence[str], limit: int = 8) -> str:
+    """How many tensors there are, and the names of the first."""
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return f"{len(keys)} tensors, {', '.join(keys[:limit])}{more}"
 
@@ -157,14 +160,16 @@ def _with_variant(name: str, variant: str | None) -> str:
 def _check_file(file: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt"):
-                return
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or no safetensors file: {error}") from error
-    with file.open("rb") as stream:
-        start = stream.read(4)
-    # torch writes zip archives, whose directory is at the end; older files are bare pickles
-    if not start or (start.startswith(b"PK") and not zipfile.is_zipfile(file)):
-        raise ValueError(f"{file} is truncated")
+    found = format_of(file, what=str(file))
+    if found != "safetensors" and file.suffix != ".safetensors":
+        return
+    # libraries go by the name
+    if found != "safetensors":
+        raise ValueError(f"{file} is a file of torch, a pickle, and not what its name says")
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} is a safetensors file; its name has to end in .safetensors")
+    try:
+        with safe_open(file, framework="pt"):
+            return
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or no safetensors file: {error}") from error

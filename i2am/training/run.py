@@ -217,7 +217,8 @@ def _panels(
 ) -> Callable[[int], dict[str, float]] | None:
     try:
         import torchmetrics  # noqa: F401
-    except ImportError:
+    # a torchvision that does not fit torch breaks the import with a RuntimeError
+    except (ImportError, RuntimeError):
         log.warning("without torchmetrics there are no validation panels")
         return None
     if recipe.data == "paper-doll":

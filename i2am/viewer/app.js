@@ -36,6 +36,7 @@ function start() {
     else if (times.length > 1 && event.key === ".") slice(at + 1 < times.length ? `t${at + 1}` : "all");
     else if (times.length > 1 && event.key === ",") slice(at < 0 ? `t${times.length - 1}` : at ? `t${at - 1}` : "all");
   });
+  window.addEventListener("resize", () => panels.forEach((panel) => panel.thin()));
   window.addEventListener("hashchange", () => readLink());
   startList();
   readLink();

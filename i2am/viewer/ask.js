@@ -30,11 +30,10 @@ function onGrid({ cells, grid }, [rows, columns]) {
 }
 
 function asked({ sample, side }) {
-  const { query, weights } = state, { stacks } = sample;
+  const { query } = state, { stacks } = sample;
   if (!query) {
-    const name = side === "generated" ? "r2g" : "g2r";
-    const stack = (weights === "mask" && stacks[`${name}_mask`]) || stacks[name];
-    return stack ? { stack } : { missing: "no map was recorded on this side" };
+    const stack = stacks[overall({ sample, side })];
+    return stack ? { stack } : { missing: "no map was kept" };
   }
   if (query.region !== undefined) {
     const at = sample.regions.findIndex(({ name }) => name === query.region);
@@ -102,7 +101,7 @@ function sentence(found) {
   if (!query) {
     if (askable(sample)) return "Point at a patch of either picture: where did it look, where did it go?";
     return sample.payloads.joint ? "Unpacking the maps of patches\u2026"
-      : "Pointing at patches needs joint maps: record them with record(joint=True).";
+      : sample.maps.length ? "Pointing at patches needs joint maps, which record(joint=True) keeps." : "No maps were kept of this sample.";
   }
   const at = found.findIndex(({ stack }, i) => stack && panels[i].sample === sample);
   if (at < 0) return `No map: ${found.find(({ missing }) => missing)?.missing ?? "nothing was recorded"}.`;
@@ -143,6 +142,7 @@ function show() {
     if (stack && flat(own)) panel.subtitle.textContent += " (the same everywhere)";
     else if (stack && query && panels.length > 2) panel.subtitle.textContent += `; most at ${peakName(answer)}`;
     if (truth) panel.subtitle.textContent += "; dashed: the true place";
+    rate(panel, stack);
     panel.stage.classList.toggle("asked", Boolean(answer.box));
   });
   reading.textContent = sentence(found);

@@ -1,5 +1,6 @@
 """What a page knows of one sample: pictures, maps, scores and words, as JSON values."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 Score = Mapping[str, Any]
 """``{"value": float, "reason": None}``, or value None and the reason."""
+
+SCORED = {"imacs_g": "r2g", "imacs_g_mask_votes": "r2g_mask", "imacs_r": "g2r_mask"}
+"""The map that each score of a picture is computed from, under the paper's preset."""
 
 _PATCH = re.compile(r"(\d+),(\d+)@(\d+)x(\d+)")
 _BOX = re.compile(r"(\d+),(\d+),(\d+),(\d+)@(\d+)x(\d+)")
@@ -57,11 +61,16 @@ class Sample:
         times, heads, layers: Names of the slices "t0", "h0", "l0", ...
         mask, reference_mask: White on what was painted and on the object, for outlines and nothing
             else.
-        scores: By name, as ``i2am record`` writes them.
+        scores: By name, as ``i2am record`` writes them; computed for whole maps.
+        scored: Name of the map of each score that stands beside a picture; where another map is
+            shown, the page says what the score is of.
         regions: Declared regions, by their number in "region N": name, box and true place.
         facts: What made the image, in words: model, steps, ...
         notes: Sentences a reader must know.
         normalizations, invert: How the preset draws maps.
+
+    Raises:
+        ValueError: A score is neither a finite number nor None with a reason.
     """
 
     id: str
@@ -74,11 +83,21 @@ class Sample:
     mask: "Image | None" = None
     reference_mask: "Image | None" = None
     scores: Mapping[str, Score] = field(default_factory=dict)
+    scored: Mapping[str, str] = field(default_factory=lambda: SCORED)
     regions: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     normalizations: int = 1
     invert: bool = False
+
+    def __post_init__(self) -> None:
+        for name, score in self.scores.items():
+            value, reason = score["value"], score["reason"]
+            if reason is None if value is None else not math.isfinite(value):
+                raise ValueError(
+                    f"scores must be finite numbers, or None with a reason, got {value} and reason "
+                    f"{reason!r} for {name}"
+                )
 
     def document(self, *, compress: bool = True) -> dict[str, Any]:
         """Everything as JSON values: maps in two payloads, so that overall ones are there first."""
@@ -110,6 +129,7 @@ class Sample:
             "heads": list(self.heads),
             "layers": list(self.layers),
             "scores": {name: dict(score) for name, score in self.scores.items()},
+            "scored": dict(self.scored),
             "regions": [dict(region) for region in self.regions],
             "facts": dict(self.facts),
             "notes": list(self.notes),
@@ -157,7 +177,8 @@ def sample(
         preset: How overall maps are read and drawn.
 
     Raises:
-        ValueError: The maps hold NaN or Inf, or the preset is unknown.
+        ValueError: The maps hold NaN or Inf, a score is neither a finite number nor None with a
+            reason, or the preset is unknown.
         IndexError: There is no such sample.
     """
     preset = get_preset(preset)
@@ -222,6 +243,7 @@ def sample(
         mask=mask,
         reference_mask=reference_mask,
         scores=scores or {},
+        scored=SCORED if preset.query_mask else {**SCORED, "imacs_r": "g2r"},
         regions=regions,
         facts=facts or {},
         notes=[*dict.fromkeys([*notes, *told])],

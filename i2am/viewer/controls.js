@@ -27,12 +27,15 @@ function build() {
   byId("heads").replaceChildren(chip("all", () => slice("all"), "all"),
     ...sample.heads.map((name, i) => chip(String(i), () => slice(`h${i}`), `h${i}`, name)));
   byId("layer-row").hidden = sample.layers.length < 2;
+  byId("slice").hidden = !sample.maps.length || [sample.times, sample.heads, sample.layers].every(({ length }) => length < 2);
+  byId("drawing").hidden = !sample.maps.length;
   byId("layer").replaceChildren(make("option", { value: "all", textContent: "all layers" }),
     ...shortened(sample.layers).map((name, i) => make("option", { value: `l${i}`, textContent: name, title: sample.layers[i] })));
   byId("facts").replaceChildren(...Object.entries(sample.facts).flatMap(([name, value]) =>
     [make("dt", { textContent: name }), make("dd", { textContent: value })]));
   byId("notes").replaceChildren(...sample.notes.map((text) => make("li", { textContent: text })));
-  const others = Object.keys(sample.scores).filter((name) => !/^imacs_[gr]/.test(name));
+  // the others stand beside the pictures
+  const others = Object.keys(sample.scores).filter((name) => !(name in sample.scored) || sample.scores[name].value === null);
   byId("facts").append(...others.flatMap((name) => [make("dt", { textContent: name }), make("dd", { textContent: scoreText(sample.scores[name]) })]));
   byId("facts").parentElement.hidden = !byId("facts").children.length && !sample.notes.length;
   describe();
@@ -41,23 +44,25 @@ function build() {
 
 // Layers differ in what comes first: an ending that all have says nothing.
 function shortened(names) {
-  const parts = names.map((name) => name.split("."));
-  let same = 0;
-  while (parts.every((one) => one.length > same + 1 && one.at(-1 - same) === parts[0].at(-1 - same))) same++;
-  return parts.map((one) => one.slice(0, one.length - same).join("."));
+  const parts = names.map((name) => name.split(".").reverse()), [first = []] = parts;
+  // a name keeps at least its first word
+  const differs = (word, at) => parts.some((one) => one.length === at + 1 || one[at] !== word);
+  return parts.map((one) => one.slice(first.findIndex(differs)).reverse().join("."));
 }
 
 function describe() {
   for (const { stage, sample, side } of panels) {
     const what = `${SIDES[side].title} picture${panels.length > 2 ? ` of ${sample.id}` : ""}`;
-    if (!askable(sample)) {
+    const live = askable(sample);
+    stage.classList.toggle("live", live);
+    stage.setAttribute("role", live ? "application" : "img");
+    if (!live) {
       stage.setAttribute("aria-label", `${what}. Patches cannot be pointed at.`);
-      stage.classList.remove("live");
       continue;
     }
+    stage.tabIndex = 0;
     const [rows, columns] = sample.stacks[JOINT[side]].asked;
     stage.setAttribute("aria-label", `${what}, ${rows} rows by ${columns} columns of patches. Arrow keys move the patch, with Shift they widen it, Enter holds it, Escape clears it.`);
-    stage.classList.add("live");
   }
 }
 
@@ -66,10 +71,6 @@ function chip(text, action, value, label) {
   if (label) button.setAttribute("aria-label", label);
   button.addEventListener("click", action);
   return button;
-}
-
-function scoreText({ value, reason }) {
-  return value === null ? `undefined: ${reason}` : signed(value);
 }
 
 function pressed(group, value) {
@@ -84,6 +85,7 @@ function sync() {
   byId("time").value = state.slice[0] === "t" ? Number(state.slice.slice(1)) + 1 : 0;
   byId("time-name").textContent = state.slice[0] === "t" ? sliceName(sample) : "all steps";
   byId("time").setAttribute("aria-valuetext", byId("time-name").textContent);
+  byId("time").setAttribute("aria-valuetext", byId("time-name").textContent);
   byId("layer").value = state.slice[0] === "l" ? state.slice : "all";
   byId("threshold").value = threshold;
   byId("threshold-value").textContent = threshold.toFixed(2);
@@ -91,13 +93,6 @@ function sync() {
   byId("opacity-value").textContent = opacity.toFixed(2);
   byId("weights").checked = state.weights === "mask";
   byId("outlines").checked = state.outlines;
-  for (const { sample, side, score } of panels) {
-    const masked = state.weights === "mask" && side === "generated" ? sample.scores.imacs_g_mask_votes : null;
-    const found = masked ?? sample.scores[SIDES[side].score];
-    score.replaceChildren(...(found
-      ? ["IMACS", make("sub", { textContent: side[0] }), ` ${found.value === null ? "undefined" : signed(found.value)}`] : []));
-    score.title = found?.reason ?? "";
-  }
   for (const input of document.querySelectorAll("input[type=range]"))
     input.style.setProperty("--part", (input.value - input.min) / (input.max - input.min || 1));
 }

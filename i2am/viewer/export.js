@@ -2,11 +2,13 @@
 
 function drawView(scale) {
   const css = getComputedStyle(document.body), color = (name) => css.getPropertyValue(name).trim();
-  const gap = 24, head = 76, caption = 46, foot = 44, size = 480;
+  const gap = 24, head = 76, caption = 64, foot = 44, size = 480;
   const widths = panels.map(({ picture }) => (size * picture.width) / Math.max(picture.width, picture.height));
   const heights = panels.map(({ picture }) => (size * picture.height) / Math.max(picture.width, picture.height));
   const canvas = make("canvas"), context = canvas.getContext("2d");
-  const width = widths.reduce((sum, wide) => sum + wide + gap, gap);
+  // room for a score and what it is of, beside narrow pictures too
+  const columns = widths.map((wide) => Math.max(wide, 280));
+  const width = columns.reduce((sum, column) => sum + column + gap, gap);
   canvas.width = Math.round(scale * width);
   canvas.height = Math.round(scale * (head + caption + Math.max(...heights) + foot + 34));
   context.scale(scale, scale);
@@ -23,11 +25,11 @@ function drawView(scale) {
   write(reading.textContent, gap, 56, { ink: "--soft", room: width - 2 * gap });
   let left = gap;
   panels.forEach((panel, i) => {
-    const wide = widths[i], high = heights[i], top = head + caption, ratio = wide / panel.picture.width;
-    write(SIDES[panel.side].title, left, head + 14, { weight: 600, room: wide / 2 });
-    write(panel.score.textContent.replace(/^IMACS/, "IMACS_"), left + wide, head + 14, { ink: "--soft", align: "right", room: wide / 2 });
+    const wide = widths[i], column = columns[i], high = heights[i], top = head + caption, ratio = wide / panel.picture.width;
+    write(SIDES[panel.side].title, left, head + 14, { weight: 600, room: wide });
+    write(panel.score.textContent.replace(/^IMACS/, "IMACS_"), left, head + 33, { size: 12, room: column });
     write(panels.length > 2 ? `${panel.sample.id}: ${panel.subtitle.textContent}` : panel.subtitle.textContent,
-      left, head + 34, { size: 12, ink: "--soft", room: wide });
+      left, head + 52, { size: 12, ink: "--soft", room: column });
     context.drawImage(panel.canvas, left, top, wide, high);
     context.save();
     context.beginPath();
@@ -60,7 +62,7 @@ function drawView(scale) {
       write(at, left + wide * Math.min(Math.max(state.threshold, 0.2), 0.8), bar + 22, { ...style, align: "center" });
       write(highest, left + wide, bar + 22, { ...style, align: "right" });
     }
-    left += wide + gap;
+    left += column + gap;
   });
   const slice = sliceName(panels[0].sample) || "all steps, heads and layers";
   const range = state.range === "own" ? "each map its own range" : "one range for maps that are compared";

@@ -17,7 +17,7 @@ from i2am.viewer.content import Sample
 
 # in the order in which they are run, one after the other, in one scope
 _SCRIPTS = (
-    *("decode.js", "draw.js", "samples.js", "view.js", "ask.js", "point.js"),
+    *("decode.js", "draw.js", "samples.js", "view.js", "ask.js", "score.js", "point.js"),
     *("controls.js", "links.js", "export.js", "list.js", "app.js"),
 )
 

@@ -30,7 +30,8 @@ function showList() {
   order.disabled = !sort.value;
   order.textContent = descending ? "Highest first" : "Lowest first";
   order.setAttribute("aria-pressed", String(!descending));
-  count.textContent = entries.length === INDEX.samples.length ? `${entries.length} samples` : `${entries.length} of ${INDEX.samples.length} samples`;
+  const all = INDEX.samples.length, samples = all === 1 ? "sample" : "samples";
+  count.textContent = `${entries.length === all ? "" : `${entries.length} of `}${all} ${samples}`;
   cards.replaceChildren(...entries.map(card));
   status.dataset.ready = true;
   status.textContent = JSON.stringify({ ready: true, list: entries.map(({ id }) => id) });

@@ -69,8 +69,8 @@ def maps_html(maps: AttributionMaps) -> str:
             for title, values, flat in _overall(one)
         ]
         lines.append("".join(figures))
-    if maps.n_samples > _SAMPLES:
-        lines.append(f"<p>and {maps.n_samples - _SAMPLES} more samples</p>")
+    if (more := maps.n_samples - _SAMPLES) > 0:
+        lines.append(f"<p>and {more} more sample{'s' if more > 1 else ''}</p>")
     return "\n".join(lines)
 
 

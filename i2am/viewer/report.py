@@ -55,7 +55,7 @@ def page(
 
     Raises:
         ValueError: There are not as many images or ids as samples, two ids are equal, scores come
-            with several samples, or the maps hold NaN or Inf.
+            with several samples or hold NaN, or the maps hold NaN or Inf.
 
     Example:
         >>> html = page(maps, generated=image, reference=garment)  # doctest: +SKIP

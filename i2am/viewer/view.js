@@ -29,8 +29,8 @@ function marked(svg, tag, kind) {
 }
 
 const SIDES = {
-  generated: { title: "Generated", map: "R2G: where the reference went", score: "imacs_g" },
-  reference: { title: "Reference", map: "G2R: where the generated picture looked", score: "imacs_r" },
+  generated: { title: "Generated", map: "r2g" },
+  reference: { title: "Reference", map: "g2r" },
 };
 
 class Panel {
@@ -48,7 +48,7 @@ class Panel {
     this.truth = marked(this.marks, "circle", "truth");
     this.peak = marked(this.marks, "circle", "peak");
     this.box = marked(this.marks, "rect", "box");
-    this.stage = make("div", { className: "stage", tabIndex: 0, role: "application" }, this.canvas, this.marks);
+    this.stage = make("div", { className: "stage" }, this.canvas, this.marks);
     this.stage.dataset.side = side;
     this.subtitle = make("span", { className: "subtitle" });
     this.score = make("span", { className: "score" });
@@ -95,7 +95,14 @@ class Panel {
     const level = shown.low + threshold * (shown.high - shown.low);
     [shown.low, level, shown.high].forEach((value, i) => { this.ticks[i].textContent = number(value); });
     this.ticks[1].style.left = `${100 * Math.min(Math.max(threshold, 0.2), 0.8)}%`;
-    this.ticks[1].hidden = threshold < 0.05 || threshold > 0.95;
+    this.thin();
+  }
+
+  // The number at the mark gives way where it would lie on the others.
+  thin() {
+    this.ticks[1].hidden = false;
+    const [low, at, high] = this.ticks.map((tick) => tick.getBoundingClientRect());
+    this.ticks[1].hidden = at.left < low.right + 4 || at.right > high.left - 4;
   }
 
   // area: cells [row, column, last row, last column] on grid; or fractions [top, left, height, width]

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from i2am.kernels.fused import forward, short, statistics
-from i2am.kernels.fused.configs import LONG_OWNERS, MAX_LOOPED_ROWS, MAX_ROW_BLOCK
+from i2am.kernels.fused.configs import LONG_OWNERS, MAX_LOOPED_ROWS, MAX_ROW_BLOCK, fits_short
 from i2am.kernels.fused.primitives import INTERPRETED, Launch
 
 KIB = 1024
@@ -30,7 +30,7 @@ BATCH, HEADS, KEYS = 2, 8, 1037
 SHORT_KEYS = (16, 64, 128)
 SHORT, LONG = LONG_OWNERS // 2, LONG_OWNERS
 HEAD_DIMS = {
-    torch.bfloat16: (40, 64, 80, 128, 160),
+    torch.bfloat16: (40, 64, 80, 128, 160, 256),
     torch.float16: (64,),
     torch.float32: (40, 160),
 }
@@ -47,8 +47,11 @@ class Target(NamedTuple):
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * KIB),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * KIB),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 99 * KIB),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * KIB),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * KIB),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * KIB),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * KIB),
 }
 
@@ -90,7 +93,7 @@ def cases(*, quick: bool = False) -> Iterator[Case]:
     for dtype, sizes in (QUICK_HEAD_DIMS if quick else HEAD_DIMS).items():
         for head_dim in sizes:
             for name, plan in VARIANTS.items():
-                if not quick or name in QUICK_VARIANTS:
+                if (not quick or name in QUICK_VARIANTS) and _is_launched(name, dtype, head_dim):
                     label = f"{TYPES[dtype]} head_dim {head_dim}: {name}"
                     yield Case(label, dtype, plan(dtype, head_dim))
 
@@ -185,6 +188,12 @@ def _reason(error: BaseException) -> str:
     return lines[-1]
 
 
+def _is_launched(name: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether so many keys have a schedule of their own beside so many features."""
+    keys = re.search(r"(\d+) keys", name)
+    return keys is None or fits_short(head_dim, dtype.itemsize, int(keys[1]), MAX_LOOPED_ROWS)
+
+
 def _statistics(
     dtype: torch.dtype, head_dim: int, owners: int, *, rows: int, biased: bool = False
 ) -> Launch:
@@ -276,6 +285,7 @@ VARIANTS: dict[str, Callable[[torch.dtype, int], Launch]] = {
     "lse": partial(_statistics, owners=LONG, rows=0),
     "lse, 1 row, short": partial(_statistics, owners=SHORT, rows=1),
     "lse, 1 row, long": partial(_statistics, owners=LONG, rows=1),
+    f"lse, {MAX_LOOPED_ROWS} rows, short": partial(_statistics, owners=SHORT, rows=MAX_LOOPED_ROWS),
     f"lse, {MAX_LOOPED_ROWS} rows": partial(_statistics, owners=LONG, rows=MAX_LOOPED_ROWS),
     f"{MAX_ROW_BLOCK} rows": partial(_statistics, owners=LONG, rows=MAX_ROW_BLOCK),
     "lse, 1 row, bias": partial(_statistics, owners=LONG, rows=1, biased=True),

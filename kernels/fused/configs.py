@@ -34,7 +34,7 @@ TILES = {
     "statistics, fp32": Tile(64, 32, num_warps=8, num_stages=1, maxnreg=255),
     # 64-bit addresses of a bias tile take two registers each, and the product with many weight rows
     # takes three TF32 dots on fp32 operands: half a tile of scores over twice the warps; also where
-    # few rows beside more than 128 features would spill on sm_100
+    # few rows beside more than 96 features would spill on sm_100 or sm_120
     "statistics, bias or many rows": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
     # 16 x 12 to 32 x 24 grids and image tokens: small tiles, so that 8 heads still fill a GPU
     "statistics, short": Tile(64, 64, num_warps=4, num_stages=3),
@@ -43,7 +43,8 @@ TILES = {
     # keep two blocks of 8 warps on a multiprocessor (on gfx942 only up to 128 features)
     "statistics, long": Tile(128, 32, num_warps=8, num_stages=3),
     "statistics, long, few rows": Tile(128, 32, num_warps=8, num_stages=3, maxnreg=255),
-    # beyond 192 features three stages would not fit the 64 KiB of gfx942
+    # beyond 192 features three stages would not fit the 64 KiB of gfx942; with short owners of 128
+    # they spill on sm_86 and sm_120
     "statistics, wide": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
     # all keys of a head beside a tile of queries (the owners): as wide as they need, up to this;
     # image tokens: what is read decides, and 64 queries are what matrix instructions take
@@ -52,6 +53,8 @@ TILES = {
     "short keys": Tile(64, 128, num_warps=8, num_stages=2, maxnreg=255),
     # with 256 features and 4 rows 128 keys would spill: beside a bias on sm_80, without on sm_100
     "short keys, wide": Tile(64, 64, num_warps=8, num_stages=2, maxnreg=255),
+    # 3 or 4 rows beside 64 keys and over 128 features spill on sm_120: half as many queries
+    "short keys, wide, several rows": Tile(32, 64, num_warps=8, num_stages=2, maxnreg=255),
     # fp32 in chunks as above; 8 warps would share gfx942's registers, and a bias spill
     "short keys, fp32": Tile(32, 128, num_warps=4, num_stages=1, maxnreg=255),
     # as for the statistics, and the output has its own accumulators
@@ -72,6 +75,14 @@ LONG_OWNERS = 2048
 MAX_LOOPED_ROWS = 4
 MAX_ROW_BLOCK = 32
 MIN_DOT = 16
+
+
+def width(head_dim: int, unit: int) -> int:
+    """The features that a tile is chosen for: read one by one (``unit`` 1) they lie in one block.
+
+    The reason is a fault of ptxas, see ``primitives.py``.
+    """
+    return head_dim if unit > 1 else _power_of_2(head_dim)
 
 
 class StatisticsConfig(NamedTuple):
@@ -121,14 +132,16 @@ def statistics(
     block_rows = _power_of_2(rows)
     if rows > MAX_LOOPED_ROWS:
         block_rows = min(max(block_rows, MIN_DOT), MAX_ROW_BLOCK)
+    length = "long" if owners >= LONG_OWNERS and head_dim <= 128 else "short"
     if itemsize == 4:
         tile = TILES["statistics, fp32"]
-    elif bias or rows > MAX_LOOPED_ROWS or (rows > 1 and 128 < head_dim <= 192):
+    elif (
+        bias or rows > MAX_LOOPED_ROWS or (rows > 1 and length == "short" and 96 < head_dim <= 192)
+    ):
         tile = TILES["statistics, bias or many rows"]
-    elif head_dim > 192:
+    elif head_dim > 192 or (length == "short" and 96 < head_dim <= 128):
         tile = TILES["statistics, wide"]
     else:
-        length = "long" if owners >= LONG_OWNERS and head_dim <= 128 else "short"
         tile = TILES[f"statistics, {length}" + (", few rows" if rows > 1 else "")]
     return StatisticsConfig(
         tile.owners,
@@ -146,10 +159,16 @@ def fits_short(head_dim: int, itemsize: int, seqlen_k: int, rows: int) -> bool:
     return rows <= MAX_LOOPED_ROWS and seqlen_k <= _short_tile(head_dim, itemsize, seqlen_k).others
 
 
-def short(head_dim: int, itemsize: int, seqlen_q: int, seqlen_k: int) -> ShortConfig:
-    """Tiles for ``seqlen_q`` queries beside all of ``seqlen_k`` keys that fit."""
+def short(head_dim: int, itemsize: int, seqlen_q: int, seqlen_k: int, rows: int) -> ShortConfig:
+    """Tiles for ``seqlen_q`` queries beside all of ``seqlen_k`` keys that fit.
+
+    ``rows`` are the weight rows or the votes, whichever are more.
+    """
     block_n = max(_power_of_2(seqlen_k), MIN_DOT)
     tile = _short_tile(head_dim, itemsize, block_n)
+    several = TILES["short keys, wide, several rows"]
+    if rows > 2 and head_dim > 128 and itemsize == 2 and block_n == several.others:
+        tile = several
     blocks = -(-seqlen_q // tile.owners)
     return ShortConfig(
         tile.owners * -(-blocks // MAX_CHUNKS),

@@ -14,6 +14,7 @@ from i2am.kernels.fused.primitives import (
     Launch,
     dot,
     feature_strides,
+    feature_unit,
     load_features,
     load_tile,
     log_sum_exp,
@@ -24,7 +25,7 @@ from i2am.kernels.fused.primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def attention_forward(
     query_ptr,
     key_ptr,
@@ -169,7 +170,9 @@ def plan(
         lse: Contiguous fp32 ``[B, H, M]``, written.
     """
     batch, heads, seqlen_q, head_dim = query.shape
-    config = configs.forward(head_dim, query.element_size(), seqlen_q, bias is not None)
+    unit = feature_unit(query, key, value)
+    width = configs.width(head_dim, unit)
+    config = configs.forward(width, query.element_size(), seqlen_q, bias is not None)
     arguments = {
         "query_ptr": query,
         "key_ptr": key,
@@ -177,7 +180,7 @@ def plan(
         "bias_ptr": bias,
         "output_ptr": output,
         "lse_ptr": lse,
-        **feature_strides(query=(query, "m"), key=(key, "n"), value=(value, "n")),
+        **feature_strides(unit, query=(query, "m"), key=(key, "n"), value=(value, "n")),
         **strides("bias", bias, "bhmn"),
         "H": heads,
         "M": seqlen_q,

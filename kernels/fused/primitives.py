@@ -12,6 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# ptxas 12.8 (Triton 3.6 and 3.7) computes descriptors of shared memory for Hopper's matrix
+# instructions from registers that nothing has written, where two tiles of the same width take turns
+# in the same place: in code without a loop over tokens, which Triton makes of a count known to be
+# 1, and in loops whose loads no pipeline fetches ahead. So counts are no constants, and features
+# that are read one by one lie in one block (``configs.width``). ``ahead_of_time`` looks for it.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -41,19 +46,43 @@ def strides(name: str, tensor: Tensor | None, axes: Sequence[str]) -> dict[str, 
     return {f"stride_{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}
 
 
-def feature_strides(**features: tuple[Tensor, str]) -> dict[str, int]:
-    """The kernel arguments UNIT and ``stride_{name}_{axis}``, all but the last stride in UNITs.
+def weight_strides(name: str, weights: Tensor | None, axes: Sequence[str]) -> dict[str, int]:
+    """As :func:`strides` of ``[batch, rows, tokens]``, with 0 for a batch of one.
+
+    The batch mostly shares its weights, which is a stride of 0 too: a run whose later steps record
+    fewer rows than its first goes on with the kernels that it has, not with new ones.
+    """
+    values = strides(name, weights, axes)
+    if weights is not None and weights.shape[0] == 1:
+        values[f"stride_{name}_{axes[0]}"] = 0
+    return values
+
+
+def feature_unit(*features: Tensor) -> int:
+    """How many features are read at a time: 8, which are 16 bytes in 16 bits, or 1.
 
     Triton learns of a stride only whether 16 divides it. With 40 or 72 features it does not, and
-    every load would be of one number, which no pipeline fetches ahead. UNIT is 8 where the strides
-    allow it: the compiler then sees that 8 numbers lie together, 16 bytes in 16 bits. Otherwise it
-    is 1, also beyond 32 bits: there the product with UNIT would not fit the stride's own type.
+    every load would be of one number, which no pipeline fetches ahead. So strides are passed in
+    units of 8 where addresses and strides of ``[batch, heads, seqlen, head_dim]`` allow it: the
+    compiler then sees that 8 numbers lie together. Beyond 32 bits the unit is 1: there the product
+    with 8 would not fit the stride's own type.
+    """
+    together = all(
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(3) == 1
+        and all(step % 8 == 0 and step < 2**31 for step in tensor.stride()[:3])
+        for tensor in features
+    )
+    return 8 if together else 1
+
+
+def feature_strides(unit: int, **features: tuple[Tensor, str]) -> dict[str, int]:
+    """The kernel arguments UNIT and ``stride_{name}_{axis}``, all but the last stride in units.
 
     Args:
+        unit: See :func:`feature_unit`.
         features: ``[batch, heads, seqlen, head_dim]`` and the name of its axis of tokens, by name.
     """
-    steps = [step for tensor, _ in features.values() for step in tensor.stride()[:3]]
-    unit = 8 if all(step % 8 == 0 and step < 2**31 for step in steps) else 1
     arguments = {"UNIT": unit}
     for name, (tensor, tokens) in features.items():
         *steps, last = tensor.stride()

@@ -23,17 +23,19 @@ from i2am.kernels.fused.primitives import (
     add_into,
     compensated_add,
     feature_strides,
+    feature_unit,
     load_features,
     log_sum_exp,
     online_softmax,
     score_tile,
     shares,
     strides,
+    weight_strides,
     weighted_sums,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def over_chunks(
     query_ptr,
     key_ptr,
@@ -154,7 +156,7 @@ def over_chunks(
         tl.store(parts, sums, mask=mask_n[:, None] & (offs_rows < rows)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def over_queries(
     query_ptr,
     key_ptr,
@@ -292,7 +294,9 @@ def plan(
     seqlen_k = key.shape[2]
     rows = 1 if g2r is None else g2r.shape[2]
     votes = 1 if r2g is None else r2g.shape[2]
-    config = configs.short(head_dim, query.element_size(), seqlen_q, seqlen_k)
+    unit = feature_unit(query, key)
+    width = configs.width(head_dim, unit)
+    config = configs.short(width, query.element_size(), seqlen_q, seqlen_k, max(rows, votes))
     chunks = triton.cdiv(seqlen_q, config.chunk)
     columns = key_lse.new_empty((batch, heads, chunks, seqlen_k))
     partial = None if g2r is None else key_lse.new_empty((batch, heads, chunks, rows, seqlen_k))
@@ -302,7 +306,7 @@ def plan(
         "bias_ptr": bias,
         "columns_ptr": columns,
         "partial_ptr": partial,
-        **feature_strides(query=(query, "m"), key=(key, "n")),
+        **feature_strides(unit, query=(query, "m"), key=(key, "n")),
         **strides("bias", bias, "bhmn"),
         "H": heads,
         "M": seqlen_q,
@@ -321,14 +325,14 @@ def plan(
         "weights_ptr": query_weights,
         "lse_ptr": row_lse,
         **strides("given_lse", query_lse, "bhm"),
-        **strides("weights", query_weights, "brm"),
+        **weight_strides("weights", query_weights, "brm"),
     }
     second = {
         "votes_ptr": key_weights,
         "lse_ptr": key_lse,
         "r2g_ptr": r2g,
         "g2r_ptr": g2r,
-        **strides("votes", key_weights, "bun"),
+        **weight_strides("votes", key_weights, "bun"),
         **strides("r2g", r2g, "bhum"),
         **strides("g2r", g2r, "bhrn"),
         "votes": votes,

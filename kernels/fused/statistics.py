@@ -26,12 +26,14 @@ from i2am.kernels.fused.primitives import (
     dot,
     exponential,
     feature_strides,
+    feature_unit,
     load_features,
     log_sum_exp,
     online_softmax,
     score_tile,
     shares,
     strides,
+    weight_strides,
     weighted_sums,
 )
 
@@ -97,7 +99,7 @@ def walk_log_sum_exp(
     return log_sum_exp(running_max, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["owners", "others"])
 def owner_pass(
     owner_ptr,
     other_ptr,
@@ -315,7 +317,9 @@ def plan(
     """
     batch, heads, owners, head_dim = owner.shape
     rows = 1 if sums is None else sums.shape[2]
-    config = configs.statistics(head_dim, owner.element_size(), owners, rows, bias is not None)
+    unit = feature_unit(owner, other)
+    width = configs.width(head_dim, unit)
+    config = configs.statistics(width, owner.element_size(), owners, rows, bias is not None)
     blocks = triton.cdiv(owners, config.BLOCK_OWNER) * triton.cdiv(rows, config.BLOCK_ROWS)
     arguments = {
         "owner_ptr": owner,
@@ -325,10 +329,10 @@ def plan(
         "weights_ptr": weights,
         "lse_ptr": lse,
         "sums_ptr": sums,
-        **feature_strides(owner=(owner, "t"), other=(other, "t")),
+        **feature_strides(unit, owner=(owner, "t"), other=(other, "t")),
         **strides("bias", bias, ("b", "h", "owner", "other")),
         **strides("other_lse", other_lse, "bht"),
-        **strides("weights", weights, "brt"),
+        **weight_strides("weights", weights, "brt"),
         **strides("sums", sums, "bhrt"),
         "H": heads,
         "owners": owners,

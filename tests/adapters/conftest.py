@@ -255,6 +255,18 @@ def run(pipeline: Any, seed: int = 0, **arguments: Any) -> Any:
     return pipeline(**{**settings, **arguments}).images
 
 
+@contextlib.contextmanager
+def gives_up(recorder: Any, error: type[Exception], message: str) -> Iterator[None]:
+    """A run that is made and not recorded: told at once, and whenever its maps are asked for."""
+    with recorder:
+        with pytest.warns(UserWarning, match=f"recording ended at call .*: {message}"):
+            yield
+        with pytest.raises(error, match=message):
+            recorder.maps()
+    with pytest.raises(error, match=message):
+        recorder.maps()
+
+
 @dataclass
 class Call:
     """One attention call of an unrecorded run."""
@@ -472,5 +484,6 @@ def tiny() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def oracle() -> SimpleNamespace:
-    """What was to be recorded: list it with `spy` in a plain run, compare with `assert_maps`."""
-    return SimpleNamespace(spy=spy, assert_maps=assert_maps, last=last)
+    """What was to be recorded: list it with `spy` in a plain run, compare with `assert_maps`;
+    what cannot be: `gives_up`."""
+    return SimpleNamespace(spy=spy, assert_maps=assert_maps, last=last, gives_up=gives_up)

@@ -119,6 +119,7 @@ def test_what_pytorch_hands_over_saves_a_sweep(tiny, monkeypatch):
 
 def test_grouped_heads_are_left_to_pytorch(monkeypatch):
     """A call that only PyTorch's function can make is made by it, and recorded all the same."""
+    from i2am.adapters.guard import UNGUARDED
     from i2am.adapters.watching import _WatchAttention
 
     query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 5, 8)
@@ -131,7 +132,7 @@ def test_grouped_heads_are_left_to_pytorch(monkeypatch):
         seen.append((query.shape, key.shape, rest["query_lse"]))
 
     expected = F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
-    with _WatchAttention(record, never, iter([0])):
+    with _WatchAttention(record, never, UNGUARDED, iter([0])):
         output = F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
     assert torch.equal(output, expected)
     assert seen == [(query.shape, torch.Size([1, 4, 5, 8]), None)]

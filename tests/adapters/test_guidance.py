@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import (
+    LuminaPipeline,
+    OmniGenPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 
@@ -20,6 +23,7 @@ from i2am.models import CustomConfiguration
 
 GRID = (4, 3)
 REFERENCE = slice(1, 13)
+REFERENCE_OF_ADAPTER = slice(1, 17)
 SIX_IN_THREE = [0, 0, 1, 1, 2, 2]
 ORDERS = {
     "unconditional first": ("unconditional", "conditional"),
@@ -156,7 +160,7 @@ def test_cutoff_callback_of_diffusers(tiny, oracle):
 @pytest.mark.parametrize(
     ("guidance_scale", "order", "conditional"),
     [
-        (3.0, ("unconditional", "conditional"), 1),
+        (3.0, ("unconditional", "conditional", "perturbed"), 1),
         # without guidance the batch is the conditional part and its perturbed copy
         (1.0, ("conditional", "perturbed"), 0),
     ],
@@ -199,6 +203,99 @@ def test_instruct_pix2pix(tiny, oracle):
             rows=lambda call, part=part: slice(part, part + 1),
             reference=slice(1, 7),
         )
+
+
+def test_instruct_pix2pix_with_an_adapter(tiny, oracle):
+    """Its layout is found, and knows that the first of three parts has text and image."""
+    pipeline = tiny.stable_diffusion(StableDiffusionInstructPix2PixPipeline, in_channels=8)
+    tiny.ip_adapters(pipeline, "full")
+    options = {"image": tiny.picture(), "ip_adapter_image": tiny.picture(1)}
+    options |= {**tiny.prompts(), "num_inference_steps": 3}
+    with oracle.spy(pipeline.unet, pipeline.scheduler) as calls:
+        plain = tiny.run(pipeline, **options)
+    with i2am.record(pipeline, time_groups=3) as recorder:
+        assert torch.equal(tiny.run(pipeline, **options), plain)
+    maps = recorder.maps()
+    assert maps.provenance["guidance_order"] == ["conditional", "image", "unconditional"]
+    oracle.assert_maps(
+        maps,
+        calls,
+        groups=[0, 1, 2],
+        rows=lambda call: slice(0, 1),
+        reference=REFERENCE_OF_ADAPTER,
+        call_index=1,
+    )
+
+
+def test_perturbed_attention_with_an_adapter(tiny, oracle):
+    pipeline = tiny.ip_adapters(
+        tiny.stable_diffusion(StableDiffusionPAGPipeline, pag_applied_layers=["mid"]), "full"
+    )
+    options = {**tiny.prompts(), "ip_adapter_image": tiny.picture(1), "num_inference_steps": 3}
+    options |= {"pag_scale": 2.0, "height": 16, "width": 16}
+    with oracle.spy(pipeline.unet, pipeline.scheduler) as calls:
+        plain = tiny.run(pipeline, **options)
+    assert {call.rows for call in calls} == {3}
+    with i2am.record(pipeline, time_groups=3) as recorder:
+        assert torch.equal(tiny.run(pipeline, **options), plain)
+    oracle.assert_maps(
+        recorder.maps(),
+        calls,
+        groups=[0, 1, 2],
+        rows=lambda call: slice(1, 2),
+        reference=REFERENCE_OF_ADAPTER,
+        call_index=1,
+    )
+    # without guidance the second of two parts is the perturbed one, which that order does not say
+    recorder = i2am.record(pipeline, time_groups=3)
+    with oracle.gives_up(recorder, ValueError, ".*must name the 2 parts .* got .*'perturbed'"):
+        tiny.run(pipeline, **options, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("cls", "order"),
+    [
+        (StableDiffusionInstructPix2PixPipeline, "'conditional', 'image', 'unconditional'"),
+        (StableDiffusionXLInstructPix2PixPipeline, "'conditional', 'image', 'unconditional'"),
+        (StableDiffusionPAGPipeline, "'unconditional', 'conditional', 'perturbed'"),
+        (OmniGenPipeline, "'conditional', 'unconditional', 'image'"),
+        (LuminaPipeline, "'conditional', 'unconditional'"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_order_that_is_not_the_pipelines(tiny, cls, order):
+    """Known before the run; also of pipelines that inherit from these."""
+    loop = tiny.loop()
+    own = {"__init__": lambda self: None, "components": loop.components}
+    pipeline = type("Own", (cls,), own)()
+    message = rf"guidance_order of the layout must be \({order}\).* for Own, got \('uncond"
+    with pytest.raises(ValueError, match=message):
+        i2am.record(pipeline, layout=TokenLayout.cross_attention(GRID))
+
+
+@pytest.mark.parametrize(
+    ("form", "order", "message"),
+    [
+        ("three parts", ("unconditional", "conditional"), "name the 3 parts .*6 rows for 2 sam"),
+        (
+            "unconditional first",
+            ("conditional", "image", "unconditional"),
+            "name the 2 parts .*4 rows for 2 samples.*, got .*'image'",
+        ),
+        ("conditional first", ("conditional",), "name the 2 parts"),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+def test_parts_that_the_order_does_not_name(tiny, oracle, form, order, message, later):
+    loop = tiny.loop()
+    layout = TokenLayout.cross_attention(GRID, guidance_order=order)
+    options = {"guidance": form}
+    if later:
+        options = {"guidance": "off", "on_step": lambda index: form if index == 2 else None}
+    plain = loop(tiny.reference(2), **options)
+    with oracle.gives_up(i2am.record(loop, layout=layout), ValueError, f".*{message}"):
+        image = loop(tiny.reference(2), **options)
+    assert torch.equal(image, plain)
 
 
 def test_order_of_the_custom_pipeline(tiny, oracle):

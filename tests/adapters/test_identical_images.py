@@ -1,5 +1,7 @@
 """Recording must not change a bit of what a pipeline makes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -149,10 +151,12 @@ def test_perturbed_attention_guidance(tiny):
             width=16,
         )
 
-    maps = assert_identical(images, pipe_or_denoiser=pipeline, layout=TEXT, time_groups=3)
+    order = ("unconditional", "conditional", "perturbed")
+    layout = replace(TEXT, guidance_order=order)
+    maps = assert_identical(images, pipe_or_denoiser=pipeline, layout=layout, time_groups=3)
     assert maps.n_samples == 1
     # the pipeline puts self-attention processors of its own in place while it runs
-    layout = TokenLayout.same_grid(r"attn1$")
+    layout = TokenLayout.same_grid(r"attn1$", guidance_order=order)
     with pytest.warns(UserWarning, match="1 of 4 layers made no attention call") as warned:
         maps = assert_identical(images, pipe_or_denoiser=pipeline, layout=layout, time_groups=3)
     assert "mid_block" in str(warned[0].message)

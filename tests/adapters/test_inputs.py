@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch import nn
@@ -90,6 +90,73 @@ def test_transformer_and_scheduler_of_a_pipeline_are_found():
     pipe = SimpleNamespace(components={"transformer": transformer, "scheduler": scheduler})
     assert find_denoiser(pipe) == (transformer, scheduler)
     assert find_denoiser(transformer) == (transformer, None)
+
+
+class TwoDenoisers(DiffusionPipeline):
+    """As Wan 2.2: one for the noisier steps, another for the rest, one scheduler."""
+
+    def __init__(self, unet, unet_2, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, unet_2=unet_2, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, reference, steps=6, first=4):
+        self.scheduler.set_timesteps(steps)
+        latents = torch.randn(1, 4, 8, 6, generator=torch.Generator().manual_seed(0))
+        for index, timestep in enumerate(self.scheduler.timesteps):
+            unet = self.unet if index < first else self.unet_2
+            noise = unet(latents, timestep, encoder_hidden_states=reference).sample
+            latents = self.scheduler.step(noise, timestep, latents).prev_sample
+        return latents
+
+
+class TestSeveralDenoisers:
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (("transformer", "transformer_2"), "got transformer and transformer_2"),
+            (("unet", "unet_vton"), "got unet and unet_vton"),
+            (("unet_garm", "unet_vton"), "got unet_garm and unet_vton"),
+            (("transformer", "unconditional_transformer"), "got transformer and uncond"),
+            (("text_unet", "image_unet", "vae"), "got text_unet and image_unet;"),
+        ],
+    )
+    def test_are_refused_before_a_run(self, names, message):
+        components = {name: nn.Linear(1, 1) for name in names}
+        pipe = SimpleNamespace(components=components | {"scheduler": object()})
+        message = "recording SimpleNamespace as a whole .* must have one denoiser, " + message
+        with pytest.raises(NotImplementedError, match=message):
+            i2am.record(pipe, layout=PATCHES)
+
+    @pytest.mark.parametrize("name", ["unet", "transformer", "transformer_2", "unet_vton"])
+    def test_one_of_them_may_be_there_alone(self, name):
+        denoiser, scheduler = nn.Linear(1, 1), object()
+        components = dict.fromkeys(("unet", "transformer", "transformer_2", "unet_vton"))
+        components |= {name: denoiser, "scheduler": scheduler, "transformers_version": "5"}
+        pipe = SimpleNamespace(components=components)
+        assert find_denoiser(pipe) == (denoiser, scheduler)
+
+    def test_one_is_recorded_on_request_and_the_rest_is_told(self, tiny, oracle, loop):
+        pipe = TwoDenoisers(loop.unet, tiny.unet(), loop.scheduler)
+        with pytest.raises(NotImplementedError, match="got unet and unet_2; pass the one"):
+            i2am.record(pipe, layout=PATCHES)
+        with oracle.spy(pipe.unet, pipe.scheduler) as calls:
+            plain = pipe(tiny.reference())
+        options = {"scheduler": pipe.scheduler, "layout": PATCHES, "time_groups": 3}
+        with i2am.record(pipe.unet, **options) as recorder:
+            assert torch.equal(pipe(tiny.reference()), plain)
+        with pytest.warns(UserWarning, match="denoiser was not called in 2 of 6 evaluations"):
+            maps = recorder.maps()
+        assert len({call.evaluation for call in calls}) == 4
+        for layer in maps.layer_sums:
+            wanted = torch.zeros(3, 4, 48 if layer.site.generated_grid == (8, 6) else 12).double()
+            for call in calls:
+                if call.layer == layer.site.layer:
+                    votes = call.logits()[0].softmax(-2)[..., 1:].mean(-1)
+                    wanted[call.evaluation // 2] += votes
+            found = layer.reference_to_generated[0, :, :, 0].flatten(-2).double()
+            torch.testing.assert_close(found, wanted, rtol=2e-5, atol=1e-7)
+            assert not found[2].any()
 
 
 class TestLayoutOfAPipeline:

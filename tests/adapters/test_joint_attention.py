@@ -1,8 +1,11 @@
 """A family that i2am has no layout for yet: text, generated and reference tokens in one sequence.
 
-The general layout carries it as it is: FLUX Kontext, whose grids stand in the arguments of its
-transformer, whose processors are not UNet ones, and whose guidance runs in two calls.
+The general layout carries it as it is: FLUX Kontext, by the lines of README. Its grids stand in the
+arguments of its transformer, its processors are not UNet ones, and its guidance runs in two calls.
 """
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,27 +15,26 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
 )
 from torch.overrides import TorchFunctionMode
 
 import i2am
-from i2am.layouts import TokenLayout, Tokens
+from i2am.layouts import TokenLayout
 
 TEXT, GENERATED, REFERENCE = 5, (8, 6), (4, 4)
 
-
-def resolve(call, frame):
-    ids = frame.arguments["img_ids"]
-    tokens = []
-    for picture in (0, 1):
-        places = ids[ids[:, 0] == picture, 1:]
-        height, width = (int(n) + 1 for n in places.amax(0) - places.amin(0))
-        start = TEXT + int((ids[:, 0] < picture).sum())
-        tokens.append(Tokens(start, height * width, (height, width)))
-    return tokens[0], tokens[1]
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+(LINES,) = (
+    block
+    for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    if "def kontext" in block
+)
 
 
-LAYOUT = TokenLayout("kontext", resolve, layers=r"transformer_blocks\.\d+\.attn$")
+DEFINED: dict = {}
+exec(LINES.partition("\nwith ")[0], DEFINED)
+LAYOUT = DEFINED["layout"]
 
 
 @pytest.fixture
@@ -92,6 +94,52 @@ def images(tiny, pipeline, true_guidance):
     )
 
 
+def test_a_layout_of_unet_levels_is_refused(tiny, oracle, pipeline):
+    """Nobody knows the grid of a denoiser's input [batch, tokens, channels]."""
+    plain = images(tiny, pipeline, False)
+    prefix = TEXT + GENERATED[0] * GENERATED[1]
+    layout = TokenLayout.cross_attention(REFERENCE, prefix, layers=LAYOUT.layers)
+    recorder = i2am.record(pipeline, layout=layout, time_groups=1)
+    message = r".*layout must give the grid .* is not \[batch, channels, height, width\]"
+    with oracle.gives_up(recorder, ValueError, message):
+        image = images(tiny, pipeline, False)
+    assert torch.equal(image, plain)
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ).eval()
+
+
+@pytest.mark.parametrize("layers", [r"attn$", r"attn2$", r"blocks\.1\.attn$"])
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("options", [{}, {"grid": (2, 2)}, {"grid": (2, 2), "prefix": 1}])
+def test_an_adapter_beside_joint_attention_is_refused(pipeline, sd3, family, layers, options):
+    """Its keys follow the image's own ones (SD3), or its queries have no grid (FLUX)."""
+    denoiser = {"flux": pipeline.transformer, "sd3": sd3}[family]
+    options = {**options, "layers": layers}
+    names = [name for name, _ in denoiser.named_modules() if re.search(layers, name)]
+    message = rf"must match an attention layer of {type(denoiser).__name__}, but"
+    if names:
+        kind = type(denoiser.get_submodule(names[0])).__name__
+        message = rf"must match cross-attention layers alone, .* got the {kind} {names[0]} of"
+    with pytest.raises(ValueError, match=message):
+        i2am.record(denoiser, layout=TokenLayout.ip_adapter(**options), time_groups=1)
+
+
 @pytest.mark.parametrize("true_guidance", [False, True], ids=["one call", "two calls"])
 def test_kontext(tiny, pipeline, true_guidance):
     seen = []
@@ -132,3 +180,27 @@ def test_kontext(tiny, pipeline, true_guidance):
             torch.testing.assert_close(
                 recorded[:, :, :, 0], expected.float().unflatten(-1, grid), rtol=2e-5, atol=1e-7
             )
+
+
+def test_the_lines_of_readme_run_as_they_stand(tiny, pipeline):
+    class Small(FluxKontextPipeline):
+        def __call__(self, image, prompt):
+            assert prompt
+            return super().__call__(
+                image,
+                prompt_embeds=torch.ones(1, TEXT, 16),
+                pooled_prompt_embeds=torch.ones(1, 16),
+                height=32,
+                width=24,
+                max_area=32 * 24,
+                _auto_resize=False,
+                num_inference_steps=5,
+            )
+
+    pipe = Small(**pipeline.components)
+    pipe.set_progress_bar_config(disable=True)
+    names = {"pipe": pipe, "reference": tiny.picture(0, 16, 16)}
+    exec(LINES, names)
+    (layer,) = names["maps"].layer_sums
+    assert (layer.site.generated_grid, layer.site.reference_grid) == (GENERATED, REFERENCE)
+    assert names["image"].size == (24, 32)

@@ -102,15 +102,15 @@ def test_after_an_error_inside_a_layer(tiny, pipeline):
     assert tiny.state(made) == before
 
 
-def test_after_a_layout_that_does_not_fit(tiny, pipeline):
+def test_after_a_layout_that_does_not_fit(tiny, oracle, pipeline):
     made, run, _ = pipeline
-    before = tiny.state(made)
+    plain, before = run(), tiny.state(made)
     layout = TokenLayout.cross_attention((9, 9))
-    with (
-        pytest.raises(ValueError, match=r"layout expects 1 \+ 9x9"),
-        i2am.record(made, layout=layout),
-    ):
-        run()
+    recorder = i2am.record(made, layout=layout)
+    with oracle.gives_up(recorder, ValueError, r".*layout expects 1 \+ 9x9"):
+        image = run()
+        assert tiny.state(made) == before  # at once
+    assert torch.equal(image, plain)
     assert tiny.state(made) == before
 
 
@@ -169,6 +169,43 @@ def test_second_recorder_is_refused_and_harms_nothing(tiny):
     assert first.maps().n_samples == 1
     with i2am.record(loop, layout=PATCHES):
         pass  # free again
+
+
+def test_a_cell_that_attaches_can_be_run_again(tiny):
+    """Its earlier recorder has no name any more; it gives way, also in the middle of a run."""
+    loop = tiny.loop()
+    before = tiny.state(loop)
+    first = i2am.record(loop, layout=PATCHES)
+    first.attach()
+    with pytest.raises(Stop):
+        loop(tiny.reference(), on_step=stopping(Stop()))
+    second = i2am.record(loop, layout=PATCHES)
+    with pytest.warns(UserWarning, match="UNet2DConditionModel was still being recorded by an ea"):
+        second.attach()
+    loop(tiny.reference(2))
+    with pytest.warns(UserWarning, match="made 2 of 6"):
+        assert first.maps().provenance["evaluations"] == 2  # what it saw is kept
+    assert second.maps().n_samples == 2
+    with pytest.warns(UserWarning, match="was still being recorded"):
+        second.attach()  # itself
+    loop(tiny.reference(3))
+    assert second.maps().n_samples == 3
+    second.detach()
+    first.detach()
+    assert tiny.state(loop) == before
+
+
+def test_a_block_takes_the_place_of_a_recorder_without_one(tiny):
+    loop = tiny.loop()
+    forgotten = i2am.record(loop, layout=PATCHES)
+    forgotten.attach()
+    with pytest.warns(UserWarning, match="was still being recorded"):
+        recorder = i2am.record(loop, layout=PATCHES).__enter__()
+    with pytest.raises(RuntimeError, match=r"leave that record\(\) block first"):
+        forgotten.attach()
+    loop(tiny.reference())
+    recorder.__exit__()
+    assert recorder.maps().n_samples == 1
 
 
 def test_two_blocks_and_a_recorder_used_twice(tiny):

@@ -1,5 +1,6 @@
 """Steps, evaluations and time groups under every kind of scheduler."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -194,14 +195,11 @@ def test_flow_matching(cls, options, calls):
 def test_every_number_of_steps(name, steps, time_groups):
     cls, options, steps_of_evaluations = SCHEDULERS[name]
     count = Count(cls(**options), time_groups)
-    if steps < time_groups:
-        message = rf"at most the number of denoising steps, got {time_groups} for {steps}"
-        with pytest.raises(ValueError, match=message):
-            count.groups(steps)
-        return
+    groups = min(time_groups, steps)
     evaluations = steps_of_evaluations(steps)[: len(evaluations_of(count.scheduler, steps))]
-    assert count.groups(steps) == grouped(evaluations, time_groups)
-    assert set(count.groups(steps)) == set(range(time_groups))
+    assert count.groups(steps) == grouped(evaluations, groups)
+    assert count.clock.groups == groups
+    assert set(count.groups(steps)) == set(range(groups))
 
 
 def evaluations_of(scheduler, steps):
@@ -227,29 +225,59 @@ def test_start_inside_the_schedule(name, skipped_steps, tell):
     assert count.clock.evaluation == count.clock.evaluations == len(groups)
 
 
-def test_fewer_steps_than_groups_are_refused(tiny):
-    loop = tiny.loop()
-    with (
-        i2am.record(loop, layout=PATCHES, time_groups=5),
-        pytest.raises(ValueError, match=r"time_groups must be at most .* got 5 for 4"),
-    ):
-        loop(tiny.reference(), steps=4)
-    assert "step" not in vars(loop.scheduler)
+def recorded_and_said(denoiser, run, **options):
+    """Maps of a run, and what `maps` warns of; the second time it has nothing to say."""
+    with i2am.record(denoiser, **options) as recorder:
+        run()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        maps = recorder.maps()
+        recorder.maps()
+    return maps, [str(warning.message) for warning in said]
 
 
-def test_fewer_steps_after_skipping_are_refused(tiny):
+@pytest.mark.parametrize("options", [{}, {"sums": "resized"}, {"joint": True}], ids=str)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_in_a_run_of_fewer_steps_each_is_a_group(tiny, steps, options):
+    loop, reference = tiny.loop(), tiny.reference()
+
+    def run():
+        loop(reference, steps=steps)
+
+    options = {"layout": PATCHES, **options}
+    wanted, nothing = recorded_and_said(loop, run, time_groups=steps, **options)
+    maps, said = recorded_and_said(loop, run, time_groups=5, **options)
+    assert nothing == []
+    (remark,) = said
+    groups = (
+        "1 step: its maps have 1 time group"
+        if steps == 1
+        else ("4 steps: its maps have 4 time groups")
+    )
+    assert remark == f"5 time groups were asked for and the run has {groups}"
+    assert maps.time_groups == steps
+    assert maps.provenance["steps"] == steps
+    for got, want in zip(maps.layer_sums, wanted.layer_sums, strict=True):
+        assert torch.equal(got.reference_to_generated, want.reference_to_generated)
+        assert torch.equal(got.generated_to_reference, want.generated_to_reference)
+    if "joint" in options:
+        assert maps.joint.time_groups == steps
+        assert torch.equal(maps.joint.g2r, wanted.joint.g2r)
+        assert torch.equal(maps.joint.r2g, wanted.joint.r2g)
+
+
+def test_steps_that_are_skipped_make_no_groups(tiny):
     pipeline = tiny.stable_diffusion(StableDiffusionImg2ImgPipeline)
-    with (
-        i2am.record(pipeline, layout=TEXT, time_groups=5),
-        pytest.raises(ValueError, match=r"time_groups must be at most .* got 5 for 3"),
-    ):
-        tiny.run(
-            pipeline,
-            **tiny.prompts(),
-            image=tiny.picture(0, 8, 8),
-            strength=0.3,
-            num_inference_steps=10,
-        )
+
+    def run():
+        image = tiny.picture(0, 8, 8)
+        tiny.run(pipeline, **tiny.prompts(), image=image, strength=0.3, num_inference_steps=10)
+
+    maps, said = recorded_and_said(pipeline, run, layout=TEXT, time_groups=5)
+    assert said == [
+        "5 time groups were asked for and the run has 3 steps: its maps have 3 time groups"
+    ]
+    torch.testing.assert_close(units(maps), torch.ones(1, 3))
 
 
 def test_interrupted_run(tiny):

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -87,6 +89,11 @@ def written(path, content):
     return path
 
 
+def plain(path, text):
+    path.write_text(text)
+    return path
+
+
 REJECTED = {
     "missing": (lambda f: f / "no.ckpt", r"checkpoint \S+no\.ckpt does not exist$"),
     "folder": (lambda f: f, r"checkpoint \S+ is not a file$"),
@@ -97,6 +104,14 @@ REJECTED = {
     "no-tensors": (
         lambda f: written(f / "x.ckpt", {"epoch": 3}),
         r"must hold plain tensors by name and nothing else, 'epoch' is a int$",
+    ),
+    "text": (
+        lambda f: plain(f / "x.ckpt", "hello, I am no checkpoint"),
+        r"is text and no weights; it begins with 'hello, I am no checkpoint'$",
+    ),
+    "pointer": (
+        lambda f: plain(f / "x.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        r"is a Git LFS pointer, a short text in place of the weights; 'git lfs pull' fetches them$",
     ),
     "other-model": (
         lambda f: written(f / "x.ckpt", {"conv.weight": torch.ones(1)}),
@@ -167,6 +182,40 @@ def test_disk_full(tiny_checkpoint, run_apart, convert_line, tmp_path):
     assert done.code == ExitCode.IO, done.err
     assert "File too large" in error_of(done)
     assert names(tmp_path) == []
+
+
+def test_weights_beyond_the_dtype(run_here, convert_line, tiny_checkpoint, tmp_path):
+    state = torch.load(tiny_checkpoint("custom"))["state_dict"]
+    state["mlp.proj.2.bias"] = torch.full_like(state["mlp.proj.2.bias"], 1e5)
+    (tmp_path / "files").mkdir()
+    file = written(tmp_path / "files" / "x.ckpt", state)
+    done = run_here(convert_line("--dtype", "float16", checkpoint=file))
+    assert done.code == ExitCode.REJECTED
+    assert "weights are beyond the range of torch.float16, choose another" in error_of(done)
+    assert names(tmp_path) == ["files"]
+
+
+FIRST_LINE = """
+import logging, os, sys
+
+class First(logging.Handler):
+    def emit(self, record):
+        slow = {"torch", "diffusers", "transformers"} & set(sys.modules)
+        print(record.getMessage(), slow or "before slow imports", flush=True)
+        os._exit(0)
+
+logging.getLogger("i2am").addHandler(First())
+from i2am.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_the_first_line_comes_before_slow_imports(convert_line, tmp_path):
+    line = convert_line("--quiet", "--json", checkpoint=tmp_path / "x.ckpt")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", FIRST_LINE, *line], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"converting {tmp_path / 'x.ckpt'} as custom before slow imports\n"
 
 
 def test_help_is_instant_and_says_what_it_takes():

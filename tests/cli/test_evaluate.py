@@ -7,10 +7,13 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from i2am.cli import main
 from i2am.data import write_viton_hd
 from i2am.evaluation import store
+from i2am.evaluation.memory import Need
+from i2am.evaluation.store import Store
 
 FEW = ("--steps=2", "--time-groups=2", "--batch=2", "--shard=2", "--threads=1", "--pairs=paired")
 
@@ -24,7 +27,7 @@ def dolls(tmp_path_factory):
 
 @pytest.fixture
 def evaluate(dolls, tmp_path, capsys):
-    """Runs the command; its exit code, stdout and the last line of stderr."""
+    """Runs the command; its exit code, stdout and its error, or else all of stderr."""
     threads = torch.get_num_threads()
 
     def run(*options, data=dolls, out=tmp_path / "run", model="pocket", few=FEW):
@@ -55,6 +58,90 @@ def test_a_run_goes_on_with_its_own_settings(evaluate, tmp_path):
     assert code == 5
     assert "settings.guidance (5.0 there, 3.0 now), settings.seed (7 there, 8 now)" in error
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_what_is_there_already_is_not_computed(evaluate, tmp_path):
+    run = tmp_path / "run"
+    assert evaluate("--batch=1", "--shard=3", "--steps=1")[1].startswith(f"{run}: 3 samples in ")
+    code, out, said = evaluate("--batch=1", "--shard=3", "--steps=1")
+    assert (code, out) == (0, f"{run}: all samples were there already\n")
+    # FEW asks for two groups of one step
+    assert said.count("2 time groups were asked for and the run has 1 step") == 1
+    plan = json.loads((run / "run.json").read_text())
+    assert plan["settings"]["time_groups"] == 1
+    (shard,) = Store.open(run).shards("paired", tensors=None)
+    assert shard.maps["r2g_uniform"].shape[1] == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--memory-budget=8GiB"]], ids=["default", "budget"])
+def test_the_batch_is_at_most_the_shard(evaluate, tmp_path, monkeypatch, options):
+    # a thousand samples would fit
+    monkeypatch.setattr("i2am.cli.evaluating.need", lambda opened: Need(0, 8 * 2**20))
+    few = ["--steps=1", "--threads=1", "--pairs=paired", "--shard=2"]
+    code, _, error = evaluate(*options, few=few)
+    assert code == 0, error
+    settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    assert (settings["batch"], settings["shard"]) == (2, 2)
+
+
+ENDINGS = (".JPG", ".bmp", ".tif")
+
+
+def test_score_finds_the_pictures_that_evaluate_read(evaluate, dolls, tmp_path, run_here):
+    data = shutil.copytree(dolls, tmp_path / "set")
+    pairs = data / "test_pairs.txt"
+    text = pairs.read_text()
+    for number, ending in enumerate(ENDINGS):
+        path = data / f"test/image/0000{number}_00.jpg"
+        listed = path.with_suffix(ending)
+        with Image.open(path) as image:
+            image.load()
+        path.unlink()
+        image.save(listed)
+        text = text.replace(f"{path.name} ", f"{listed.name} ", 1)
+    pairs.write_text(text)
+    code, _, error = evaluate("--steps=1", "--time-groups=1", "--maps=none", data=data)
+    assert code == 0, error
+
+    def ssim():
+        line = ["score", str(tmp_path / "run"), "--metrics", "ssim", "--bootstrap", "0", "--json"]
+        done = run_here(line)
+        assert done.code == 0, done.out
+        return json.loads(done.out)["settings"]["paired"]["metrics"]["ssim"]
+
+    found = ssim()
+    assert (found["n_ok"], found["n_expected"], found["status"]) == (3, 3, "ok")
+    # another picture of the same stem, which the list does not name
+    shutil.copy(data / "test/cloth/00002_00.jpg", data / "test/image/00001_00.jpg")
+    assert ssim() == found
+
+
+def test_suspicious_input_is_told(evaluate, dolls, tmp_path):
+    data = shutil.copytree(dolls, tmp_path / "set")
+    shutil.rmtree(data / "test/image-densepose")
+    shutil.copy(data / "test/image/00001_00.jpg", data / "test/cloth-mask/00001_00.jpg")
+    few = [*FEW, "--steps=1", "--time-groups=1", "--maps=none", "--size=64x48"]
+    code, _, said = evaluate(data=data, few=few)
+    assert code == 0
+    warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: model pocket was made for images of 128x96 pixels, height by width, and is asked "
+        "for 64x48: images and maps may be worse",
+        f"warning: model pocket takes poses and {data} has no folder image-densepose: it gets "
+        "all-black ones",
+        "warning: paired: 1 of 3 masks of cloth-mask look like pictures rather than masks, the "
+        "first that of line 2: their pixels of half brightness and more count as white",
+    ]
+
+
+def test_what_concerns_the_run_one_worker_says(evaluate, monkeypatch):
+    monkeypatch.setattr("i2am.models.custom.CustomPipeline.trained", False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, said = evaluate("--steps=1")
+    assert code == 0
+    assert "worker 1 of 2" in said
+    assert "warning" not in said
 
 
 def test_a_dry_run_measures_and_writes_nothing(evaluate, tmp_path):
@@ -111,7 +198,6 @@ def test_usage(evaluate, options, message):
     ("change", "options", "message"),
     [
         ({"model": "pockets"}, [], "model must be a built-in name (pocket) or a folder"),
-        ({}, ["--steps=1"], "steps must be at least the 2 time groups, got 1"),
         ({}, ["--batch=9"], "shard must be at least the batch of 9, got 2"),
         ({}, ["--size=102x77"], "height must be a positive multiple of 4, got 102"),
         ({}, ["--size=96x96"], "none of the first 3 pairs can be read"),

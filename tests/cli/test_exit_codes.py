@@ -147,11 +147,6 @@ def test_regions_are_refused_by_a_model_without_reference_patches(
             id="region-twice",
         ),
         pytest.param(
-            {"steps": 4, "time_groups": 5},
-            "steps must be at least the 5 time groups, got 4",
-            id="too-few-steps",
-        ),
-        pytest.param(
             {"guidance": 1, "guidance_branch": "both"},
             "guidance-branch both needs a guidance above 1, got 1",
             id="branch-without-guidance",

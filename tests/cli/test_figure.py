@@ -267,7 +267,8 @@ def test_damaged_runs_are_rejected_in_a_sentence(recorded, run_here, tmp_path, d
     done = run_here(["figure", str(run), "-o", str(tmp_path / "out")])
     assert done.code == ExitCode.REJECTED
     assert said in done.err
-    assert done.err.count("\n") == 1
+    assert done.err.count("error: ") == 1
+    assert done.err.count("\n") == 2
     assert not (tmp_path / "out").exists()
 
 

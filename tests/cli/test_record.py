@@ -408,3 +408,56 @@ def test_paste_back_keeps_the_person_outside_the_mask(run_here, record_line, fil
     mask = np.asarray(Image.open(files / "mask.png").convert("L").resize(size))
     outside = np.abs(generated - person)[mask == 0].mean()
     assert outside < 3 < np.abs(generated - person)[mask == 255].mean()
+
+
+def warned(done):
+    return [line for line in done.err.splitlines() if line.startswith("warning: ")]
+
+
+def test_a_short_run_has_fewer_time_groups(run_here, record_line, files, out):
+    pose = files / "pose.png"
+    done = run_here(record_line("--no-report", steps=1, time_groups=5, pose=pose))
+    assert done.code == ExitCode.DONE
+    assert warned(done) == [
+        "warning: 5 time groups were asked for and the run has 1 step: its maps have 1 time group"
+    ]
+    assert "recording 1 step, " in done.err
+    assert i2am.load_maps(out / "maps.safetensors").time_groups == 1
+    assert strict_json(out / "run.json")["settings"]["time_groups"] == 1
+
+
+def test_suspicious_input_is_told_and_taken(run_here, record_line, files, out):
+    photo = files / "photo.png"
+    shades = np.linspace(0, 255, 128, dtype=np.uint8)[:, None, None]
+    Image.fromarray(np.broadcast_to(shades, (128, 96, 3)).copy()).save(photo)
+    plain = {"steps": 1, "time_groups": 1}
+    done = run_here(record_line("--no-report", mask=photo, **plain))
+    assert done.code == ExitCode.DONE
+    assert warned(done) == [
+        f"warning: mask {photo} looks like a picture rather than a mask: its pixels of half "
+        "brightness and more count as white",
+        "warning: model pocket takes a pose and --pose is not given: it gets an all-black one",
+    ]
+    image = np.asarray(Image.open(out / "image.png"))
+    # the same image as with what the warnings say that they became
+    halves, black = files / "halves.png", files / "black.png"
+    Image.open(photo).convert("L").point([0] * 128 + [255] * 128).save(halves)
+    Image.new("RGB", (96, 128)).save(black)
+    done = run_here(record_line("--no-report", "--overwrite", mask=halves, pose=black, **plain))
+    assert warned(done) == []
+    assert np.array_equal(np.asarray(Image.open(out / "image.png")), image)
+
+
+def test_a_size_that_the_model_was_not_made_for_is_told(run_here, record_line, files, out):
+    for name in ("person", "mask", "pose"):
+        Image.open(files / f"{name}.png").resize((100, 100)).save(files / f"square_{name}.png")
+    square = {name: files / f"square_{name}.png" for name in ("person", "mask", "pose")}
+    done = run_here(record_line("--no-report", size="100x100", steps=1, time_groups=1, **square))
+    assert done.code == ExitCode.DONE
+    assert warned(done) == [
+        "warning: model pocket was made for images of 128x96 pixels, height by width, and is asked "
+        "for 100x100: images and maps may be worse"
+    ]
+    assert Image.open(out / "image.png").size == (100, 100)
+    line = record_line("--no-report", "--overwrite", size="128x96", steps=1, time_groups=1)
+    assert not any("was made for" in line for line in warned(run_here(line)))

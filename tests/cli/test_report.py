@@ -253,6 +253,29 @@ def test_a_data_set_that_moved_is_named(evaluated, run, tmp_path):
     assert done.code == 0
 
 
+def test_a_reason_to_leave_samples_out_is_told_once(evaluated, run, tmp_path):
+    write_viton_hd(tmp_path / "small", train=0, test=2)
+    done = run("report", tmp_path / "run", "-o", tmp_path / "r", "--data", tmp_path / "small")
+    assert done.code == ExitCode.INCOMPLETE
+    told = [line.split("left out: ")[1] for line in done.err.splitlines() if "left out" in line]
+    assert told == [
+        "paired/00002_00: NaN in layer up.0",
+        "paired/00003_00: it is not in the data set paired",
+        "unpaired/00001_00_00002_00, unpaired/00002_00_00003_00, unpaired/00003_00_00000_00: "
+        "it is not in the data set unpaired",
+    ]
+
+
+def test_many_samples_of_a_reason_are_counted(caplog):
+    from i2am.cli.report import _tell
+
+    _tell({f"paired/{number}": "it failed" for number in range(5)} | {"last": "another"})
+    assert [record.getMessage() for record in caplog.records] == [
+        "left out: paired/0, paired/1, paired/2 and 2 more: it failed",
+        "left out: last: another",
+    ]
+
+
 def test_a_damaged_shard_is_a_conflict(evaluated, run, tmp_path):
     path = evaluated.shard_path("unpaired", 0)
     path.write_bytes(path.read_bytes()[:-3])

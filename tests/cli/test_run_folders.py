@@ -34,8 +34,10 @@ def run(tmp_path):
 
 
 def sentence(done):
-    """The one line on stderr."""
-    (line,) = done.err.splitlines()
+    """The one line on stderr behind what the command is about to do."""
+    *first, line = done.err.splitlines()
+    assert all(each.startswith("reading ") for each in first)
+    assert len(first) <= 1
     assert done.out == ""
     return line
 
@@ -51,7 +53,7 @@ def test_status_of_a_whole_run(run, run_here):
     commit(run)
     before = state(run)
     done = run_here(["status", str(run)])
-    assert (done.code, done.err) == (ExitCode.DONE, "")
+    assert (done.code, done.err) == (ExitCode.DONE, f"reading {run}\n")
     assert done.out.splitlines() == [
         "paired: 5 of 5 samples committed, in 3 of 3 shards; 0 failed",
         "unpaired: 5 of 5 samples committed, in 3 of 3 shards; 0 failed",
@@ -71,7 +73,7 @@ def half(run):
 def test_status_of_a_run_with_gaps(run, run_here):
     store = half(run)
     done = run_here(["status", str(run)])
-    assert (done.code, done.err) == (ExitCode.INCOMPLETE, "")
+    assert (done.code, done.err) == (ExitCode.INCOMPLETE, f"reading {run}\n")
     assert done.out.splitlines() == [
         "paired: 3 of 5 samples committed, in 2 of 3 shards; 2 failed",
         "  missing shards: 1",
@@ -80,14 +82,38 @@ def test_status_of_a_run_with_gaps(run, run_here):
         "unpaired: 3 of 5 samples committed, in 2 of 3 shards; 0 failed",
         "  missing shards: 1",
         f"  {store.shard_path('unpaired', 1)} is truncated or not a safetensors file",
-        "  imacs_r is undefined in 1 of 3: 1 degenerate_map",
+        "  imacs_r is undefined in 1 of 3 samples: 1 [1]",
+        "[1] its map is the same everywhere",
     ]
+
+
+def test_status_says_why_once(run, run_here):
+    commit(run, undefined=0)
+    assert run_here(["status", str(run)]).out.splitlines() == [
+        "paired: 5 of 5 samples committed, in 3 of 3 shards; 0 failed",
+        "  imacs_r is undefined in 3 of 5 samples: 3 [1]",
+        "unpaired: 5 of 5 samples committed, in 3 of 3 shards; 0 failed",
+        "  imacs_r is undefined in 3 of 5 samples: 3 [1]",
+        "[1] its map is the same everywhere",
+    ]
+
+
+def test_one_is_no_plural(run, run_here):
+    plan = make_plan(pairs=1, settings=("paired",))
+    Store.create(run, plan).commit(*make_shard(plan))
+    said = run_here(["status", str(run)]).out + run_here(["verify", str(run)]).out
+    assert said.splitlines() == [
+        "paired: 1 of 1 sample committed, in 1 of 1 shard; 0 failed",
+        f"{run}: 1 shard and all images are as they were written",
+    ]
+    out = f"{run}.parquet"
+    assert run_here(["export", str(run), "--parquet", out]).out == f"{out}: 1 of 1 sample\n"
 
 
 def test_status_as_json(run, run_here):
     store = half(run)
     done = run_here(["status", str(run), "--json"])
-    assert (done.code, done.err) == (ExitCode.INCOMPLETE, "")
+    assert (done.code, done.err) == (ExitCode.INCOMPLETE, f"reading {run}\n")
     result = json.loads(done.out)
     reason = {"code": "nonfinite_map", "message": "NaN in layer up.0"}
     assert result == {
@@ -110,7 +136,15 @@ def test_status_as_json(run, run_here):
                 "committed": 3,
                 "ok": 3,
                 "failed": {},
-                "undefined": {"imacs_r": {"degenerate_map": 1}},
+                "undefined": {
+                    "imacs_r": [
+                        {
+                            "code": "degenerate_map",
+                            "message": "its map is the same everywhere",
+                            "n": 1,
+                        }
+                    ]
+                },
                 "shards": 3,
                 "missing": [[1, 1]],
                 "damaged": [
@@ -153,8 +187,8 @@ def test_verify(run, run_here):
     done = run_here(["verify", str(run)])
     assert done == (
         ExitCode.DONE,
-        f"{run}: 6 shards and their images are as they were written\n",
-        "",
+        f"{run}: 6 shards and all images are as they were written\n",
+        f"reading {run}\n",
     )
     done = run_here(["verify", str(run), "--json"])
     assert json.loads(done.out) == {"run": str(run), "shards": 6, "problems": []}
@@ -173,7 +207,7 @@ def test_verify_finds_flipped_bits_of_shards_and_images(run, run_here):
     first, second = done.out.splitlines()
     assert first.startswith(f"{paths[0]} is damaged: ")
     assert second == f"{paths[1]} is damaged: it does not match its checksum"
-    assert done.err.startswith("warning: 2 problems; delete the shards concerned, then ")
+    assert "\nwarning: 2 problems; delete the shards concerned, then " in done.err
     problems = json.loads(run_here(["verify", str(run), "--json"]).out)["problems"]
     assert problems == [first, second]
     # as the message says
@@ -191,7 +225,7 @@ def test_export(run, run_here, kind):
     commit(run)
     before = state(run)
     done = run_here([*COMMANDS[kind](run), "--json"])
-    assert (done.code, done.err) == (ExitCode.DONE, "")
+    assert (done.code, done.err) == (ExitCode.DONE, f"reading {run}\n")
     out = f"{run}.{kind}"
     assert json.loads(done.out) == {"run": str(run), "out": out, "ok": 10, "samples": 10}
     assert state(run) == before
@@ -204,7 +238,7 @@ def test_export(run, run_here, kind):
 def test_export_of_a_run_with_gaps(run, run_here, kind):
     half(run)
     done = run_here(COMMANDS[kind](run))
-    assert (done.code, done.err) == (ExitCode.INCOMPLETE, "")
+    assert (done.code, done.err) == (ExitCode.INCOMPLETE, f"reading {run}\n")
     out = f"{run}.{kind}"
     assert done.out == f"{out}: 4 of 10 samples; the others failed or are not committed\n"
     if kind == "parquet":

@@ -34,7 +34,7 @@ def without_files(document):
 
 def test_imacs_alone_is_done(run, run_here):
     done = run_here(["score", str(run.folder), "--metrics", "imacs", *QUICK])
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, f"reading {run.folder}\n")
     assert set(written(run)) == {"scores.csv", "metrics.json"}
     lines = done.out.splitlines()
     assert lines[1].split() == ["model", "n", *["IMACS_g", "IMACS_r"] * 2]
@@ -59,8 +59,18 @@ def test_the_same_command_writes_the_same_bytes(run, run_here):
 def test_weights_that_are_not_there_cost_three_metrics(run, run_here):
     done = run_here(["score", str(run.folder), *QUICK])
     assert done.code == 3
-    for said in ("not computed: LPIPS needs", "name the file with --inception"):
-        assert said in done.out
+    # one sentence each, for six rows
+    rows = [line for line in done.out.splitlines() if "not computed [" in line]
+    assert [row.split()[1] for row in rows] == [
+        *("lpips", "fid", "kid_full", "kid_subset50", "kid_full_x1000", "kid_subset50_x1000")
+    ]
+    assert [row.split()[-1] for row in rows] == ["[1]", *["[2]"] * 5]
+    first, second = done.out.splitlines()[-2:]
+    assert first.startswith("[1] LPIPS needs the weights")
+    assert second.startswith("[2] Inception for FID and KID needs the weights")
+    assert second.endswith("name the file with --inception")
+    for said in ("LPIPS needs", "Inception for FID and KID needs"):
+        assert done.out.count(said) == 1
     made = json.loads(written(run)["metrics.json"])["settings"]
     assert made["paired"]["metrics"]["ssim"]["status"] == "ok"
     assert made["paired"]["metrics"]["lpips"]["value"] is None
@@ -89,8 +99,9 @@ def test_failed_samples_are_told(tmp_path, run_here):
     run = make_run(tmp_path / "run", tmp_path / "data", failed=0)
     done = run_here(["score", str(run.folder), "--metrics", "imacs", *QUICK])
     assert done.code == 3
-    assert "1 samples of unpaired failed and have no scores" in done.err
-    assert "1 nonfinite_map" in done.out
+    assert "1 sample of unpaired failed and have no scores" in done.err
+    assert "1 without [1]" in done.out
+    assert done.out.splitlines()[-1] == "[1] NaN in layer up.0"
 
 
 @pytest.fixture
@@ -144,9 +155,26 @@ def test_a_wrong_line_is_answered_with_one_sentence(run, tmp_path, run_here, arg
     done = run_here(["score", *(places.get(argument, argument) for argument in arguments)])
     assert done.code == code
     assert said in done.err
-    assert done.err.count("\n") == 1
+    assert done.err.count("error: ") == 1
+    assert done.err.count("\n") == (1 if code == 2 else 2)
     assert done.out == ""
     assert not (run.folder / "results").exists()
+
+
+def test_what_two_runs_lack_is_said_once(models, run_here):
+    folders = [str(run.folder) for run in models]
+    done = run_here(["score", *folders, "--metrics", "lpips", *QUICK])
+    assert done.code == 3
+    assert done.out.count("not computed [1]") == 3
+    assert done.out.count("LPIPS needs the weights") == 1
+
+
+def test_pictures_that_are_not_there_are_a_gap(run, run_here, tmp_path):
+    for path in (tmp_path / "data" / "test" / "image").iterdir():
+        path.unlink()
+    done = run_here(["score", str(run.folder), "--metrics", "ssim", *QUICK])
+    assert done.code == 3
+    assert "00000_00.jpg does not exist" in done.out.splitlines()[-1]
 
 
 def test_a_damaged_run_is_not_scored(run, run_here):
@@ -207,7 +235,7 @@ def broken_torchvision(tmp_path):
 def test_imacs_does_not_mind_a_broken_torchvision(run, run_fresh, broken_torchvision):
     line = ["score", str(run.folder), "--metrics", "imacs", *QUICK]
     done = run_fresh(line, path=broken_torchvision)
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, f"reading {run.folder}\n")
 
 
 @pytest.mark.slow
@@ -219,6 +247,7 @@ def test_a_broken_torchvision_costs_what_needs_it(run, run_fresh, broken_torchvi
     assert made["imacs_g"]["value"] is not None
     assert made["ssim"]["status"] == "not_computed"
     assert "operator torchvision::nms does not exist" in made["ssim"]["reason"]
+    assert "; install the torchvision that was built for torch" in made["ssim"]["reason"]
 
 
 def test_help_imports_nothing_heavy():

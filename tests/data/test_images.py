@@ -15,6 +15,7 @@ from i2am.data.images import (
     MAX_BYTES,
     MAX_PIXELS,
     ImageRejected,
+    looks_like_mask,
     read_bytes,
     read_image,
     read_mask,
@@ -303,3 +304,58 @@ def test_a_conversion_is_told_once(tmp_path, monkeypatch, caplog):
 
 def test_good_mask_passes_its_size_check(half):
     assert read_mask(half, size=(6, 4)).getextrema() == (0, 255)
+
+
+# Masks that are none
+
+
+def disc(soft=False):
+    """A white disc on black, 64 x 64; its edge is as wide as a blur of two pixels makes it."""
+    rows, columns = np.mgrid[:64, :64] - 31.5
+    inside = 20 - np.hypot(rows, columns)
+    return (inside.clip(-2, 2) / 4 + 0.5) * 255 if soft else (inside > 0) * 255
+
+
+def photo(seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode", "ending"),
+    [
+        (disc(), None, "png"),
+        (disc(), "1", "png"),
+        (disc(), "RGB", "png"),
+        (disc(), "P", "gif"),
+        (disc(), None, "jpg"),
+        (disc(soft=True), None, "jpg"),
+        (np.full((4, 6), 255), None, "png"),
+    ],
+    ids=["grey", "bits", "rgb", "palette", "jpeg", "soft-jpeg", "white"],
+)
+def test_masks_look_like_masks(tmp_path, pixels, mode, ending):
+    assert looks_like_mask(save(tmp_path / f"x.{ending}", pixels, mode))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode"),
+    [
+        (photo(), None),
+        (photo(), "L"),
+        (np.stack([disc(), 0 * disc(), 0 * disc()], -1), None),
+        (np.stack([0 * disc(), disc(), 0 * disc()], -1), None),
+        (np.dstack([photo(), disc()]), None),
+        (np.mgrid[:64, :64][0] * 4, None),
+    ],
+    ids=["photo", "grey-photo", "red", "green", "cut-out", "gradient"],
+)
+def test_pictures_do_not(tmp_path, pixels, mode):
+    path = save(tmp_path / "x.png", pixels, mode)
+    assert not looks_like_mask(path)
+    assert not looks_like_mask(tmp_path / "gone.png", content=path.read_bytes())
+
+
+def test_what_cannot_be_read_is_neither(tmp_path):
+    with pytest.raises(ImageRejected, match="does not exist"):
+        looks_like_mask(tmp_path / "x.png")

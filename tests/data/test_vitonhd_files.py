@@ -43,7 +43,9 @@ def convert(path, name):
 # Names
 
 
-@pytest.mark.parametrize("ending", [".png", ".jpeg", ".webp", ".bmp"])
+@pytest.mark.parametrize(
+    "ending", [".png", ".jpeg", ".webp", ".bmp", ".tif", ".gif", ".JPG", ".PNG"]
+)
 @pytest.mark.parametrize(
     ("folder", "name"),
     [

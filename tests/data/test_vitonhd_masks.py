@@ -94,6 +94,17 @@ def test_masks_of_one_colour_are_told(root):
     assert data.mask_warnings(2) == ()
 
 
+def test_pictures_in_place_of_masks_are_told(root):
+    folder = root / "train" / "cloth-mask"
+    for name in ("00001_00.jpg", "00003_00.jpg"):
+        shutil.copy(root / "train" / "image" / name, folder / name)
+    told = [w for w in VitonHD(root, size=(64, 48)).mask_warnings() if "rather than masks" in w]
+    assert told == [
+        f"2 of {COUNT} masks of cloth-mask look like pictures rather than masks, the first that of "
+        "line 2: their pixels of half brightness and more count as white"
+    ]
+
+
 def test_what_cannot_be_read_is_left_out(root):
     data = VitonHD(root, size=(64, 48))
     data.path("mask", 0).write_bytes(b"")

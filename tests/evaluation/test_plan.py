@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from i2am.evaluation.engines import Share, share_of
-from i2am.evaluation.opening import settings_of, stored_options
+from i2am.evaluation.opening import Sources, open_run, settings_of, stored_options
 from i2am.evaluation.plan import Settings, seed_of
 
 GOOD = {"size": (128, 96), "steps": 10, "guidance": 2.0}
@@ -67,6 +67,46 @@ def test_what_decides(dolls, open_dolls, tmp_path):
     with (moved / "test" / "cloth" / "00000_00.jpg").open("ab") as file:
         file.write(b"0")
     assert open_dolls(moved)[0].plan["fingerprint"] not in found
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "found"])
+def test_pairs_name_the_picture_that_is_read(dolls, open_dolls, tmp_path, listed):
+    data = shutil.copytree(dolls, tmp_path / "set")
+    picture = data / "test" / "image" / "00000_00.jpg"
+    picture.rename(picture.with_suffix(".JPG"))
+    pairs = data / "test_pairs.txt"
+    if listed:
+        pairs.write_text(pairs.read_text().replace("00000_00.jpg ", "00000_00.JPG ", 1))
+    for of in open_dolls(data)[0].plan["data"]["pairs"].values():
+        assert [pair[4] for pair in of][:2] == ["00000_00.JPG", "00001_00.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch", "shard"),
+    [
+        ({}, 8, 16),
+        ({"shard": 4}, 4, 4),
+        ({"shard": 1}, 1, 1),
+        ({"shard": 9}, 8, 9),
+        ({"batch": 3}, 3, 16),
+        ({"batch": 20}, 20, 20),
+        ({"batch": 2, "shard": 4}, 2, 4),
+    ],
+    ids=str,
+)
+def test_of_batch_and_shard_the_one_not_asked_for_gives_way(dolls, asked, batch, shard):
+    options = {"steps": 2, "time_groups": 2, "pairs": ("paired",), **asked}
+    settings = open_run(Sources("pocket", dolls), options).settings
+    assert (settings.batch, settings.shard) == (batch, shard)
+
+
+def test_more_time_groups_than_steps_become_as_many(dolls, caplog):
+    with caplog.at_level("WARNING", logger="i2am"):
+        settings = open_run(Sources("pocket", dolls), {"steps": 3}).settings
+    assert settings.time_groups == 3
+    assert caplog.messages == [
+        "5 time groups were asked for and the run has 3 steps: its maps have 3 time groups"
+    ]
 
 
 def test_a_run_goes_on_with_its_own_settings(dolls, open_dolls):

@@ -4,6 +4,7 @@ import gc
 import math
 import shutil
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,6 +53,14 @@ def test_any_split_gives_the_same_bytes(whole, tmp_path, digest):
         other = compute(tmp_path / str(world), opened, world=world, order=-1)
         assert digest(other.folder) == digest(store.folder)
     assert not store.verify()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_worker_has_the_threads_of_its_plan(whole, device):
+    """On a GPU too: scores are computed on the CPU."""
+    store, opened = whole
+    Worker(store, opened.pipe, opened.data, replace(opened.settings, device=device, threads=3))
+    assert torch.get_num_threads() == 3
 
 
 def test_scores_and_maps_are_those_of_a_recording(whole):

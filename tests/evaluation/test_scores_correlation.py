@@ -14,6 +14,7 @@ from i2am.evaluation.scores.samples import Samples
 from i2am.evaluation.scores.scoring import RunScores
 from i2am.evaluation.scores.summary import entry
 from i2am.evaluation.scores.tables import correlation_table, labels, paper_table
+from i2am.wording import Footnotes
 
 
 def samples(**scores):
@@ -208,4 +209,4 @@ def test_models_of_one_name_are_told_apart_by_their_folders():
 def test_the_printed_correlations_leave_out_what_nothing_has():
     found = across_models(models([1, 2, 3], [None] * 3))
     assert len(found) == 1
-    assert correlation_table(found).count("\n") == 0
+    assert correlation_table(found, Footnotes()).count("\n") == 0

@@ -1,6 +1,7 @@
 """SSIM, LPIPS and features of single pictures: protocols, libraries, weight files."""
 
 import os
+import re
 import sys
 from types import ModuleType
 from typing import ClassVar
@@ -65,15 +66,23 @@ def test_grey_values_are_pillows():
     assert torch.equal(grey(picture), to_pixels(to_image(picture).convert("L")))
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ""])
-def test_a_picture_is_found_by_its_stem_or_its_name(tmp_path, suffix):
-    path = tmp_path / f"00001_00{suffix or '.jpg'}"
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".JPG"])
+@pytest.mark.parametrize("listed", [".jpg", ".png", ".JPG", ".Png"])
+def test_a_picture_is_found_whatever_its_format(tmp_path, listed, ending):
+    path = tmp_path / f"00001_00{ending}"
     path.touch()
-    assert find_picture(tmp_path, "00001_00" if suffix else path.name) == path
+    assert find_picture(tmp_path, f"00001_00{listed}") == path
+
+
+@pytest.mark.parametrize("listed", ["00001_00.png", "00001_00.JPG", "00001_00.gif"])
+def test_the_listed_picture_comes_before_others_of_its_stem(tmp_path, listed):
+    for name in ("00001_00.jpg", "00001_00.jpeg", listed):
+        (tmp_path / name).touch()
+    assert find_picture(tmp_path, listed) == tmp_path / listed
 
 
 def test_a_missing_picture_is_named_like_the_data_set_does(tmp_path):
-    assert find_picture(tmp_path, "00001_00") == tmp_path / "00001_00.jpg"
+    assert find_picture(tmp_path, "00001_00.JPG") == tmp_path / "00001_00.JPG"
 
 
 # Protocols
@@ -247,7 +256,8 @@ def test_weights_are_known_by_their_checksum(torchvision, backbone, backbone_fil
 
 def test_lpips_without_torchvision_says_so(backbone_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(NotComputable, match=r'LPIPS needs torchvision.*"i2am\[metrics\]"'):
+    remedy = f"; install the torchvision that was built for torch {torch.__version__}"
+    with pytest.raises(NotComputable, match=f"LPIPS needs torchvision.*{re.escape(remedy)}$"):
         LPIPS(PROTOCOLS["i2am"], backbone_file)
 
 
@@ -365,7 +375,8 @@ def test_inception_gets_pictures_as_the_protocol_says(torch_fidelity, tmp_path, 
 def test_features_without_torch_fidelity_say_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
-    with pytest.raises(NotComputable, match="Inception for FID and KID needs torch-fidelity"):
+    sentence = "Inception for FID and KID needs torch-fidelity.*then: pip install torch-fidelity$"
+    with pytest.raises(NotComputable, match=sentence):
         inception(PROTOCOLS["i2am"], tmp_path / "weights.pth")
 
 

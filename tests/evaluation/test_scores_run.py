@@ -409,6 +409,16 @@ def test_one_unusable_picture_costs_one_sample(run, tmp_path, which, content, sa
     assert everything(scored(run)) == whole
 
 
+def test_pictures_that_are_all_unusable_are_a_gap(run, tmp_path):
+    for path in (tmp_path / "data" / "test" / "image").iterdir():
+        path.write_bytes(b"text")
+    scores = scored(run)
+    assert not scores.complete
+    made = metrics(scores, "paired")["ssim"]
+    assert (made["value"], made["n_ok"], made["status"]) == (None, 0, "not_computed")
+    assert "is not an image that can be read" in made["reason"]
+
+
 def test_a_run_without_images_has_imacs_only(run):
     for setting in run.settings():
         for number in run.shard_numbers(setting):

@@ -36,6 +36,10 @@ def relayout() -> Callable[[Tensor, str], Tensor]:
             wide = tokens.new_full((batch + 1, heads, 2 * seqlen, head_dim + 3), torch.nan)
             view = wide[1:, :, ::2, 2:-1]
             return view.copy_(tokens)
+        if layout == "shifted":
+            # strides of whole 16 bytes from an address that is none
+            wide = tokens.new_full((*tokens.shape[:3], tokens.shape[3] + 8), torch.nan)
+            return wide[..., 4:-4].copy_(tokens)
         # stride 0 along one axis: other values, as all of that axis are the first
         axis = ("expanded_batch", "expanded_heads", "expanded_tokens").index(layout)
         return tokens.narrow(axis, 0, 1).expand_as(tokens)

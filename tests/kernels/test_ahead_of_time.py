@@ -24,10 +24,11 @@ def test_the_kernels_fit_all_targets():
     assert header.split() == ["target", "kernel", "registers", "spilled", "shared", "matrix"]
     targets = [row.split()[0] for row in rows]
     assert {name: targets.count(name) for name in targets} == dict.fromkeys(
-        ("sm_80", "sm_90", "sm_100", "gfx942"), len(rows) // 4
+        ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"), len(rows) // 7
     )
     # which matrix instruction each architecture multiplies bf16 with
-    expected = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
+    expected = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "mma.sync")
+    expected |= {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
     for row in rows:
         target, dtype, *_, matrix = row.split()
         registers, spilled, shared = (int(number) for number in row.split()[-4:-1])
@@ -118,6 +119,16 @@ assert loads(40, "bshd", offset=1) == (True, 0)
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_only_what_is_launched_is_compiled():
+    """Beyond 192 features in 16 bits one tile holds 64 keys: more of them go another way."""
+    from i2am.kernels.fused import ahead_of_time
+
+    names = [case.name for case in ahead_of_time.cases()]
+    assert "bf16 head_dim 160: chunks, 128 keys, bias, 4 rows" in names
+    assert "bf16 head_dim 256: chunks, 64 keys, bias, 4 rows" in names
+    assert not [name for name in names if "head_dim 256" in name and "128 keys" in name]
 
 
 def test_nothing_is_compiled_under_the_interpreter():

@@ -691,6 +691,50 @@ def test_refuses_an_accumulator_that_does_not_fit(arguments, match):
         accumulate_attention_statistics(**changed(**arguments))
 
 
+@pytest.mark.parametrize(
+    ("name", "sums"),
+    [
+        ("r2g", torch.zeros(H, 1, M).expand(B, H, 1, M)),
+        ("r2g", torch.zeros(B, H, 1, 1).expand(B, H, 1, M)),
+        ("g2r", torch.zeros(B, 1, 1, N).expand(B, H, 1, N)),
+        ("g2r", torch.zeros(200).as_strided((B, H, 1, N), (3 * 16, 16, 1, 1))),
+        ("g2r", torch.zeros(200).as_strided((B, H, 1, N), (51, 17, 1, 0))),
+    ],
+    ids=["batch", "tokens", "heads", "by one element", "no step"],
+)
+def test_refuses_an_accumulator_that_overlaps_itself(impl, name, sums):
+    with pytest.raises(ValueError, match=rf"{name} must not overlap itself, .*got strides \("):
+        accumulate_attention_statistics(**changed(impl=impl, **{name: sums}))
+    assert not sums.any()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda size: torch.zeros(B, 5, size, H, 2)[:, 3, ..., 1:].permute(0, 2, 3, 1),
+        lambda size: torch.zeros(size, 1, H, 2 * B)[..., ::2].permute(3, 2, 1, 0),
+        lambda size: torch.zeros(1, H, 1, size).as_strided((1, H, 1, size), (0, size, 0, 1)),
+        # the step of an axis of one element means nothing
+        lambda size: torch.zeros(B, H, 1, size).as_strided((B, H, 1, size), (H * size, size, 0, 1)),
+    ],
+    ids=["slices", "reversed axes", "batch of one", "one row"],
+)
+def test_takes_an_accumulator_whose_elements_lie_apart(impl, view):
+    r2g, g2r = view(M), view(N)
+    query, key, _ = make_qkv(len(r2g), H, M, N, D)
+    accumulate_attention_statistics(query, key, r2g=r2g, g2r=g2r, impl=impl)
+    expected = accumulated(query, key, impl=impl)
+    close(r2g, expected[0])
+    close(g2r, expected[1])
+
+
+def test_a_log_sum_exp_that_heads_share_is_read_and_not_added_to(impl):
+    query, key, _ = make_qkv(1, 1, M, N, D)
+    query, key = query.expand(1, H, M, D), key.expand(1, H, N, D)
+    lse = attention_statistics(query[:, :1], key[:, :1], impl=impl).query_lse.expand(1, H, M)
+    accumulate_attention_statistics(query, key, query_lse=lse, impl=impl)
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 

@@ -158,7 +158,8 @@ def test_one_key_takes_all_mass_or_none(offset):
     bias = torch.zeros(37, device=DEVICE)
     bias[5] = offset
     _, statistics = check(query, key, value, bias=bias)
-    assert statistics.g2r[0, 0, 0, 5] == pytest.approx(1.0 if offset > 0 else 0.0, abs=1e-6)
+    share = statistics.g2r[0, 0, 0, 5].item()
+    assert share == pytest.approx(1.0 if offset > 0 else 0.0, abs=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
@@ -229,6 +230,24 @@ def test_regions_are_computed_where_they_are(monkeypatch):
 def test_any_strides(layout, relayout):
     query, key, value = (relayout(x, layout) for x in tokens(2, 2, 19, 35, 40, dtype=torch.float16))
     check(query, key, value, query_weights=uniform(2, 1, 38)[..., ::2])
+
+
+@both_schedules
+@pytest.mark.parametrize("head_dim", [72, 80, 96, 160])
+@pytest.mark.parametrize("layout", ["sliced", "shifted"])
+def test_features_that_are_not_read_8_at_a_time(layout, relayout, head_dim):
+    """Where they lie in two blocks, ptxas 12.8 lost the second one's place in shared memory."""
+    inputs = tokens(2, 2, 19, 35, head_dim, dtype=torch.float16)
+    check(*(relayout(x, layout) for x in inputs))
+
+
+@pytest.mark.parametrize("head_dim", [40, 80, 160])
+@pytest.mark.parametrize("shape", [(1, 37), (200, 1), (1, 300), (1, 1)], ids=ids)
+def test_counts_of_one(shape, head_dim):
+    """Were 1 known to the compiler it would leave the loop away; see above."""
+    bias = torch.zeros(shape[1], device=DEVICE)
+    inputs = tokens(2, 2, *shape, head_dim, dtype=torch.float16)
+    check(*inputs, bias=bias, query_weights=uniform(2, 5, shape[0]))
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -613,10 +632,11 @@ def test_every_tile_shape_serves_some_call(monkeypatch):
                     forward = configs.forward(head_dim, itemsize, seqlen, bias)
                     assert forward.BLOCK_V + forward.BLOCK_V_TAIL >= head_dim
                     for keys in (1, 16, 64, 77, 128):
-                        if configs.fits_short(head_dim, itemsize, keys, 1):
-                            short = configs.short(head_dim, itemsize, seqlen, keys)
-                            assert short.BLOCK_N >= keys
-                            assert -(-seqlen // short.chunk) <= configs.MAX_CHUNKS
+                        for rows in (1, 2, 4):
+                            if configs.fits_short(head_dim, itemsize, keys, rows):
+                                short = configs.short(head_dim, itemsize, seqlen, keys, rows)
+                                assert short.BLOCK_N >= keys
+                                assert -(-seqlen // short.chunk) <= configs.MAX_CHUNKS
                     for rows in (1, 2, 4, 5, 16, 17, 768):
                         chosen = configs.statistics(head_dim, itemsize, seqlen, rows, bias)
                         assert chosen.BLOCK_ROWS >= min(rows, configs.MAX_ROW_BLOCK)
@@ -655,6 +675,31 @@ def test_amd_gets_no_option_that_its_compiler_refuses(monkeypatch):
     assert configs.arguments(chosen) == chosen._asdict()
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "maxnreg" not in configs.arguments(chosen)
+
+
+@pytest.mark.parametrize("keys", [77, 140], ids=["few keys", "many keys"])
+def test_a_smaller_batch_takes_the_kernels_of_a_larger_one(keys, monkeypatch):
+    """Triton compiles anew for a number that is 1 or that 16 divides: none may come to be so."""
+    from i2am.kernels.fused.primitives import Launch
+
+    def kernels(query, key, **weights):
+        seen.clear()
+        attention_statistics(query, key, impl="fused", **weights)
+        return list(seen)
+
+    def record(launch, device):
+        numbers = {name: x for name, x in launch.arguments.items() if isinstance(x, int)}
+        kinds = {name: (x == 1, x % 16 == 0) for name, x in numbers.items()}
+        seen.append((launch.kernel, kinds))
+
+    seen = []
+    monkeypatch.setattr(Launch, "run", record)
+    query, key, _ = tokens(2, 2, 37, keys, 40, dtype=torch.float16)
+    shared = {"query_weights": uniform(1, 3, 37), "key_weights": uniform(keys)}
+    for weights in ({}, shared):
+        both = kernels(query, key, **weights)
+        assert len(both) == (2 if keys == 77 else 3)
+        assert kernels(query[:1], key[:1], **weights) == both
 
 
 # --- what is refused ------------------------------------------------------------------------------

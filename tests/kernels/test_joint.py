@@ -308,6 +308,8 @@ GOOD = {
         ({"r2g": torch.zeros(B, M, N).double()}, "r2g must be .* got .* in torch.float64"),
         ({"g2r_per_head": torch.zeros(B, M, N)}, r"g2r_per_head must be \(2, 3, 24, 15\)"),
         ({"r2g_per_head": torch.zeros(B, M, N)}, r"r2g_per_head must be \(2, 3, 24, 15\)"),
+        ({"g2r": torch.zeros(M, N).expand(B, M, N)}, "g2r must not overlap itself"),
+        ({"r2g_per_head": torch.zeros(B, 1, M, N).expand(B, H, M, N)}, "r2g_per_head must not ov"),
         ({"query_pooling": THIRDS}, "query_pooling must pool the 24 queries, got one of 15"),
         ({"key_pooling": PAIRS}, "key_pooling must pool the 15 keys, got one of 24"),
         ({"key_pooling": THIRDS}, r"g2r must be \(2, 24, 5\)"),
@@ -326,6 +328,9 @@ def test_refuses_gradients():
 
 
 def test_fused_refuses_fp64():
-    fp64 = {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in GOOD.items()}
+    fp64 = {
+        key: x.to(DEVICE, torch.float64) if isinstance(x, torch.Tensor) else x
+        for key, x in GOOD.items()
+    }
     with pytest.raises(ValueError, match=r"impl='fused' computes in fp32"):
         accumulate_joint_statistics(**fp64, impl="fused")

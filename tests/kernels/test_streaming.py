@@ -517,38 +517,51 @@ def test_every_route_runs_without_a_direction(routes, tile_elements, route, logi
 @pytest.mark.parametrize("tile", [ONE_TILE, 50_000], ids=["one tile", "blocks"])
 @pytest.mark.parametrize("logits", [None, 200], ids=["shared", "separate"])
 @dtypes
-def test_equal_to_the_bit_in_every_run_and_for_every_number_of_threads(
-    tile_elements, dtype, logits, tile
-):
+def test_equal_to_the_bit_in_every_run_with_a_number_of_threads(tile_elements, dtype, logits, tile):
     tile_elements(tile)
     query, key, value = make_qkv(2, 3, 311, 233, 40, dtype=dtype, logits=logits)
     threads = torch.get_num_threads()
     # PyTorch's own deterministic mode off: nothing here may need it
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
-    results = []
+    results = {}
     try:
-        for count in (1, 1, 2):
+        # in turn, so that a run comes after others and finds other memory
+        for count in (1, 2, 1, 2):
             torch.set_num_threads(count)
             output, statistics = attention_with_statistics(query, key, value, impl="streaming")
-            results.append((output, *statistics))
+            results.setdefault(count, []).append((output, *statistics))
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
-    for other in results[1:]:
-        for part, wanted in zip(other, results[0], strict=True):
-            assert torch.equal(part, wanted)
+    for first, *others in results.values():
+        for other in others:
+            for part, wanted in zip(other, first, strict=True):
+                assert torch.equal(part, wanted)
 
 
-def test_appended_batch_items_change_no_bit():
-    query, key, _ = make_qkv(2, 2, M, N, 40)
-    more_query, more_key, _ = make_qkv(1, 2, M, N, 40, seed=1, logits=200)
-    alone = attention_statistics(query, key, impl="streaming")
-    appended = attention_statistics(
-        torch.cat([query, more_query]), torch.cat([key, more_key]), impl="streaming"
-    )
-    for part, wanted in zip(appended, alone, strict=True):
-        assert torch.equal(part[:2], wanted)
+@pytest.mark.parametrize("known_lse", [False, True], ids=["no lse", "known lse"])
+@pytest.mark.parametrize("logits", [None, 80, 200], ids=["shared", "shifted", "separate"])
+def test_other_batch_items_change_no_bit(routes, known_lse, logits):
+    """Each item takes the route that it would take alone."""
+    items = [
+        make_qkv(1, 2, M, N, 40, seed=seed, logits=size)[:2]
+        for seed, size in ((0, None), (1, logits))
+    ]
+
+    def statistics(query, key):
+        sums = torch.zeros(len(query), 2, 1, M), torch.zeros(len(query), 2, 1, N)
+        lse = row_lse(query, key) if known_lse else None
+        return *sums, *accumulate_attention_statistics(
+            query, key, r2g=sums[0], g2r=sums[1], query_lse=lse, impl="streaming"
+        )
+
+    alone = [statistics(*item) for item in items]
+    routes_alone = [*routes]
+    together = statistics(*map(torch.cat, zip(*items, strict=True)))
+    assert routes == 2 * routes_alone
+    for part, *wanted in zip(together, *alone, strict=True):
+        assert torch.equal(part, torch.cat(wanted))
 
 
 # --- memory ---------------------------------------------------------------------------------------

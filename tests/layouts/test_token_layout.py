@@ -93,6 +93,10 @@ class TestFrame:
         assert Frame((13, 22), rounds_up=False).level_grid(66) == (6, 11)
         assert Frame((13, 22)).level_grid(66) is None
 
+    def test_input_without_height_and_width_has_no_levels(self):
+        with pytest.raises(ValueError, match=r"not \[batch, channels, height, width\], got one"):
+            Frame(None).level_grid(48)
+
     def test_equality_is_of_size(self):
         assert Frame((8, 6), {"encoder_hidden_states": torch.ones(1)}) == Frame((8, 6))
 

@@ -14,12 +14,13 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from i2am.attribution import folders
 from i2am.attribution.folders import FolderInUse
 from i2am.models import load_pipeline
-from i2am.models.conversion import SYSTEMS, convert, convert_tensors, converting
+from i2am.models.conversion import SYSTEMS, Target, convert, convert_tensors, converting
+from i2am.models.conversion.writing import Entry, write_safetensors
 
 CLASSES = {
     "paint-by-example": "PaintByExamplePipeline",
@@ -185,8 +186,21 @@ REFUSED = {
         r"missing: 248 tensors, vae\.decoder\S+, .* and 240 more$",
     ),
     "unexpected": (
-        changed(model_ema__decay=torch.ones(())),
-        r"unexpected: 1 tensors, model_ema\.decay$",
+        changed(lvlb_weights=torch.ones(())),
+        r"unexpected: 1 tensors, lvlb_weights$",
+    ),
+    "averaged": (
+        changed(model_ema__decay=torch.ones(()), model_ema__outbias=torch.ones(4)),
+        r"holds 2 averaged weights beside .*, such as model_ema\.decay; drop=\['model_ema\.'\] ",
+    ),
+    "wrapped": (
+        lambda state: {f"module.{key}": x for key, x in without("learnable_vector")(state).items()},
+        r"read without what wrappers add \(1033 tensors, module\.\S+ and 1032 more\), do not fit; "
+        r"missing: 1 tensors, image_encoder\.uncond_vector$",
+    ),
+    "wrapped-twice": (
+        changed(_orig_mod__proj_out__bias=torch.ones(24)),
+        r"unexpected: 1 tensors, _orig_mod\.proj_out\.bias \(a second proj_out\.bias\)$",
     ),
     "unexpected-block": (
         changed(model__diffusion_model__input_blocks__12__0__op__weight=torch.ones(1)),
@@ -249,6 +263,99 @@ def test_strays_may_be_dropped_on_request(tensors, tmp_path):
             system="custom",
             drop=["model_ema.", "mlp.", "diffusion.uncond"],
         )
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "module._orig_mod.{}".format,
+        # a network that was compiled inside of what was trained
+        lambda key: key.replace("model.diffusion_model.", "model.diffusion_model._orig_mod."),
+    ],
+    ids=["whole", "inside"],
+)
+def test_names_of_wrapped_models_are_read_as_the_models(wrap, tensors, converted, tmp_path):
+    state = {wrap(key): x for key, x in tensors(PBE).items()}
+    assert set(state) != set(tensors(PBE))
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    convert(tmp_path / "x.ckpt", tmp_path / "out", system=PBE)
+    for file in converted(PBE).rglob("*.safetensors"):
+        same = tmp_path / "out" / file.relative_to(converted(PBE))
+        assert same.read_bytes() == file.read_bytes()
+
+
+def damaged(values):
+    """The change of a state that writes values over the beginning of a tensor."""
+
+    def change(state):
+        key = "model.diffusion_model.out.2.weight"
+        changed = state[key].clone()
+        changed.view(-1)[: len(values)] = torch.tensor(values)
+        return {**state, key: changed}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "sentence"),
+    [
+        (
+            [7e4, -1e5, 65504.0],
+            torch.float16,
+            r"^weights are beyond the range of torch\.float16, choose another dtype: 1 tensors, "
+            r"unet\.conv_out\.weight \(2 of 1152, up to 100000\)$",
+        ),
+        (
+            [torch.nan, torch.inf, 1.0],
+            None,
+            r"^weights of the checkpoint are NaN or infinite: 1 tensors, unet\.conv_out\.weight "
+            r"\(2 of 1152\)$",
+        ),
+    ],
+    ids=["half", "as-it-is"],
+)
+def test_weights_that_would_not_be_finite_are_refused(values, dtype, sentence, tensors, tmp_path):
+    torch.save(damaged(values)(tensors(PBE)), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=sentence):
+        convert(tmp_path / "x.ckpt", tmp_path / "out", system=PBE, dtype=dtype)
+    assert names(tmp_path) == ["x.ckpt"]
+
+
+def entries(dtype, **tensors):
+    return [Entry(Target("unet", name, 0, 1), values, dtype) for name, values in tensors.items()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_largest_number_of_a_dtype(dtype, tmp_path):
+    largest = torch.finfo(dtype).max
+    ends = torch.tensor([largest, -largest], dtype=torch.float64)
+    done = entries(dtype, a=ends, b=torch.ones(0))
+    write_safetensors(tmp_path / "done", done, progress=lambda size: None)
+    assert load_file(tmp_path / "done")["a"].tolist() == [largest, -largest]
+    sentence = rf"the range of {dtype}, choose another dtype: 1 tensors, unet\.a \(2 of 2, up to "
+    beyond = entries(dtype, a=ends * 1.01)
+    with pytest.raises(ValueError, match=sentence):
+        write_safetensors(tmp_path / "beyond", beyond, progress=lambda size: None)
+
+
+def test_tensors_that_are_not_finite_are_counted(tmp_path):
+    """Of a file of several: every one is named once, whatever the number of its pieces."""
+    large = torch.zeros(3 << 21)
+    large[:: 1 << 21] = torch.inf
+    several = entries(
+        torch.float16,
+        a=large,
+        b=torch.tensor([1e6]),
+        c=torch.ones(2),
+        d=torch.full((2, 2), -7e4),
+    )
+    sentence = (
+        r"^weights of the checkpoint are NaN or infinite: 1 tensors, unet\.a \(3 of 6291456\); "
+        r"weights are beyond the range of torch\.float16, choose another dtype: 2 tensors, "
+        r"unet\.b \(1 of 1, up to 1e\+06\), unet\.d \(4 of 4, up to 70000\)$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        write_safetensors(tmp_path / "x.safetensors", several, progress=lambda size: None)
 
 
 def test_of_another_system(tiny_checkpoint, tmp_path):

@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import (
 
 from i2am.models.conversion import SYSTEMS, component_of, convert_tensors, encoders
 from i2am.models.conversion.describing import empty_pipeline
-from i2am.models.conversion.rules import BUFFERS
+from i2am.models.conversion.rules import BUFFERS, unwrapped
 
 TENSORS = {
     "paint-by-example": {"unet": 686, "vae": 248, "image_encoder": 476},
@@ -92,6 +92,28 @@ def test_only_what_is_known_to_be_no_weight_is_dropped(system, published_keys):
     names = [key for key in published_keys(system) if component_of(system, key) == ()]
     known = {*BUFFERS, "logvar", "lastzc.weight", "lastzc.bias"}
     assert all(name in known or name.startswith("vgg.conv") for name in names)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        *("_orig_mod.{}".format, "module.{}".format, "module._orig_mod.{}".format),
+        "_fsdp_wrapped_module.{}".format,
+        lambda key: key.replace(".", "._checkpoint_wrapped_module."),
+        lambda key: key.replace("model.", "model.module."),
+    ],
+    ids=["compiled", "parallel", "both", "fsdp", "checkpointing", "inside"],
+)
+def test_names_of_wrapped_models_are_those_of_the_models(system, wrap, published_keys):
+    for key in published_keys(system):
+        assert unwrapped(key) == key
+        assert component_of(system, wrap(key)) == component_of(system, key)
+
+
+@pytest.mark.parametrize("key", ["my_module.x", "modules.x", "x.module", "_orig_mod_.x"])
+def test_other_names_are_no_wrappers(key):
+    assert unwrapped(key) == key
 
 
 def test_unknown_system():

@@ -266,7 +266,27 @@ BROKEN = {
     "empty": (
         lambda f: (f / ENCODER).write_bytes(b""),
         ValueError,
-        r"model\.safetensors is truncated or no safetensors file",
+        r"image_encoder.model\.safetensors is empty",
+    ),
+    "pointer": (
+        lambda f: (f / UNET).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        ValueError,
+        r"unet.diffusion_pytorch_model\.safetensors is a Git LFS pointer, a short text in place",
+    ),
+    "web page bin": (
+        lambda f: (rename(f, UNET), (f / "unet/diffusion_pytorch_model.bin").write_text("<html>")),
+        ValueError,
+        r"diffusion_pytorch_model\.bin is a web page \(HTML\) and no weights",
+    ),
+    "pickle named safetensors": (
+        lambda f: torch.save({"conv_in.bias": torch.ones(1)}, (f / UNET).open("wb")),
+        ValueError,
+        r"model\.safetensors is a file of torch, a pickle, and not what its name says",
+    ),
+    "safetensors named bin": (
+        lambda f: (f / UNET).rename(f / "unet/diffusion_pytorch_model.bin"),
+        ValueError,
+        r"model\.bin is a safetensors file; its name has to end in \.safetensors",
     ),
     "malicious": (malicious_bin, ValueError, r"pytorch_model\.bin is not a file of plain tensors"),
     "not tensors": (not_tensors, ValueError, "must hold named tensors and nothing else"),

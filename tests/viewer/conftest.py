@@ -269,3 +269,31 @@ def view(shared: View) -> View:
     shared.page.click("#ranges button[value=own]")
     shared.away()
     return shared
+
+
+# text whose contrast with the nearest background is below the 4.5 of WCAG AA
+CONTRAST = """() => {
+  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (e) => {
+    for (; e; e = e.parentElement) {
+      const color = rgb(getComputedStyle(e).backgroundColor);
+      if (color.length < 4 || color[3] > 0.5) return color;
+    }
+  };
+  return [...document.querySelectorAll('body *')]
+    .filter((e) => e.checkVisibility({ visibilityProperty: true }) && !e.disabled)
+    .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+    .filter((e) => {
+      const [one, two] = [light(rgb(getComputedStyle(e).color)), light(ground(e))];
+      return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05) < 4.5;
+    }).map((e) => e.outerHTML.slice(0, 120));
+}"""
+
+
+@pytest.fixture(scope="session")
+def faint() -> Callable[[View], list[str]]:
+    """Elements of a view whose text can hardly be read."""
+    return lambda view: view.page.evaluate(CONTRAST)

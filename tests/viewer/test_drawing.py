@@ -165,9 +165,9 @@ def test_the_view_is_saved_as_a_picture(view, tmp_path):
     download.value.save_as(tmp_path / "one.png")
     saved = Image.open(tmp_path / "one.png").convert("RGB")
     # two pictures, 360 and 400 wide of 480 high, twice as large
-    assert saved.size == (2 * (24 + 360 + 24 + 400 + 24), 2 * (76 + 46 + 480 + 44 + 34))
+    assert saved.size == (2 * (24 + 360 + 24 + 400 + 24), 2 * (76 + 64 + 480 + 44 + 34))
     # the reference with the map on it lies where it says, as the canvas shows it
-    left, top = 2 * (24 + 360 + 24), 2 * (76 + 46)
+    left, top = 2 * (24 + 360 + 24), 2 * (76 + 64)
     shown = np.asarray(saved.crop((left, top, left + 800, top + 960)).resize((100, 120)), dtype=int)
     drawn = Image.fromarray(view.pixels("reference")).resize((100, 120))
     difference = np.abs(shown - np.asarray(drawn)).max(-1)

@@ -40,7 +40,8 @@ def test_only_what_was_recorded_is_shown():
     text = maps._repr_html_()
     assert len(pictures(text)) == 4
     assert "G2R" not in text
-    assert "and 2 more samples" in text
+    assert "and 2 more samples<" in text
+    assert "and 1 more sample<" in maps.select(samples=slice(5))._repr_html_()
 
 
 def test_a_view_is_the_page_in_a_frame():

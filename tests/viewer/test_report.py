@@ -229,6 +229,21 @@ def test_an_earlier_folder_is_replaced_whole(make_sample, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "score",
+    [
+        {"value": math.nan, "reason": None},
+        {"value": -math.inf, "reason": "none"},
+        {"value": None, "reason": None},
+    ],
+    ids=str,
+)
+def test_scores_are_numbers_or_have_a_reason(recording, make_image, score):
+    given = {"generated": make_image(0), "reference": make_image(1), "scores": {"imacs_r": score}}
+    with pytest.raises(ValueError, match=r"scores must be finite numbers, or None with .* imacs_r"):
+        page(recording, **given)
+
+
 def test_scores_keep_their_reasons(make_sample):
     document = make_sample().document()
     assert document["scores"]["imacs_r"]["reason"] == "its map is the same everywhere"

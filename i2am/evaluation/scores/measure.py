@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
+from i2am.missing import missing
+
 Result = TypeVar("Result")
 
 
@@ -61,11 +63,7 @@ def needs(what: str, package: str) -> Any:
         yield
     # a torchvision that does not fit torch fails with a RuntimeError, others as they like
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise NotComputable(
-            f"{what} needs {package}, which could not be imported ({reason}); "
-            'install it with: pip install "i2am[metrics]"'
-        ) from error
+        raise NotComputable(missing(what, package, error)) from error
 
 
 def attempt(make: Callable[[], Result]) -> Result | str:

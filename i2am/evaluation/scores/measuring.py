@@ -37,7 +37,7 @@ class PictureMeasures:
     Args:
         store: The run.
         protocol: How real pictures are resized.
-        real: Folder of the real pictures, named like the persons.
+        real: Folder of the real pictures, named as in the data set.
         measures: What to compute.
     """
 
@@ -62,12 +62,12 @@ class PictureMeasures:
 
     def _measure(self, shard: Shard) -> ShardMeasures:
         result = ShardMeasures()
-        persons = self._persons(shard)
-        files = {person: find_picture(self._real, person) for person in persons}
+        names = self._names(shard)
+        files = {name: find_picture(self._real, name) for name in names}
         key = {
             "fingerprint": shard.fingerprint,
             "images": dict(shard.images),
-            "real": {person: _checksum(path) for person, path in files.items()},
+            "real": {name: _checksum(path) for name, path in files.items()},
         }
         missing = []
         for measure in self._measures:
@@ -79,7 +79,7 @@ class PictureMeasures:
                 result.numbers[measure.name] = found
                 result.reasons[measure.name] = _without_image(shard)
         if missing:
-            self._compute(shard, persons, files, missing, result)
+            self._compute(shard, names, files, missing, result)
         for measure in missing:
             # a file that is missing or damaged now may be there the next time
             if result.reasons[measure.name] == _without_image(shard):
@@ -90,7 +90,7 @@ class PictureMeasures:
     def _compute(
         self,
         shard: Shard,
-        persons: Sequence[str],
+        names: Sequence[str],
         files: Mapping[str, Path],
         measures: Sequence[Measure],
         result: ShardMeasures,
@@ -98,11 +98,11 @@ class PictureMeasures:
         rows: dict[str, dict[int, dict[str, Tensor]]] = {m.name: {} for m in measures}
         for measure in measures:
             result.reasons[measure.name] = _without_image(shard)
-        for row, (identity, person) in enumerate(zip(shard.ids, persons, strict=True)):
+        for row, (identity, name) in enumerate(zip(shard.ids, names, strict=True)):
             if shard.status[row] != OK or identity not in shard.images:
                 continue
             try:
-                pictures = self._pictures(shard, identity, files[person])
+                pictures = self._pictures(shard, identity, files[name])
             except ValueError as error:
                 for measure in measures:
                     result.reasons[measure.name][identity] = Reason("picture", str(error))
@@ -135,9 +135,10 @@ class PictureMeasures:
             generated, original, resize(original, (height, width), self._protocol.resize)
         )
 
-    def _persons(self, shard: Shard) -> list[str]:
+    def _names(self, shard: Shard) -> list[str]:
+        """The file name of each person's picture in the data set."""
         pairs = self._store.plan["data"]["pairs"][shard.setting]
-        return [pairs[position][1] for position in shard.index.tolist()]
+        return [pairs[position][4] for position in shard.index.tolist()]
 
     def _cache_path(self, measure: Measure, shard: Shard) -> Path:
         folder = self._store.folder / "features" / measure.name / shard.setting

@@ -7,27 +7,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from i2am.data.vitonhd_pairs import file_names, stem_of
 from i2am.evaluation.scores.protocols import Resize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_SUFFIXES = (".jpg", ".png", ".jpeg", ".webp")
-
 
 def find_picture(folder: Path, name: str) -> Path:
-    """The file of a picture whose format is not known.
+    """The file of a picture that may have another format in this folder.
 
     Args:
         folder: Where it lies.
-        name: Its file name, or the stem of it.
+        name: Its file name in the data set.
 
     Returns:
-        The first existing file of `name` and `name` with one of the usual suffixes; a path that
-        does not exist if there is none.
+        The file of that name, or else the first of `file_names`; a path that does not exist if
+        there is none.
     """
-    candidates = [folder / name, *(folder / f"{name}{suffix}" for suffix in _SUFFIXES)]
-    return next((path for path in candidates if path.is_file()), candidates[1])
+    candidates = [folder / file for file in file_names(stem_of(name), name)]
+    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
 def to_pixels(image: "Image") -> Tensor:

@@ -59,7 +59,7 @@ def entry(
     incomplete = not samples.complete or counts[PICTURE] > 0
     status = PARTIAL if incomplete else DONE
     if value is None:
-        status = UNDEFINED
+        status = NOT_COMPUTED if counts[PICTURE] else UNDEFINED
     return {
         "value": value,
         "interval": None if bounds is None else list(bounds),

@@ -5,6 +5,7 @@ from typing import Any
 
 from i2am.evaluation.scores.correlation import Correlation
 from i2am.evaluation.scores.summary import NOT_COMPUTED, UNDEFINED
+from i2am.wording import Footnotes
 
 _TITLES = {
     "imacs_g": "IMACS_g",
@@ -62,8 +63,13 @@ def paper_table(documents: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     return "\n".join([*_aligned([*header, *rows]), "; ".join(notes)])
 
 
-def detail_table(document: Mapping[str, Any]) -> str:
-    """Every metric of a run with its interval and counts, and the reasons for what is not there."""
+def detail_table(document: Mapping[str, Any], footnotes: Footnotes) -> str:
+    """Every metric of a run with its interval and counts, and the reasons for what is not there.
+
+    Args:
+        document: ``metrics.json`` of the run.
+        footnotes: Gets the reasons, of which the table has the numbers.
+    """
     rows = [["setting", "metric", "value", "95 % interval", "n", "note"]]
     for setting, of in document["settings"].items():
         for name, made in of["metrics"].items():
@@ -75,14 +81,19 @@ def detail_table(document: Mapping[str, Any]) -> str:
                     _number(made["value"]),
                     _NONE if bounds is None else f"{_number(bounds[0])} .. {_number(bounds[1])}",
                     f"{made['n_ok']}/{made['n_expected']}",
-                    _note(made),
+                    _note(made, footnotes),
                 ]
             )
     return "\n".join(_aligned(rows))
 
 
-def correlation_table(found: Iterable[Correlation]) -> str:
-    """One row per pair of metrics that something has both of."""
+def correlation_table(found: Iterable[Correlation], footnotes: Footnotes) -> str:
+    """One row per pair of metrics that something has both of.
+
+    Args:
+        found: All pairs.
+        footnotes: Gets the reasons for what has no coefficients.
+    """
     rows = [["over", "IMACS", "metric", "better", "n", "Spearman", "p", "Kendall", "p", "note"]]
     rows += [
         [
@@ -92,7 +103,7 @@ def correlation_table(found: Iterable[Correlation]) -> str:
             of.better,
             str(of.n),
             *(_number(x) for x in (of.spearman, of.spearman_p, of.kendall, of.kendall_p)),
-            of.reason or "",
+            footnotes.mark(of.reason) if of.reason else "",
         ]
         for of in found
         if of.n
@@ -115,10 +126,10 @@ def _value(document: Mapping[str, Any], setting: str, name: str) -> str:
     return _number(made["value"]) + (_PART if made["n_ok"] < made["n_expected"] else "")
 
 
-def _note(made: Mapping[str, Any]) -> str:
+def _note(made: Mapping[str, Any], footnotes: Footnotes) -> str:
     if made["status"] in (UNDEFINED, NOT_COMPUTED):
-        return f"{made['status'].replace('_', ' ')}: {made['reason']}"
-    notes = [f"{of['n']} {of['code']}" for of in made["undefined"]]
+        return f"{made['status'].replace('_', ' ')} {footnotes.mark(made['reason'])}"
+    notes = [f"{of['n']} without {footnotes.mark(of['message'])}" for of in made["undefined"]]
     if made["n_missing"]:
         notes.append(f"{made['n_missing']} not committed")
     if made.get("std") is not None:

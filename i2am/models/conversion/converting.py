@@ -19,7 +19,7 @@ from i2am.attribution.folders import MANIFEST, fresh_folder
 from i2am.models.base import ReferencePipeline
 from i2am.models.conversion.describing import empty_pipeline
 from i2am.models.conversion.reading import read_checkpoint
-from i2am.models.conversion.rules import SYSTEMS, component_of
+from i2am.models.conversion.rules import SYSTEMS, component_of, unwrapped
 from i2am.models.conversion.writing import (
     DTYPES,
     Entry,
@@ -27,7 +27,10 @@ from i2am.models.conversion.writing import (
     sha256_of,
     write_safetensors,
 )
-from i2am.models.weights import check_keys
+from i2am.models.weights import check_keys, some_of
+
+AVERAGED = "model_ema."
+"""How the names of averaged weights begin, which latent diffusion keeps beside the trained ones."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class _Plan:
     entries: dict[str, dict[str, Entry]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    wrapped: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -74,7 +78,8 @@ def convert(
     hashes of what was read and written.
 
     Args:
-        checkpoint: Torch checkpoint or safetensors file in its authors' naming.
+        checkpoint: Torch checkpoint or safetensors file in its authors' naming, with or without
+            what torch.compile, data parallelism or FSDP add to the names.
         folder: Folder to make.
         system: "paint-by-example", "dci-vton", "stableviton" or "custom".
         vae: A file of an autoencoder alone, in latent diffusion's naming, to take in place of the
@@ -88,7 +93,7 @@ def convert(
         FileNotFoundError: A file is missing.
         ValueError: `system` or `dtype` is unknown; a file is damaged or refused, see
             `read_checkpoint`; tensors are missing, unexpected or misshapen, or their sizes make no
-            network.
+            network; weights are NaN, infinite or beyond the range of `dtype`.
         FolderInUse: The folder holds something.
         OSError: It cannot be written, or there is too little room. Nothing is left of it then.
     """
@@ -101,8 +106,7 @@ def convert(
     sources = {"checkpoint": Path(checkpoint)} | ({} if vae is None else {"vae": Path(vae)})
     with fresh_folder(folder, overwrite=overwrite) as partial:
         plan = _read(sources, system, dtype, tuple(drop))
-        what = f"{system} checkpoint {os.fspath(checkpoint)}"
-        pipeline = _check(plan, system, what)
+        pipeline = _check(plan, system, f"{system} checkpoint {os.fspath(checkpoint)}")
         read = sum(path.stat().st_size for path in sources.values())
         written = sum(entry.size for part in plan.entries.values() for entry in part.values())
         _check_room(partial, written)
@@ -134,6 +138,8 @@ def _read(
         for key, tensor in read_checkpoint(path).items():
             targets = component_of("vae" if name == "vae" else system, key)
             replaced = name == "checkpoint" and "vae" in sources
+            if unwrapped(key) != key:
+                plan.wrapped.append(key)
             if key.startswith(drop) or targets == ():
                 plan.dropped.append(key)
             elif targets is None:
@@ -151,6 +157,15 @@ def _read(
 
 def _check(plan: _Plan, system: str, what: str) -> ReferencePipeline:
     """The pipeline that the tensors belong to, if each has its place, its shape and its kind."""
+    averaged = [key for key in plan.unexpected if key.startswith(AVERAGED)]
+    if averaged:
+        raise ValueError(
+            f"the {what} holds {len(averaged)} averaged weights beside or in place of the trained "
+            f"ones, such as {averaged[0]}; drop=[{AVERAGED!r}] (--drop {AVERAGED} on the command "
+            "line) leaves them out"
+        )
+    if plan.wrapped:
+        what += f", whose names are read without what wrappers add ({some_of(plan.wrapped, 1)}),"
     shapes = {
         component: {key: entry.shape for key, entry in part.items()}
         for component, part in plan.entries.items()

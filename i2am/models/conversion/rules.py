@@ -30,6 +30,11 @@ DROPPED: Mapping[str, re.Pattern[str]] = {
 }
 """By system (or "vae"): the whole names of tensors that are left out, and no others."""
 
+# of torch.compile, data parallelism, FSDP and activation checkpointing
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -65,7 +70,7 @@ def component_of(system: str, key: str) -> tuple[Target, ...] | None:
 
     Args:
         system: One of `SYSTEMS`, or "vae" for a file that holds an autoencoder alone.
-        key: Its name in the checkpoint.
+        key: Its name in the checkpoint, with or without the wrappers' parts, see `unwrapped`.
 
     Returns:
         Its targets, several for a fused projection; none if it is left out on purpose; None if
@@ -76,12 +81,18 @@ def component_of(system: str, key: str) -> tuple[Target, ...] | None:
     """
     if system not in _RULES:
         raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}")
+    key = unwrapped(key)
     if DROPPED[system].fullmatch(key):
         return ()
     for prefix, targets in _RULES[system].items():
         if key.startswith(prefix):
             return targets(key.removeprefix(prefix)) or None
     return None
+
+
+def unwrapped(key: str) -> str:
+    """A tensor's name in the model itself, without what wrappers add to it while it is trained."""
+    return _WRAPPERS.sub("", key)
 
 
 def convert_tensors(system: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import json
+import math
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from i2am.models.conversion.rules import Target
+from i2am.models.weights import some_of
 
 CHUNK = 1 << 22
 MADV_PAGEOUT = 21  # of Linux; Python's mmap has no name for it
@@ -68,11 +70,14 @@ def write_safetensors(
         Its "sha256" and size in "bytes".
 
     Raises:
+        ValueError: Weights are NaN or infinite, or are beyond the range of the dtype to write. The
+            sentence names the tensors; the file remains, and must not be used.
         OSError: The file cannot be written; a part of it may remain.
     """
     # wide dtypes first: every tensor begins at a multiple of its element's size
     entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.target.key))
     digest, size = hashlib.sha256(), 0
+    not_finite: dict[str, Entry] = {}
     with path.open("xb", buffering=0) as file:
 
         def put(data: memoryview) -> None:
@@ -85,8 +90,12 @@ def write_safetensors(
         put(memoryview(_header(entries)))
         for entry in entries:
             for piece in _pieces(entry):
-                put(piece)
-                progress(len(piece))
+                if not _is_finite(piece):
+                    not_finite[entry.target.key] = entry
+                data = piece.view(torch.uint8).numpy().data
+                put(data)
+                progress(len(data))
+    _check_finite(list(not_finite.values()))
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
@@ -120,14 +129,45 @@ def _header(entries: Sequence[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _pieces(entry: Entry) -> Iterator[memoryview]:
-    """The bytes of a tensor in its new dtype, some rows at a time: no second copy of all of it."""
+def _is_finite(values: Tensor) -> bool:
+    # a NaN is both the smallest and the largest; isfinite() takes fifty times as long
+    return not values.numel() or all(math.isfinite(end) for end in values.aminmax())
+
+
+def _check_finite(entries: Sequence[Entry]) -> None:
+    """Raises a ValueError about the entries, which are not finite as written, if there are any.
+
+    Images made with them would be black.
+    """
+    broken, beyond = [], []
+    for entry in entries:
+        values = entry.target.of(entry.source)
+        among = f"of {values.numel()}"
+        name = f"{entry.target.component}.{entry.target.key}"
+        if _is_finite(values):
+            count = int((~values.to(entry.dtype).isfinite()).sum())
+            beyond.append(f"{name} ({count} {among}, up to {values.abs().max():g})")
+        else:
+            broken.append(f"{name} ({int((~values.isfinite()).sum())} {among})")
+    problems = []
+    if broken:
+        problems.append(f"weights of the checkpoint are NaN or infinite: {some_of(broken)}")
+    if beyond:
+        dtypes = ", ".join(sorted({str(entry.dtype) for entry in entries}))
+        problems.append(
+            f"weights are beyond the range of {dtypes}, choose another dtype: {some_of(beyond)}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _pieces(entry: Entry) -> Iterator[Tensor]:
+    """The values of a tensor in its new dtype, some rows at a time: no second copy of all of it."""
     values = entry.target.of(entry.source)
     rows = torch.atleast_1d(values)
     at_once = max(CHUNK // max(rows[:1].numel() * entry.dtype.itemsize, 1), 1)
     for some in rows.split(at_once):
-        flat = some.to(entry.dtype).contiguous().view(-1)
-        yield flat.view(torch.uint8).numpy().data
+        yield some.to(entry.dtype).contiguous().view(-1)
         _let_go(values, until=some)
 
 

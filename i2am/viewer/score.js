@@ -1,0 +1,32 @@
+// The score of each side, and what it is a score of.
+
+const COUNTED = { r2g: "all patches", r2g_mask: "masked object", g2r: "all patches", g2r_mask: "painted part" };
+
+// Name of the overall map that the controls choose for a side.
+function overall({ sample, side }) {
+  const name = SIDES[side].map, masked = `${name}_mask`;
+  return state.weights === "mask" && sample.stacks[masked] ? masked : name;
+}
+
+// Scores are computed for whole maps, so beside any other map the page says what they belong to.
+function scoreOf(panel, stack) {
+  const { scored, scores } = panel.sample, chosen = overall(panel);
+  const known = Object.keys(scores).filter((name) => scored[name]?.startsWith(SIDES[panel.side].map));
+  const name = known.find((one) => scored[one] === chosen) ?? known[0];
+  if (name === undefined) return null;
+  const same = stack?.name === scored[name];
+  const scope = same && state.slice === "all" ? null : same ? "whole run" : `whole run, ${COUNTED[scored[name]]}`;
+  return { ...scores[name], scope };
+}
+
+function rate(panel, stack) {
+  const found = scoreOf(panel, stack);
+  panel.score.title = found?.reason ?? "";
+  panel.score.replaceChildren(...(found ? ["IMACS", make("sub", { textContent: panel.side[0] }),
+    ` ${found.value === null ? "undefined" : signed(found.value)}`] : []),
+  ...(found?.scope ? [make("span", { className: "scope", textContent: ` (${found.scope})` })] : []));
+}
+
+function scoreText({ value, reason }) {
+  return value === null ? `undefined: ${reason}` : signed(value);
+}
