@@ -16,11 +16,15 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python;
 # named after the place of the checkout: a moved one is installed anew
 STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
 
+# One process per CPU, at most eight, for each holds torch and diffusers in memory; each takes a run of neighbours, which
+# share fixtures, and whoever is done early takes tests from the other's end.
+PYTEST := $(PY) -m pytest -n logical --maxprocesses=8 --dist=worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo gallery test lint kernels benchmark gpu wheels plots accuracy clean
+.PHONY: help setup demo gallery test test-all lint kernels benchmark gpu wheels plots accuracy clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /make \1	/' | expand -t 18
 
 setup: $(STAMP) ## a virtual environment in .venv with pinned packages
 
@@ -30,8 +34,13 @@ demo: $(STAMP) ## dress drawn people with the pocket model and record it; pictur
 gallery: $(STAMP) ## make the pictures of docs/gallery.md again
 	$(PY) docs/gallery.py
 
-test: lint ## formatter, linter, types, then every test (fast ones: pytest -m "not slow")
-	$(PY) -m pytest --cov=i2am.kernels --cov=i2am.attribution --cov-report=term:skip-covered --cov-fail-under=95
+test: lint ## formatter, linter, types, and every test that is not slow
+	$(PYTEST) -m "not slow" $(COVERAGE)
+
+# A prerequisite takes this setting over: no test runs twice, and all of them together must cover 95 %.
+test-all: COVERAGE = --cov=i2am.kernels --cov=i2am.attribution --cov-report=term:skip-covered
+test-all: test ## `make test` with coverage, then the slow tests: before a release, and in CI
+	$(PYTEST) -m slow $(COVERAGE) --cov-append --cov-fail-under=95
 
 lint: $(STAMP) ## formatter, linter and types
 	$(PY) -m ruff format --check .

@@ -29,6 +29,7 @@ TEST = [
     "pytest>=8.0",
     "pytest-benchmark>=5.0",
     "pytest-cov>=5.0",
+    "pytest-xdist>=3.6",
     "scikit-image>=0.24",
     "scipy>=1.13",
     "xarray>=2025.1",

@@ -1,16 +1,25 @@
 """Every test run: one thread; without a GPU Triton's interpreter, and `gpu` tests skipped."""
 
+import contextlib
 import functools
 import gzip
 import json
+import multiprocessing
 import os
 import re
+import signal
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# tensors are tiny here: a second thread costs more than it brings, much more on a busy machine;
+# read when torch is imported, here and in the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 import torch.nn.functional as F
 
@@ -21,11 +30,23 @@ if not CUDA:
     # read when triton is imported, so it has to be set before any test imports it
     os.environ["TRITON_INTERPRET"] = "1"
 
-# tensors are tiny here: a second thread costs more than it brings, much more on a busy machine
 torch.set_num_threads(1)
 
+with contextlib.suppress(ImportError):  # the kernels' tests run without it
+    import hypothesis
 
+    # how long an example takes says nothing on a busy machine
+    hypothesis.settings.register_profile(
+        "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("busy")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     if CUDA:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
@@ -60,6 +81,111 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         if str(error) in _faults_of_attention():
             pytest.skip(f"PyTorch's own attention fails on this machine: {error}")
         raise
+
+
+# Processes of their own, without the seconds that imports take
+
+
+class Fork:
+    """What tests need of `subprocess.Popen`, for a process that was forked; both pipes are text."""
+
+    def __init__(self, process: Any, stdout: int, stderr: int) -> None:
+        self._process = process
+        self.pid: int = process.pid
+        self.stdout = open(stdout, encoding="utf-8")
+        self.stderr = open(stderr, encoding="utf-8")
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; the negative number of a signal that ended it."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """Waits for its end and returns what it wrote; after so many seconds it is killed."""
+        out: list[str] = []
+        reader = threading.Thread(target=lambda: out.append(self.stdout.read()))
+        alarm = threading.Timer(timeout, self.kill)
+        reader.start()
+        alarm.start()
+        err = self.stderr.read()
+        reader.join()
+        self._process.join()
+        alarm.cancel()
+        return out[0], err
+
+    def close(self) -> None:
+        """Kills it if it runs."""
+        self.kill()
+        self._process.join()
+        self.stdout.close()
+        self.stderr.close()
+
+
+# what runs in the fork, before the code of a test
+_PREPARE = """
+import os, sys
+for number, pipe in enumerate(pipes, 1):
+    os.dup2(pipe.fileno(), number)
+os.environ |= environment
+sys.argv[1:] = arguments
+exec(code, {"__name__": "__main__"})
+"""
+
+
+PRELOADED = [
+    "diffusers.models",
+    "diffusers.schedulers",
+    "i2am.cli.evaluating",
+    "i2am.cli.recording",
+    "i2am.models.custom",
+    "i2am.models.pocket",
+    "transformers.models.clip.modeling_clip",
+]
+
+
+@pytest.fixture(scope="session")
+def _zygote() -> Any:
+    """A context whose processes are forks of one that has imported what is slow to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+@pytest.fixture
+def fork(_zygote: Any) -> Iterator[Callable[..., Fork]]:
+    """Runs code in a process of its own: a fork of one that has imported torch and diffusers.
+
+    For tests that need another process, not a fresh interpreter: what an import costs or needs does
+    not show. Hashes are salted otherwise than in this process.
+    """
+    forks: list[Fork] = []
+
+    def start(code: str, *arguments: object, **environment: str) -> Fork:
+        (out, stdout), (err, stderr) = (_zygote.Pipe(duplex=False) for _ in range(2))
+        names = {
+            "pipes": (stdout, stderr),
+            "environment": environment,
+            "arguments": [str(argument) for argument in arguments],
+            "code": code,
+        }
+        process = _zygote.Process(target=exec, args=(_PREPARE, names))
+        process.start()
+        # only the fork holds the other ends, so that reading ends with it
+        for pipe in (stdout, stderr):
+            pipe.close()
+        forks.append(Fork(process, os.dup(out.fileno()), os.dup(err.fileno())))
+        return forks[-1]
+
+    yield start
+    for each in forks:
+        each.close()
 
 
 # Checkpoints with the names of the published ones, and reproducible random numbers in them

@@ -295,6 +295,7 @@ def modules(folder, prefix):
     return {f"{prefix}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_under_its_import_path(shipped):
     wheel, _ = shipped
     python = {name for name in wheel if name.endswith(".py")}
@@ -302,16 +303,19 @@ def test_wheel_holds_every_module_under_its_import_path(shipped):
     assert "i2am/py.typed" in wheel
 
 
+@pytest.mark.slow
 def test_wheel_takes_no_other_top_level_name(shipped):
     wheel, _ = shipped
     assert {name.split("/")[0] for name in wheel} == {"i2am", f"i2am-{i2am.__version__}.dist-info"}
 
 
+@pytest.mark.slow
 def test_wheel_holds_no_test_data(shipped):
     wheel, _ = shipped
     assert not [name for name in wheel if name.endswith((".npz", ".png", ".json.gz"))]
 
 
+@pytest.mark.slow
 def test_source_archive_can_build_the_wheel(shipped):
     _, sdist = shipped
     assert modules("i2am", "i2am") | modules("kernels", "kernels") <= sdist

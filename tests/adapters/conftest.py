@@ -460,15 +460,6 @@ def state(pipeline: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """On layers this small threads only wait for each other: seconds where one takes a tenth."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
     """Builders of pipelines and inputs."""

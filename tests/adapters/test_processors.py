@@ -15,27 +15,37 @@ import i2am
 from i2am.adapters import processors
 from i2am.layouts import TokenLayout
 
+OPTIONS = [
+    {},
+    {"norm_num_groups": 4, "bias": True},
+    {"qk_norm": "rms_norm"},
+    {"qk_norm": "layer_norm", "residual_connection": True, "rescale_output_factor": 2.0},
+    {"residual_connection": True, "norm_num_groups": 4, "out_bias": False},
+    {"cross_attention_dim": 24},
+    {"cross_attention_dim": 24, "cross_attention_norm": "layer_norm", "qk_norm": "rms_norm"},
+    {"spatial_norm_dim": 4, "norm_num_groups": 8, "residual_connection": True},
+    {"scale_qk": True, "upcast_attention": True, "dropout": 0.3},
+]
 
-@pytest.mark.parametrize("projection", ["separate", "fused"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "masked", "axes", "projection", "dtype"),
+    # every two of them meet: the bits of the number say what goes with a mask
     [
-        {},
-        {"norm_num_groups": 4, "bias": True},
-        {"qk_norm": "rms_norm"},
-        {"qk_norm": "layer_norm", "residual_connection": True, "rescale_output_factor": 2.0},
-        {"residual_connection": True, "norm_num_groups": 4, "out_bias": False},
-        {"cross_attention_dim": 24},
-        {"cross_attention_dim": 24, "cross_attention_norm": "layer_norm", "qk_norm": "rms_norm"},
-        {"spatial_norm_dim": 4, "norm_num_groups": 8, "residual_connection": True},
-        {"scale_qk": True, "upcast_attention": True, "dropout": 0.3},
+        (
+            options,
+            masked,
+            # spatial norm takes images only
+            4 if "spatial_norm_dim" in options or masked ^ (number & 1) else 3,
+            "fused" if masked ^ (number >> 1 & 1) else "separate",
+            torch.bfloat16 if masked ^ (number >> 2 & 1) else torch.float32,
+        )
+        for number, options in enumerate(OPTIONS)
+        for masked in (False, True)
     ],
-    ids=lambda options: "-".join(options) or "plain",
+    ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else str(value),
 )
-@pytest.mark.parametrize("axes", [3, 4], ids=["tokens", "image"])
-@pytest.mark.parametrize("masked", [False, True], ids=["free", "masked"])
-def test_replacement_processor_equals_the_one_it_replaces(projection, dtype, options, axes, masked):
+def test_replacement_processor_equals_the_one_it_replaces(options, masked, axes, projection, dtype):
     torch.manual_seed(0)
     attention = Attention(
         query_dim=32, heads=2, dim_head=8, processor=AttnProcessor2_0(), **options
@@ -46,8 +56,6 @@ def test_replacement_processor_equals_the_one_it_replaces(projection, dtype, opt
         attention.set_processor(FusedAttnProcessor2_0())
     spatial = "spatial_norm_dim" in options
     states = torch.randn(2, 32, 3, 5) if axes == 4 else torch.randn(2, 15, 32)
-    if spatial and axes == 3:
-        pytest.skip("spatial norm takes images only")
     given = {}
     keys = 15
     if "cross_attention_dim" in options:

@@ -21,7 +21,7 @@ from i2am.attribution import (
 
 SIDE = st.integers(1, 9)
 GRID = st.tuples(SIDE, SIDE)
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 
 
 def rand(*shape, seed=0, dtype=torch.float32):

@@ -36,7 +36,7 @@ def test_shared_normalisation_keeps_maps_comparable():
 
 
 @given(scale=st.floats(1e-6, 1e6), shift=st.floats(-2, 2), seed=st.integers(0, 9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_normalise_ignores_scale_and_offset(scale, shift, seed):
     maps = rand(2, 4, 3, seed=seed).double()
     torch.testing.assert_close(normalize(scale * (maps + shift)), normalize(maps))

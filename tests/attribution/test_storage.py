@@ -80,12 +80,12 @@ maps.save(sys.argv[2])
 """
 
 
-def test_equal_content_gives_equal_bytes_in_other_processes(tmp_path):
+def test_equal_content_gives_equal_bytes_in_other_processes(fork, tmp_path):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     record().save(first)
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": root}
-    subprocess.run([sys.executable, "-c", SAVE, first, second], check=True, env=environment)
+    other = fork(SAVE, first, second)
+    _, err = other.communicate()
+    assert other.returncode == 0, err
     assert first.read_bytes() == second.read_bytes()
 
 

@@ -15,6 +15,8 @@ from i2am.data.paper_doll import render
 from i2am.models import POCKET, save_pocket_weights
 from i2am.testing import make_maps, make_site
 
+pytestmark = pytest.mark.slow  # they test no product
+
 GRID = (16, 12)
 
 
@@ -250,7 +252,6 @@ def test_a_run_writes_every_figure_and_prints_tables(tmp_path, weights):
         assert title in done.output
 
 
-@pytest.mark.slow
 def test_a_scene_does_not_depend_on_its_batch(tmp_path, weights):
     results = []
     for batch in (1, 2):

@@ -13,6 +13,8 @@ import pytest
 import report
 from ledger import CUT_SHORT, Ledger
 
+pytestmark = pytest.mark.slow  # they test no product
+
 BENCHMARKS = Path(gpu.__file__).parent
 SHORT = "tests/kernels/test_fused.py -k custom_model"
 GUARD = """
@@ -144,7 +146,6 @@ def test_tests_are_rows_and_a_later_run_leaves_out_what_passed(tmp_path, ledger)
     assert len(rows) == 7
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("without", [(), ("diffusers", "xdist", "pytest_timeout")], ids=str)
 def test_a_dry_run_leaves_what_it_promises(tmp_path, without):
     """End to end under the interpreter; also where little more than torch is installed."""

@@ -23,6 +23,8 @@ import i2am
 from i2am.kernels import attention_statistics
 from i2am.testing import assert_matches_reference, make_qkv
 
+pytestmark = pytest.mark.slow  # they test no product
+
 BENCHMARKS = Path(gpu.__file__).parent
 CPU = torch.device("cpu")
 
@@ -208,7 +210,6 @@ def raw(tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
 def test_benchmarks_become_a_result_with_tables_and_plots(raw, tmp_path, capsys):
     target = tmp_path / "result.json"
     report.main(raw, target=target)

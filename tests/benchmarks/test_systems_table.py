@@ -8,6 +8,8 @@ from shapes import CUSTOM, SINGLE_TOKEN, WARP
 
 from i2am.models.conversion.describing import empty_pipeline
 
+pytestmark = pytest.mark.slow  # they test no product
+
 # UNet levels with cross-attention, 3 in the decoder and 2 in the encoder each; 1 in the middle
 SQUARE = Counter({(64, 64): 5, (32, 32): 5, (16, 16): 5, (8, 8): 1})
 UPRIGHT = Counter({(64, 48): 5, (32, 24): 5, (16, 12): 5, (8, 6): 1})

@@ -1,20 +1,20 @@
-"""Files to record on, a model folder, and two ways to run the command line."""
+"""Files to record on, a model folder, and ways to run the command line."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from i2am.cli import main
 
 ARGUMENTS = ("person", "mask", "reference")
+COMMAND = "import runpy; runpy.run_module('i2am', run_name='__main__', alter_sys=True)"
 
 
 class Done(NamedTuple):
@@ -23,15 +23,6 @@ class Done(NamedTuple):
     code: int
     out: str
     err: str
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -82,32 +73,41 @@ def run_here(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], Done]:
 
 
 @pytest.fixture
-def start() -> Callable[..., subprocess.Popen[str]]:
-    """Starts a command in a process of its own."""
+def start(fork: Callable[..., Any]) -> Callable[..., Any]:
+    """Starts a command in a process of its own, behind some code that prepares it."""
 
-    def popen(
-        arguments: list[str], path: Path | None = None, **options: Any
-    ) -> subprocess.Popen[str]:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "i2am", *arguments],
-            text=True,
-            env=env if path is None else {**env, "PYTHONPATH": str(path)},
-            **{**pipes, **options},
-        )
+    def started(arguments: list[str], before: str = "") -> Any:
+        return fork(f"{before}\n{COMMAND}", *arguments)
 
-    return popen
+    return started
 
 
 @pytest.fixture
-def run_apart(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., Done]:
+def run_apart(start: Callable[..., Any]) -> Callable[..., Done]:
     """Runs a command in a process of its own, to its end."""
 
-    def run(arguments: list[str], **options: Any) -> Done:
-        process = start(arguments, **options)
+    def run(arguments: list[str], before: str = "") -> Done:
+        process = start(arguments, before)
         out, err = process.communicate(timeout=100)
         return Done(process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture
+def run_fresh() -> Callable[..., Done]:
+    """Runs a command with a new interpreter, which finds modules of a folder before others."""
+
+    def run(arguments: list[str], path: Path | None = None) -> Done:
+        folders = [str(path)] * (path is not None) + [os.environ.get("PYTHONPATH", "")]
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "i2am", *arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
 
     return run
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -176,17 +175,10 @@ def test_stopping_leaves_nothing(number, code, word, run_here, convert_line, tmp
     assert names(tmp_path) == []
 
 
-@pytest.mark.slow
-def test_disk_full(tiny_checkpoint, run_apart, convert_line, tmp_path, monkeypatch):
-    # a coverage tracer in the process would fail to write its own file, and say so
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-    line = convert_line()
-
-    def limit():
-        # the kernel refuses to grow any file beyond this: a full disk, for one process
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
-
-    done = run_apart(line, preexec_fn=limit)
+def test_disk_full(tiny_checkpoint, run_apart, convert_line, tmp_path):
+    # the kernel refuses to grow any file beyond this: a full disk, for one process
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))"
+    done = run_apart(convert_line(), before=limit)
     assert done.code == ExitCode.IO, done.err
     assert "File too large" in error_of(done)
     assert names(tmp_path) == []

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import signal
 import termios
 
@@ -229,7 +228,6 @@ def test_running_out_of_memory_is_no_bug(error, run_here, record_line, monkeypat
 # One real process per exit code
 
 
-@pytest.mark.slow
 def test_0_done(run_apart, record_line, tmp_path):
     done = run_apart(record_line("--json"))
     assert done.code == 0, done.err
@@ -237,13 +235,13 @@ def test_0_done(run_apart, record_line, tmp_path):
     assert "it/s" not in done.err  # no progress bar where stderr is not a terminal
 
 
-@pytest.mark.slow
 def test_a_terminal_sees_a_progress_bar_on_stderr(start, record_line):
     terminal, end = os.openpty()
     termios.tcsetwinsize(end, (24, 80))
-    process = start(record_line(steps=6), stderr=end)
-    os.close(end)
+    to_terminal = f"import os; os.dup2(os.open({os.ttyname(end)!r}, os.O_RDWR), 2)"
+    process = start(record_line(steps=6), before=to_terminal)
     out, _ = process.communicate(timeout=100)
+    os.close(end)
     seen = ""
     with contextlib.suppress(OSError):  # how Linux says that the other end is closed
         while part := os.read(terminal, 1 << 16):
@@ -255,23 +253,20 @@ def test_a_terminal_sees_a_progress_bar_on_stderr(start, record_line):
     assert "steps" not in out
 
 
-def test_1_unexpected(run_apart, record_line, tmp_path):
+def test_1_unexpected(run_apart, record_line):
     # the only way to a bug on purpose: put one in
-    (tmp_path / "sitecustomize.py").write_text(
-        "import i2am.cli.settings as s\ns.read_inputs = lambda _: 1 / 0\n"
-    )
-    done = run_apart(record_line(), path=tmp_path)
+    bug = "import i2am.cli.recording as r; r.read_inputs = lambda _: 1 / 0"
+    done = run_apart(record_line(), before=bug)
     assert done.code == 1
     assert one_sentence(done.err) == "error: unexpected ZeroDivisionError: division by zero"
 
 
-def test_2_usage(run_apart):
-    done = run_apart(["recrod"])
+def test_2_usage(run_fresh):
+    done = run_fresh(["recrod"])
     assert done.code == 2
     assert "No such command 'recrod'" in one_sentence(done.err)
 
 
-@pytest.mark.slow
 def test_3_incomplete(run_apart, record_line, tmp_path):
     from i2am.models import pocket_pipeline
 
@@ -312,23 +307,16 @@ def test_74_output_cannot_be_made(run_apart, record_line, files, tmp_path):
     assert names(tmp_path) == before
 
 
-@pytest.mark.slow
-def test_74_disk_full_while_writing(run_apart, record_line, tmp_path, monkeypatch):
-    # a coverage tracer in the process would fail to write its own file, and say so
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-
-    def limit():
-        # the kernel refuses to grow any file beyond this: a full disk, for one process
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
+def test_74_disk_full_while_writing(run_apart, record_line, tmp_path):
+    # the kernel refuses to grow any file beyond this: a full disk, for one process
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
     before = names(tmp_path)
-    done = run_apart(record_line(), preexec_fn=limit)
+    done = run_apart(record_line(), before=limit)
     assert done.code == 74, done.err
     assert "File too large" in one_sentence(done.err)
     assert names(tmp_path) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],

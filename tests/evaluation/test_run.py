@@ -355,12 +355,14 @@ def test_memory_does_not_grow_with_the_samples(monkeypatch, tmp_path, dolls, ope
     # everything but the model, which keeps nothing
     monkeypatch.setattr(worker, "generate", lambda *_: made)
     held = []
+    gc.freeze()  # what was there before need not be searched twenty times
     tracemalloc.start()
     for number in store.shard_numbers("unpaired"):
         computing.run("unpaired", number)
         gc.collect()
         held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
+    gc.unfreeze()
     assert len(held) == 20
     # Python's own caches fill for a while, and those of a coverage tool; ten samples leave less
     # behind than a single picture of one, in fp32

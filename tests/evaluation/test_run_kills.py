@@ -1,6 +1,7 @@
 """Whole commands in processes of their own: ranks, Ray, signals and kills give the same bytes."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import time
 import psutil
 import pytest
 
+from i2am.cli import main
 from i2am.data import write_viton_hd
 
 pytestmark = pytest.mark.slow
@@ -21,24 +23,7 @@ PAIRS = 8
 OPTIONS = ("--batch=2", "--shard=2", "--steps=4", "--time-groups=2", "--threads=1")
 SHARDS = 2 * PAIRS // 2
 
-# imports once, then makes a process for every line it reads, as quick as a fork; each line is a
-# JSON list of arguments, each answer the process's number and, when it has ended, its exit code
-FORKS = """
-    import json, os, sys
-    import diffusers, torch, transformers
-    import i2am.cli.evaluating, i2am.models.custom, i2am.models.pocket
-    from i2am.cli import main
-
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(2, 1)
-            os._exit(main(json.loads(line)))
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+COMMAND = "import sys; from i2am.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
@@ -58,38 +43,29 @@ def command(data):
     return of
 
 
-@pytest.fixture(scope="module")
-def start(command):
+@pytest.fixture
+def start(fork, command):
     """Starts a run in a process of its own."""
 
     def started(out, *more, **environment):
-        line = [sys.executable, "-P", "-m", "i2am", *command(out, *more)]
-        quiet = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-        return subprocess.Popen(
-            line,
-            env={**quiet, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return fork(COMMAND, *command(out, *more), RAY_USAGE_STATS_ENABLED="0", **environment)
 
     return started
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, start, digest):
-    """Digest of a run in one process."""
+def uninterrupted(tmp_path_factory, command, digest):
+    """Digest of a run in this process."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = start(out, "--json")
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    result = json.loads(stdout)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(command(out, "--json")) == 0
+    result = json.loads(printed.getvalue())
     assert (result["samples"], result["failed"], result["remaining"]) == (2 * PAIRS, 0, 0)
     return digest(out)
 
 
 def finish(process, *, code=0):
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate()
     assert process.returncode == code, stderr
     return stderr
 
@@ -102,7 +78,7 @@ def wait_for(count, out, process):
     """Until so many shards are committed."""
     deadline = time.monotonic() + 200
     while committed(out) < count:
-        assert process.poll() is None, process.stderr.read()
+        assert process.returncode is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -171,46 +147,28 @@ def test_a_second_signal_kills_at_once(uninterrupted, start, tmp_path, digest):
     assert digest(out) == uninterrupted
 
 
-def test_twenty_kills(uninterrupted, command, tmp_path, digest):
+def test_twenty_kills(uninterrupted, start, tmp_path, digest):
     chance = random.Random(6)
-    server = subprocess.Popen(
-        [sys.executable, "-P", "-c", textwrap.dedent(FORKS)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-
-    def begin(out):
-        server.stdin.write(json.dumps(command(out)) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
-
     kills = runs = 0
-    with server:
-        while kills < 20:
-            runs += 1
-            out = tmp_path / f"run-{runs}"
-            while kills < 20 and committed(out) < SHARDS:
-                before, child = committed(out), begin(out)
-                if kills % 2:
-                    # in or right behind a commit
-                    deadline = time.monotonic() + 60
-                    while committed(out) == before and time.monotonic() < deadline:
-                        time.sleep(0.001)
-                    time.sleep(chance.uniform(0, 0.01))
-                else:
-                    time.sleep(chance.uniform(0, 2))
-                # it may have finished just now
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-                if int(server.stdout.readline()) == -signal.SIGKILL:
-                    kills += 1
-            begin(out)
-            assert int(server.stdout.readline()) == 0
-            assert digest(out) == uninterrupted
-        server.stdin.close()
+    while kills < 20:
+        runs += 1
+        out = tmp_path / f"run-{runs}"
+        while kills < 20 and committed(out) < SHARDS:
+            before, process = committed(out), start(out)
+            if kills % 2:
+                # in or right behind a commit
+                deadline = time.monotonic() + 60
+                while committed(out) == before and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                time.sleep(chance.uniform(0, 0.01))
+            else:
+                time.sleep(chance.uniform(0, 2))
+            # it may have finished just now
+            process.kill()
+            process.communicate()
+            kills += process.returncode == -signal.SIGKILL
+        finish(start(out))
+        assert digest(out) == uninterrupted
 
 
 def test_ray(uninterrupted, start, tmp_path, digest):

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -163,29 +161,27 @@ def test_leftovers_are_removed(full):
 
 
 HOLD = """
-import sys
+import sys, time
 from i2am.evaluation.store import Store
 from i2am.evaluation.testing import make_plan, make_shard
 store = Store.open(sys.argv[1])
 store.commit(*make_shard(make_plan()))
 print("writing", flush=True)
-sys.stdin.read()
+time.sleep(300)
 """
 
 
-def test_leftovers_stay_while_another_process_writes(run):
+def test_leftovers_stay_while_another_process_writes(fork, run):
     Store.create(run, PLAN)
-    command = [sys.executable, "-c", HOLD, str(run)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True) as other:
-        assert other.stdout.readline() == "writing\n"
-        left = leave(run)
-        Store.create(run, PLAN)
-        assert all(path.exists() for path in left)
-        other.kill()
-        other.wait()
-        Store.create(run, PLAN)
-        assert not any(path.exists() for path in left)
+    other = fork(HOLD, run)
+    assert other.stdout.readline() == "writing\n"
+    left = leave(run)
+    Store.create(run, PLAN)
+    assert all(path.exists() for path in left)
+    other.kill()
+    other.communicate()
+    Store.create(run, PLAN)
+    assert not any(path.exists() for path in left)
 
 
 def test_leftovers_stay_where_files_cannot_be_locked(full, monkeypatch):

@@ -155,7 +155,8 @@ def work_in_child(folder, strike):
         return [*pipe.read()], os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("wrong", [kill_before, pytest.param(kill_after, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [kill_before, kill_after])
 def test_killed_at_every_operation(tmp_path, reference, wrong):
     number, seen = 0, []
     while True:
@@ -178,15 +179,9 @@ def test_killed_at_every_operation(tmp_path, reference, wrong):
 # Disks that fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "code",
-    [
-        errno.ENOSPC,
-        pytest.param(errno.EIO, marks=pytest.mark.slow),
-        pytest.param(errno.EDQUOT, marks=pytest.mark.slow),
-        pytest.param(errno.EROFS, marks=pytest.mark.slow),
-    ],
-    ids=errno.errorcode.get,
+    "code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get
 )
 def test_an_error_at_every_operation(tmp_path, reference, code):
     def fail(call):
@@ -349,13 +344,8 @@ def oldest_content_with_newest_names(states):
 CHOICES = [first, last, oldest_content_with_newest_names]
 
 
-@pytest.mark.parametrize(
-    "choose",
-    [
-        oldest_content_with_newest_names,
-        *(pytest.param(choose, marks=pytest.mark.slow) for choose in (first, last)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("choose", CHOICES)
 def test_power_lost_after_every_operation(tmp_path, reference, choose):
     disk = recorded(tmp_path)
     assert disk.acknowledged == [0, 1]
@@ -369,7 +359,6 @@ def test_power_lost_after_every_operation(tmp_path, reference, choose):
 
 @settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(seed=st.integers(0, 2**32 - 1))
@@ -386,6 +375,7 @@ def disk_of_a_run(tmp_path_factory):
     return recorded(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["sync_files", "sync_folders"])
 def test_the_disk_of_these_tests_forgets_what_is_not_synced(tmp_path, reference, missing):
     disk = recorded(tmp_path, **{missing: False})

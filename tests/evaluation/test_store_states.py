@@ -154,6 +154,5 @@ TestRuns = pytest.mark.slow(Runs.TestCase)
 TestRuns.settings = settings(
     max_examples=15,
     stateful_step_count=20,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -16,6 +16,7 @@ def run(*command, **environment):
     )
 
 
+@pytest.mark.slow
 def test_the_kernels_fit_all_targets():
     done = run("-m", "i2am.kernels.fused.ahead_of_time", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -39,6 +40,7 @@ def test_the_kernels_fit_all_targets():
     assert summary.endswith(" 0 unfit")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_named_and_fails():
     """The same command on a tile shape that is too large, and on a kernel that cannot compile."""
     code = """
@@ -64,6 +66,7 @@ sys.exit(ahead_of_time.main(["--target", "sm_80"]))
     assert summary.endswith(" 2 unfit")
 
 
+@pytest.mark.slow
 def test_edges_compile():
     """Sizes of 1 become constants, strides beyond 32 bits become int64: other code than usual."""
     code = """

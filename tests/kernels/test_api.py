@@ -1,8 +1,5 @@
 """What the public functions promise whatever the implementation, and what they refuse."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -428,7 +425,7 @@ def test_the_requested_implementation_runs_and_no_other(monkeypatch, function, a
     assert set(seen) == {ran}
 
 
-def test_fused_on_cpu_tensors_is_refused_without_the_interpreter():
+def test_fused_on_cpu_tensors_is_refused_without_the_interpreter(fork):
     code = """
 import torch
 from i2am import kernels
@@ -443,16 +440,7 @@ for call in (
     except RuntimeError as error:
         print(error)
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env=environment,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = result.stdout.splitlines()
+    lines = fork(code, TRITON_INTERPRET="0").communicate()[0].splitlines()
     assert len(lines) == 3
     assert all("impl='fused' needs tensors on a GPU" in line for line in lines)
 

@@ -91,7 +91,7 @@ def small_calls(draw):
     return query, key, {"scale": scale, "bias": bias}, rows, votes
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(derandomize=True, max_examples=60)
 @given(call=small_calls())
 def test_equals_the_formulae_spelled_out(call):
     query, key, options, rows, votes = call

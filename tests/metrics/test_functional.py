@@ -17,7 +17,7 @@ from i2am.metrics import imacs, imacs_scores
 from i2am.testing import make_maps, make_site
 
 SIDE = st.integers(2, 7)
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 
 
 def rand(*shape, seed=0):

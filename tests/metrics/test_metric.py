@@ -1,11 +1,7 @@
 """IMACS as a torchmetrics Metric: streaming, merging and processes equal the function."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +11,6 @@ from hypothesis import strategies as st
 torchmetrics = pytest.importorskip("torchmetrics", reason="torchmetrics is an extra")
 
 from i2am.metrics import IMACS, imacs  # noqa: E402 - needs torchmetrics
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def batch(samples, seed=0):
@@ -111,7 +105,7 @@ def test_reset_clone_and_pickle():
 
 
 @given(sizes=st.lists(st.integers(0, 3), min_size=3, max_size=3))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_merging_states_in_any_order_equals_one_pass(sizes):
     batches = [batch(samples, seed) for seed, samples in enumerate(sizes)]
     whole = updated(*batches)
@@ -175,7 +169,7 @@ print(json.dumps(results))
 """
 
 
-def test_two_processes_uneven_or_one_empty_equal_one(tmp_path):
+def test_two_processes_uneven_or_one_empty_equal_one(fork, tmp_path):
     batches = [batch(samples, seed) for seed, samples in enumerate([3, 1, 2, 4])]
     batches[1][1].zero_()
     ranks = {
@@ -184,22 +178,8 @@ def test_two_processes_uneven_or_one_empty_equal_one(tmp_path):
         "one empty": [[], batches],
     }
     torch.save(ranks, tmp_path / "data")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [tmp_path / "rendezvous", tmp_path / "data"]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WORKER, str(rank), *command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    workers = [fork(WORKER, rank, tmp_path / "rendezvous", tmp_path / "data") for rank in range(2)]
+    outputs = [worker.communicate()[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
     whole = updated(*batches, undefined="nan")
     for output in outputs:

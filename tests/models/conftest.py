@@ -1,7 +1,7 @@
 """Tiny pipelines with random weights, and inputs for them; everything offline and in seconds."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +80,16 @@ TINY_CLIP = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def custom() -> CustomPipeline:
+@pytest.fixture(scope="session")
+def _custom() -> CustomPipeline:
     pipeline = TINY_CUSTOM.build(seed=0)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def custom(_custom: CustomPipeline) -> CustomPipeline:
+    return copy.deepcopy(_custom)
 
 
 @pytest.fixture(scope="session")
@@ -136,11 +132,16 @@ def theirs() -> Callable[..., Any]:
     return diffusers_pipeline
 
 
-@pytest.fixture
-def paint_by_example(public_folder: Path) -> PaintByExamplePipeline:
+@pytest.fixture(scope="session")
+def _paint_by_example(public_folder: Path) -> PaintByExamplePipeline:
     pipeline = PaintByExamplePipeline.from_pretrained(public_folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def paint_by_example(_paint_by_example: PaintByExamplePipeline) -> PaintByExamplePipeline:
+    return copy.deepcopy(_paint_by_example)
 
 
 @pytest.fixture

@@ -18,9 +18,41 @@ from i2am.models.sampling import Sampling
 SIZE = {"height": 32, "width": 24}
 
 
-@pytest.fixture(params=["custom", "paint_by_example", "stableviton"])
+FAMILIES = ["custom", "paint_by_example", "stableviton"]
+
+
+@pytest.fixture(params=FAMILIES)
 def pipeline(request):
     return request.getfixturevalue(request.param)
+
+
+# every family hands these settings on unchanged (the first test), and then the code is the same
+once = pytest.mark.parametrize("pipeline", ["custom"], indirect=True)
+
+
+def test_every_setting_reaches_the_shared_code(pipeline, inputs, monkeypatch) -> None:
+    settings = {
+        "num_inference_steps": 7,
+        "guidance_scale": 3.5,
+        "num_images_per_prompt": 2,
+        "eta": 0.25,
+        "generator": torch.Generator(),
+        "output_type": "np",
+        "vae_posterior": "mode",
+        "callback_on_step_end": lambda *_: None,
+        "callback_on_step_end_tensor_inputs": ["latents"],
+    }
+    others = {"latents": torch.zeros(2, 4, 16, 12), "return_dict": False}
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda *given, **options: seen.append((given, options)))
+    for paste_back in (True, False):
+        pipeline(**inputs, **SIZE, **settings, **others, paste_back=paste_back)
+    for (given, options), pasted in zip(seen, (True, False), strict=True):
+        assert given == (Sampling(**settings),)
+        assert options["latents"] is others["latents"]
+        assert options["return_dict"] is False
+        assert (options["batch"], options["size"]) == (1, (32, 24))
+        assert (options["paste_onto"] is not None) == pasted
 
 
 def evaluation(pipeline) -> int:
@@ -92,6 +124,7 @@ def test_one_input_serves_a_batch(pipeline, batch_inputs, inputs, run) -> None:
     torch.testing.assert_close(together[2], last[0], rtol=1e-4, atol=1e-4)
 
 
+@once
 def test_same_seed_same_image_and_global_noise_untouched(pipeline, inputs, run) -> None:
     before = torch.random.get_rng_state()
     first, second, other = (run(pipeline, **inputs, seeds=seed) for seed in (7, 7, 8))
@@ -109,6 +142,7 @@ def test_posterior_mode_leaves_the_start_as_the_only_noise(pipeline, inputs, run
     assert not torch.equal(drawn[0], drawn[1])
 
 
+@once
 def test_input_kinds_agree(pipeline, inputs, run) -> None:
     arrays = {name: np.array(values) for name, values in inputs.items()}
     floats = {name: values.astype(np.float32)[None] / 255 for name, values in arrays.items()}
@@ -122,6 +156,7 @@ def test_input_kinds_agree(pipeline, inputs, run) -> None:
         torch.testing.assert_close(run(pipeline, **kind), expected, rtol=0, atol=1e-4)
 
 
+@once
 @pytest.mark.parametrize(
     ("output_type", "kind", "shape"),
     [
@@ -142,6 +177,7 @@ def test_output_types(pipeline, inputs, run, output_type, kind, shape) -> None:
         assert output_type == "latent" or (images.min() >= 0 and images.max() <= 1)
 
 
+@once
 def test_return_dict_false_gives_a_tuple(pipeline, inputs) -> None:
     settings = {"num_inference_steps": 1, **inputs}
     (images,) = pipeline(**settings, return_dict=False)
@@ -150,6 +186,7 @@ def test_return_dict_false_gives_a_tuple(pipeline, inputs) -> None:
     assert len(images) == len(result.images) == 1
 
 
+@once
 def test_paste_back_keeps_the_pixels_outside_the_mask(pipeline, inputs, run) -> None:
     person = np.array(inputs["image"]).astype(np.float32) / 255
     keep = np.array(inputs["mask_image"]) == 0
@@ -161,6 +198,7 @@ def test_paste_back_keeps_the_pixels_outside_the_mask(pipeline, inputs, run) -> 
     assert np.abs(plain[keep] - person[keep]).max() > 0.05
 
 
+@once
 @pytest.mark.parametrize(("height", "width"), [(32, 24), (36, 20), (22, 46)], ids=str)
 def test_sizes(pipeline, inputs, run, height, width) -> None:
     images = run(pipeline, **inputs, height=height, width=width, output_type="np")
@@ -204,6 +242,7 @@ def test_noise_is_scaled_as_the_scheduler_wants_it(pipeline, inputs, run, unet_c
     torch.testing.assert_close(calls[0][0][:1, :4], start * sigma / (sigma**2 + 1) ** 0.5)
 
 
+@once
 def test_latents_are_shifted_and_scaled_by_the_vaes_configuration(pipeline) -> None:
     pipeline.vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
     image = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -215,6 +254,7 @@ def test_latents_are_shifted_and_scaled_by_the_vaes_configuration(pipeline) -> N
         torch.testing.assert_close(decoded, pipeline.vae.decode(plain).sample, rtol=0, atol=1e-5)
 
 
+@once
 def test_callback_sees_and_replaces_latents(pipeline, inputs, run) -> None:
     seen = []
 
@@ -240,6 +280,7 @@ def test_guidance_can_end_in_mid_run(pipeline, inputs, run, unet_calls) -> None:
     assert [len(sample) for sample, _ in calls] == [*first, 1, 1]
 
 
+@once
 def test_interrupt_leaves_out_the_rest(pipeline, inputs, run, unet_calls) -> None:
     calls = unet_calls(pipeline)
 
@@ -253,6 +294,7 @@ def test_interrupt_leaves_out_the_rest(pipeline, inputs, run, unet_calls) -> Non
     assert len(calls) == evaluation(pipeline) * (1 + 3)
 
 
+@once
 def test_progress_bar_counts_steps(pipeline, inputs, capsys) -> None:
     pipeline.set_progress_bar_config(disable=False)
     pipeline.scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
@@ -366,8 +408,23 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("change", "error", "message"), WRONG.values(), ids=WRONG.keys())
-def test_bad_input(pipeline, inputs, unet_calls, change, error, message) -> None:
+# what reading pictures and `Sampling` refuse is refused alike for all; the rest a family may miss
+SHARED = {"grey array", "four channels", "range", "not a number", "mask range", "mask shape"}
+SHARED |= {"steps", "steps kind", "images per prompt", "guidance", "output type", "posterior"}
+SHARED |= {"callback", "callback tensors"}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "case"),
+    [
+        (family, case)
+        for case in WRONG
+        for family in FAMILIES[: 1 if case in SHARED else len(FAMILIES)]
+    ],
+    indirect=["pipeline"],
+)
+def test_bad_input(pipeline, inputs, unet_calls, case) -> None:
+    change, error, message = WRONG[case]
     calls = unet_calls(pipeline)
     with pytest.raises(error, match=message) as caught:
         pipeline(**{**inputs, "num_inference_steps": 1, **change})
@@ -375,6 +432,7 @@ def test_bad_input(pipeline, inputs, unet_calls, change, error, message) -> None
     assert not calls
 
 
+@once
 def test_eta_is_refused_where_the_scheduler_has_none(pipeline, inputs) -> None:
     pipeline.scheduler = PNDMScheduler(skip_prk_steps=True)
     with pytest.raises(ValueError, match="eta must be 0 for PNDMScheduler"):

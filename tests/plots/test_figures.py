@@ -507,12 +507,7 @@ for figure in (
 """
 
 
-def test_png_bytes_are_the_same_in_two_processes():
-    first, second = (
-        subprocess.run(
-            [sys.executable, "-P", "-c", BYTES], check=True, capture_output=True, text=True
-        ).stdout.split()
-        for _ in range(2)
-    )
+def test_png_bytes_are_the_same_in_two_processes(fork):
+    first, second = (fork(BYTES).communicate()[0].split() for _ in range(2))
     assert first == second
     assert len(set(first)) == 2

@@ -1,12 +1,10 @@
 """A custom model of a few thousand parameters, and a folder in VITON-HD layout to train it on."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import DDIMScheduler
 
 from i2am.data.paper_doll import write_viton_hd
@@ -49,16 +47,6 @@ TINY = CustomConfiguration(
     scheduler_options={**STABLE_DIFFUSION_BETAS, "steps_offset": 1, "set_alpha_to_one": False},
     reference_size=(16, 12),
 )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

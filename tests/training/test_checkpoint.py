@@ -3,9 +3,6 @@
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -129,20 +126,15 @@ for step in range(int(sys.argv[2]), 10**6):
 """
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_a_whole_one_is_left(tmp_path) -> None:
+def test_killed_at_any_moment_a_whole_one_is_left(fork, tmp_path) -> None:
     step = 0
     for wait in (0.05, 0.11, 0.16, 0.23):
-        with subprocess.Popen(
-            [sys.executable, "-P", "-c", WRITER, str(tmp_path), str(step)],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as writer:
-            assert writer.stdout.readline() == "ready\n"
-            first = int(writer.stdout.readline())
-            time.sleep(wait)
-            writer.send_signal(signal.SIGKILL)
-            printed = [first, *map(int, writer.stdout.read().split())]
+        writer = fork(WRITER, tmp_path, step)
+        assert writer.stdout.readline() == "ready\n"
+        first = int(writer.stdout.readline())
+        time.sleep(wait)
+        writer.kill()
+        printed = [first, *map(int, writer.communicate()[0].split())]
         found = last_checkpoint(tmp_path)
         # what was reported as written is there; what was being written may be
         assert found.step in (printed[-1], printed[-1] + 1)

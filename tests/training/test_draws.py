@@ -1,8 +1,5 @@
 """Random numbers depend on seed, purpose and place, and on nothing else."""
 
-import subprocess
-import sys
-
 import torch
 
 from i2am.training.draws import Order, generator
@@ -21,15 +18,13 @@ def test_other_places_have_other_numbers() -> None:
     assert len(draws) == len(places)
 
 
-def test_another_process_has_the_same_numbers() -> None:
+def test_another_process_has_the_same_numbers(fork) -> None:
     # Python salts its own hash per process
     code = (
         "import torch; from i2am.training.draws import generator;"
         "print(torch.rand(2, generator=generator(7, 'noise', 1)).tolist())"
     )
-    out = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
-    ).stdout
+    out, _ = fork(code).communicate()
     assert out.strip() == str(torch.rand(2, generator=generator(7, "noise", 1)).tolist())
 
 

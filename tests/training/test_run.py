@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -105,7 +104,7 @@ def test_resumed_from_the_one_before_a_torn_checkpoint(uninterrupted, recipe, tm
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(uninterrupted, recipe, tmp_path) -> None:
+def test_killed_and_resumed(fork, uninterrupted, recipe, tmp_path) -> None:
     out = tmp_path / "killed"
     out.mkdir()
     (tmp_path / "recipe.json").write_text(recipe().as_json())
@@ -117,16 +116,18 @@ def test_killed_and_resumed(uninterrupted, recipe, tmp_path) -> None:
         "intervals = Intervals(checkpoint=2, validate=0, log=1, keep=2)\n"
         "train(recipe, Path(sys.argv[2]), intervals, workers=0, progress=False)\n"
     )
-    command = [sys.executable, "-P", "-c", code, str(tmp_path / "recipe.json"), str(out)]
-    with subprocess.Popen(command) as run:
-        # as soon as the first checkpoint is being written
-        deadline = time.monotonic() + 300
-        while not list(out.glob("denoiser/*checkpoint*")) and time.monotonic() < deadline:
-            assert run.poll() is None
-            time.sleep(0.002)
-        run.send_signal(signal.SIGKILL)
+    run = fork(code, tmp_path / "recipe.json", out)
+    # as soon as the first checkpoint is being written
+    deadline = time.monotonic() + 300
+    while not list(out.glob("denoiser/*checkpoint*")) and time.monotonic() < deadline:
+        assert run.returncode is None
+        time.sleep(0.002)
+    run.kill()
+    run.communicate()
     assert not (out / "pipeline").exists()
-    subprocess.run(command, check=True)
+    again = fork(code, tmp_path / "recipe.json", out)
+    _, err = again.communicate()
+    assert again.returncode == 0, err
     _assert_same(out, uninterrupted)
 
 
