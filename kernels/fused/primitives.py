@@ -59,13 +59,14 @@ def feature_strides(**features: tuple[Tensor, str]) -> dict[str, int]:
     Triton learns of a stride only whether 16 divides it. With 40 or 72 features it does not, and
     every load would be of one number, which no pipeline fetches ahead. UNIT is 8 where the strides
     allow it: the compiler then sees that 8 numbers lie together, 16 bytes in 16 bits. Otherwise it
-    is 1, also beyond 32 bits: there the product with UNIT would not fit the stride's own type.
+    is 1: where 16 divides all strides, and beyond 32 bits, which the product would not fit.
 
     Args:
         features: ``[batch, heads, seqlen, head_dim]`` and the name of its axis of tokens, by name.
     """
     steps = [step for tensor, _ in features.values() for step in tensor.stride()[:3]]
-    unit = 8 if all(step % 8 == 0 and step < 2**31 for step in steps) else 1
+    by_8 = all(step % 8 == 0 and step < 2**31 for step in steps)
+    unit = 8 if by_8 and any(step % 16 for step in steps) else 1
     arguments = {"UNIT": unit}
     for name, (tensor, tokens) in features.items():
         *steps, last = tensor.stride()
