@@ -14,7 +14,7 @@ from torch import Tensor
 from i2am.kernels.arguments import runs_fused
 from i2am.kernels.fused import forward, short, statistics
 from i2am.kernels.fused.configs import MAX_HEAD_DIM, MAX_ROW_BLOCK, fits_short, width
-from i2am.kernels.fused.primitives import INTERPRETED, feature_unit
+from i2am.kernels.fused.primitives import INTERPRETED, read_together
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -83,7 +83,7 @@ def accumulate(
         query_lse = row_lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     key_lse = key.new_empty(key.shape[:3], dtype=torch.float32)
     rows = max(1 if sums is None else sums.shape[2] for sums in (r2g, g2r))
-    features = width(query.shape[3], feature_unit(query, key))
+    features = width(query.shape[3], read_together(query, key))
     if fits_short(features, query.element_size(), key.shape[2], rows):
         for launch in short.plan(
             query,

@@ -2,7 +2,7 @@
 
 One row per kernel and target, from the machine code itself. The exit status is 1 when a kernel does
 not compile, spills registers, needs more shared memory than the target has, reads 16-bit operands
-one by one, or multiplies them without a matrix instruction.
+one by one, multiplies them without a matrix instruction, or reads a register that nothing wrote.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from i2am.kernels.fused import forward, short, statistics
 from i2am.kernels.fused.configs import LONG_OWNERS, MAX_LOOPED_ROWS, MAX_ROW_BLOCK, fits_short
+from i2am.kernels.fused.machine_code import undefined_registers
 from i2am.kernels.fused.primitives import INTERPRETED, Launch
 
 KIB = 1024
@@ -65,6 +66,8 @@ class Report(NamedTuple):
     matrix: str
     narrow: bool = False
     """Whether a load on an NVIDIA GPU reads a single number of 16 bits, and so no pipeline does."""
+    undefined: tuple[str, ...] = ()
+    """Instructions for compute capability 9.0 that read a register which nothing has written."""
 
     def problems(self, target: Target, dtype: torch.dtype) -> list[str]:
         """What makes this kernel unfit for ``target``, in words."""
@@ -77,6 +80,8 @@ class Report(NamedTuple):
             found.append("has no matrix instruction")
         if self.narrow:
             found.append("reads 16-bit operands one by one")
+        if self.undefined:
+            found.append(f"reads a register that nothing wrote: {self.undefined[0]}")
         return found
 
 
@@ -86,6 +91,14 @@ class Case(NamedTuple):
     name: str
     dtype: torch.dtype
     launch: Launch
+    apart: bool = False
+    """Whether each feature is read by itself: right is enough there, fast is not asked."""
+
+    def problems(self, needs: Report, target: Target) -> list[str]:
+        """What makes the kernel of this call unfit for ``target``, in words."""
+        if self.apart:
+            needs = needs._replace(spilled=0, narrow=False)
+        return needs.problems(target, self.dtype)
 
 
 def cases(*, quick: bool = False) -> Iterator[Case]:
@@ -95,7 +108,7 @@ def cases(*, quick: bool = False) -> Iterator[Case]:
             for name, plan in VARIANTS.items():
                 if (not quick or name in QUICK_VARIANTS) and _is_launched(name, dtype, head_dim):
                     label = f"{TYPES[dtype]} head_dim {head_dim}: {name}"
-                    yield Case(label, dtype, plan(dtype, head_dim))
+                    yield Case(label, dtype, plan(dtype, head_dim), name.endswith(", apart"))
 
 
 def compile_for(launch: Launch, gpu: GPUTarget) -> CompiledKernel:
@@ -117,12 +130,13 @@ def compile_for(launch: Launch, gpu: GPUTarget) -> CompiledKernel:
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for position, parameter in enumerate(launch.kernel.params):
         value = arguments.pop(parameter.name)
-        one = isinstance(value, int) and value == 1
+        count = isinstance(value, int) and not parameter.do_not_specialize
+        one = count and value == 1
         if parameter.is_constexpr or value is None or one:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = _type_of(value)
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, Tensor) or (count and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=gpu, options=arguments)
@@ -145,12 +159,18 @@ def report(kernel: CompiledKernel) -> Report:
         cuobjdump = triton.knobs.nvidia.cuobjdump.path
         command = [cuobjdump, "-res-usage", str(binary)]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        undefined: tuple[str, ...] = ()
+        if "wgmma" in kernel.asm["ptx"]:
+            command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(binary)]
+            sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            undefined = tuple(undefined_registers(sass))
     return Report(
         registers=_number(r"REG:(\d+)", usage),
         spilled=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
         shared=kernel.metadata.shared,
         matrix=_matrix(r"\b(wgmma|tcgen05\.mma|mma\.sync)", kernel.asm["ptx"]),
         narrow=re.search(r"\bld\.global\S*\.[bu]16\b", kernel.asm["ptx"]) is not None,
+        undefined=undefined,
     )
 
 
@@ -171,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 failures += 1
                 print(f"{name:8}{case.name:52}does not compile: {_reason(error)}", flush=True)
                 continue
-            problems = needs.problems(TARGETS[name], case.dtype)
+            problems = case.problems(needs, TARGETS[name])
             failures += bool(problems)
             numbers = f"{needs.registers:10}{needs.spilled:9}{needs.shared:9}"
             remarks = f"  <- {', '.join(problems)}" if problems else ""
@@ -195,12 +215,18 @@ def _is_launched(name: str, dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def _statistics(
-    dtype: torch.dtype, head_dim: int, owners: int, *, rows: int, biased: bool = False
+    dtype: torch.dtype,
+    head_dim: int,
+    owners: int,
+    *,
+    rows: int,
+    biased: bool = False,
+    apart: bool = False,
 ) -> Launch:
     with_sums = rows > 0
     return statistics.plan(
-        _tokens(owners, head_dim, dtype),
-        _tokens(KEYS, head_dim, dtype),
+        _tokens(owners, head_dim, dtype, apart),
+        _tokens(KEYS, head_dim, dtype, apart),
         scale=head_dim**-0.5,
         bias=_bias(owners) if biased else None,
         # many rows come as several blocks, beside which the log-sum-exp has a pass of its own
@@ -220,10 +246,11 @@ def _short(
     rows: int = 1,
     biased: bool = False,
     given: bool = False,
+    apart: bool = False,
 ) -> Launch:
     chunks, queries = short.plan(
-        _tokens(LONG, head_dim, dtype),
-        _tokens(keys, head_dim, dtype),
+        _tokens(LONG, head_dim, dtype, apart),
+        _tokens(keys, head_dim, dtype, apart),
         scale=head_dim**-0.5,
         bias=_bias(LONG, keys) if biased else None,
         query_weights=_fp32(BATCH, rows, LONG),
@@ -237,8 +264,10 @@ def _short(
     return chunks if kernel == "chunks" else queries
 
 
-def _attention(dtype: torch.dtype, head_dim: int, *, biased: bool = False) -> Launch:
-    query, key = _tokens(LONG, head_dim, dtype), _tokens(KEYS, head_dim, dtype)
+def _attention(
+    dtype: torch.dtype, head_dim: int, *, biased: bool = False, apart: bool = False
+) -> Launch:
+    query, key = (_tokens(seqlen, head_dim, dtype, apart) for seqlen in (LONG, KEYS))
     return forward.plan(
         query,
         key,
@@ -250,8 +279,9 @@ def _attention(dtype: torch.dtype, head_dim: int, *, biased: bool = False) -> La
     )
 
 
-def _tokens(seqlen: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(BATCH, seqlen, HEADS, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+def _tokens(seqlen: int, head_dim: int, dtype: torch.dtype, apart: bool = False) -> Tensor:
+    wide = torch.empty(BATCH, seqlen, HEADS, head_dim + apart, dtype=dtype, device="meta")
+    return wide[..., :head_dim].transpose(1, 2)
 
 
 def _bias(owners: int, others: int = KEYS) -> Tensor:
@@ -302,7 +332,13 @@ VARIANTS: dict[str, Callable[[torch.dtype, int], Launch]] = {
         for kernel in ("chunks", "queries")
     },
     "chunks, 64 keys, given lse": partial(_short, keys=64, kernel="chunks", given=True),
+    "lse, 1 row, apart": partial(_statistics, owners=LONG, rows=1, apart=True),
+    f"{MAX_ROW_BLOCK} rows, apart": partial(
+        _statistics, owners=LONG, rows=MAX_ROW_BLOCK, apart=True
+    ),
+    "chunks, 64 keys, apart": partial(_short, keys=64, kernel="chunks", apart=True),
     "attention": _attention,
+    "attention, apart": partial(_attention, apart=True),
     "attention, bias": partial(_attention, biased=True),
 }
 QUICK_VARIANTS = (
@@ -312,7 +348,9 @@ QUICK_VARIANTS = (
     "chunks, 16 keys",
     "chunks, 128 keys",
     "queries, 128 keys",
+    f"{MAX_ROW_BLOCK} rows, apart",
     "attention",
+    "attention, apart",
 )
 
 

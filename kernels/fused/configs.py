@@ -33,12 +33,11 @@ TILES = {
     # goes in chunks of FP32_CHUNK and nothing is staged ahead
     "statistics, fp32": Tile(64, 32, num_warps=8, num_stages=1, maxnreg=255),
     # 64-bit addresses of a bias tile take two registers each, and the product with many weight rows
-    # takes three TF32 dots on fp32 operands: half a tile of scores over twice the warps; also where
-    # few rows beside more than 96 features would spill on sm_100 or sm_120
+    # takes three TF32 dots on fp32 operands: half a tile of scores over twice the warps; also for
+    # few rows of short owners, which would spill on sm_100 and, beside 128 features, on sm_120
     "statistics, bias or many rows": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
     # 16 x 12 to 32 x 24 grids and image tokens: small tiles, so that 8 heads still fill a GPU
     "statistics, short": Tile(64, 64, num_warps=4, num_stages=3),
-    "statistics, short, few rows": Tile(64, 64, num_warps=4, num_stages=3, maxnreg=255),
     # from 64 x 32 tokens on there are programs enough: fewer reads of the other side; short steps
     # keep two blocks of 8 warps on a multiprocessor (on gfx942 only up to 128 features)
     "statistics, long": Tile(128, 32, num_warps=8, num_stages=3),
@@ -77,12 +76,12 @@ MAX_ROW_BLOCK = 32
 MIN_DOT = 16
 
 
-def width(head_dim: int, unit: int) -> int:
-    """The features that a tile is chosen for: read one by one (``unit`` 1) they lie in one block.
+def width(head_dim: int, together: bool) -> int:
+    """The features that a tile is chosen for: where each is read by itself they lie in one block.
 
     The reason is a fault of ptxas, see ``primitives.py``.
     """
-    return head_dim if unit > 1 else _power_of_2(head_dim)
+    return head_dim if together else _power_of_2(head_dim)
 
 
 class StatisticsConfig(NamedTuple):
@@ -135,14 +134,12 @@ def statistics(
     length = "long" if owners >= LONG_OWNERS and head_dim <= 128 else "short"
     if itemsize == 4:
         tile = TILES["statistics, fp32"]
-    elif (
-        bias or rows > MAX_LOOPED_ROWS or (rows > 1 and length == "short" and 96 < head_dim <= 192)
-    ):
+    elif bias or rows > MAX_LOOPED_ROWS or (rows > 1 and length == "short"):
         tile = TILES["statistics, bias or many rows"]
     elif head_dim > 192 or (length == "short" and 96 < head_dim <= 128):
         tile = TILES["statistics, wide"]
     else:
-        tile = TILES[f"statistics, {length}" + (", few rows" if rows > 1 else "")]
+        tile = TILES["statistics, long, few rows" if rows > 1 else f"statistics, {length}"]
     return StatisticsConfig(
         tile.owners,
         tile.others,

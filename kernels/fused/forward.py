@@ -14,11 +14,11 @@ from i2am.kernels.fused.primitives import (
     Launch,
     dot,
     feature_strides,
-    feature_unit,
     load_features,
     load_tile,
     log_sum_exp,
     online_softmax,
+    read_together,
     round_to,
     score_tile,
     strides,
@@ -170,8 +170,7 @@ def plan(
         lse: Contiguous fp32 ``[B, H, M]``, written.
     """
     batch, heads, seqlen_q, head_dim = query.shape
-    unit = feature_unit(query, key, value)
-    width = configs.width(head_dim, unit)
+    width = configs.width(head_dim, read_together(query, key, value))
     config = configs.forward(width, query.element_size(), seqlen_q, bias is not None)
     arguments = {
         "query_ptr": query,
@@ -180,7 +179,7 @@ def plan(
         "bias_ptr": bias,
         "output_ptr": output,
         "lse_ptr": lse,
-        **feature_strides(unit, query=(query, "m"), key=(key, "n"), value=(value, "n")),
+        **feature_strides(query=(query, "m"), key=(key, "n"), value=(value, "n")),
         **strides("bias", bias, "bhmn"),
         "H": heads,
         "M": seqlen_q,

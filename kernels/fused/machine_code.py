@@ -12,6 +12,7 @@ _INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*([^;]*);", re.MULTILINE
 )
 _REGISTER = re.compile(r"\bUR(\d+)")
+_PAIRS = re.compile(r"\.(64|WIDE)\b")  # results of two registers
 
 
 def undefined_registers(sass: str) -> list[str]:
@@ -31,7 +32,7 @@ def undefined_registers(sass: str) -> list[str]:
             found.append(f"{operation} {operands.strip()}")
         if match is not None:
             first = int(match[1])
-            written.update(range(first, first + _width(operation)))
+            written.update(range(first, first + (2 if _PAIRS.search(operation) else 1)))
     return found
 
 
@@ -43,11 +44,7 @@ def _reads(operation: str, sources: str) -> Iterator[int]:
         yield from range(first, int(number) + 4)
     for number in re.findall(r"(?<!g)\bdesc\[UR(\d+)\]", sources):
         yield from (int(number), int(number) + 1)
-    width = _width(operation) if operation.startswith("U") else 1
+    # a wide product is made of single factors
+    width = 2 if operation.startswith("U") and ".64" in operation else 1
     for number in _REGISTER.findall(re.sub(r"\bg?desc\[UR\d+\]", "", sources)):
         yield from range(int(number), int(number) + width)
-
-
-def _width(operation: str) -> int:
-    """How many registers of 32 bits an operand is."""
-    return 2 if ".64" in operation or ".WIDE" in operation else 1

@@ -58,31 +58,29 @@ def weight_strides(name: str, weights: Tensor | None, axes: Sequence[str]) -> di
     return values
 
 
-def feature_unit(*features: Tensor) -> int:
-    """How many features are read at a time: 8, which are 16 bytes in 16 bits, or 1.
+def read_together(*features: Tensor) -> bool:
+    """Whether 8 features are read at a time, which are 16 bytes in 16 bits, or each by itself.
+
+    Addresses and strides of ``[batch, heads, seqlen, head_dim]`` decide; see `feature_strides`.
+    """
+    if any(tensor.data_ptr() % 16 or tensor.stride(3) != 1 for tensor in features):
+        return False
+    steps = [step for tensor in features for step in tensor.stride()[:3]]
+    return _unit(steps) == 8 or all(step % 16 == 0 for step in steps)
+
+
+def feature_strides(**features: tuple[Tensor, str]) -> dict[str, int]:
+    """The kernel arguments UNIT and ``stride_{name}_{axis}``, all but the last stride in UNITs.
 
     Triton learns of a stride only whether 16 divides it. With 40 or 72 features it does not, and
-    every load would be of one number, which no pipeline fetches ahead. So strides are passed in
-    units of 8 where addresses and strides of ``[batch, heads, seqlen, head_dim]`` allow it: the
-    compiler then sees that 8 numbers lie together. Beyond 32 bits the unit is 1: there the product
-    with 8 would not fit the stride's own type.
-    """
-    together = all(
-        tensor.data_ptr() % 16 == 0
-        and tensor.stride(3) == 1
-        and all(step % 8 == 0 and step < 2**31 for step in tensor.stride()[:3])
-        for tensor in features
-    )
-    return 8 if together else 1
-
-
-def feature_strides(unit: int, **features: tuple[Tensor, str]) -> dict[str, int]:
-    """The kernel arguments UNIT and ``stride_{name}_{axis}``, all but the last stride in units.
+    every load would be of one number, which no pipeline fetches ahead. UNIT is 8 where the strides
+    allow it: the compiler then sees that 8 numbers lie together. Otherwise it is 1: where 16
+    divides all strides, and beyond 32 bits, which the product would not fit.
 
     Args:
-        unit: See :func:`feature_unit`.
         features: ``[batch, heads, seqlen, head_dim]`` and the name of its axis of tokens, by name.
     """
+    unit = _unit([step for tensor, _ in features.values() for step in tensor.stride()[:3]])
     arguments = {"UNIT": unit}
     for name, (tensor, tokens) in features.items():
         *steps, last = tensor.stride()
@@ -90,6 +88,11 @@ def feature_strides(unit: int, **features: tuple[Tensor, str]) -> dict[str, int]
             arguments[f"stride_{name}_{axis}"] = step // unit
         arguments[f"stride_{name}_d"] = last
     return arguments
+
+
+def _unit(steps: Sequence[int]) -> int:
+    by_8 = all(step % 8 == 0 and step < 2**31 for step in steps)
+    return 8 if by_8 and any(step % 16 for step in steps) else 1
 
 
 @triton.jit

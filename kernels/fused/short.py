@@ -23,10 +23,10 @@ from i2am.kernels.fused.primitives import (
     add_into,
     compensated_add,
     feature_strides,
-    feature_unit,
     load_features,
     log_sum_exp,
     online_softmax,
+    read_together,
     score_tile,
     shares,
     strides,
@@ -294,8 +294,7 @@ def plan(
     seqlen_k = key.shape[2]
     rows = 1 if g2r is None else g2r.shape[2]
     votes = 1 if r2g is None else r2g.shape[2]
-    unit = feature_unit(query, key)
-    width = configs.width(head_dim, unit)
+    width = configs.width(head_dim, read_together(query, key))
     config = configs.short(width, query.element_size(), seqlen_q, seqlen_k, max(rows, votes))
     chunks = triton.cdiv(seqlen_q, config.chunk)
     columns = key_lse.new_empty((batch, heads, chunks, seqlen_k))
@@ -306,7 +305,7 @@ def plan(
         "bias_ptr": bias,
         "columns_ptr": columns,
         "partial_ptr": partial,
-        **feature_strides(unit, query=(query, "m"), key=(key, "n")),
+        **feature_strides(query=(query, "m"), key=(key, "n")),
         **strides("bias", bias, "bhmn"),
         "H": heads,
         "M": seqlen_q,

@@ -26,10 +26,10 @@ from i2am.kernels.fused.primitives import (
     dot,
     exponential,
     feature_strides,
-    feature_unit,
     load_features,
     log_sum_exp,
     online_softmax,
+    read_together,
     score_tile,
     shares,
     strides,
@@ -317,8 +317,7 @@ def plan(
     """
     batch, heads, owners, head_dim = owner.shape
     rows = 1 if sums is None else sums.shape[2]
-    unit = feature_unit(owner, other)
-    width = configs.width(head_dim, unit)
+    width = configs.width(head_dim, read_together(owner, other))
     config = configs.statistics(width, owner.element_size(), owners, rows, bias is not None)
     blocks = triton.cdiv(owners, config.BLOCK_OWNER) * triton.cdiv(rows, config.BLOCK_ROWS)
     arguments = {
@@ -329,7 +328,7 @@ def plan(
         "weights_ptr": weights,
         "lse_ptr": lse,
         "sums_ptr": sums,
-        **feature_strides(unit, owner=(owner, "t"), other=(other, "t")),
+        **feature_strides(owner=(owner, "t"), other=(other, "t")),
         **strides("bias", bias, ("b", "h", "owner", "other")),
         **strides("other_lse", other_lse, "bht"),
         **weight_strides("weights", weights, "brt"),

@@ -158,13 +158,29 @@ except RuntimeError as error:
         ),
         ((128, 0, 0, ""), torch.bfloat16, ["has no matrix instruction"]),
         ((128, 0, 0, "mfma", True), torch.float16, ["reads 16-bit operands one by one"]),
+        (
+            (128, 0, 0, "mfma", False, ("UMOV UR4, UR6",)),
+            torch.float16,
+            ["reads a register that nothing wrote: UMOV UR4, UR6"],
+        ),
     ],
-    ids=["fits", "fp32", "spill", "shared memory", "matrix", "narrow loads"],
+    ids=["fits", "fp32", "spill", "shared memory", "matrix", "narrow loads", "undefined"],
 )
 def test_problems_are_found(needs, dtype, problems):
     from i2am.kernels.fused.ahead_of_time import TARGETS, Report
 
     assert Report(*needs).problems(TARGETS["gfx942"], dtype) == problems
+
+
+def test_features_read_apart_need_not_be_fast():
+    from i2am.kernels.fused.ahead_of_time import TARGETS, Case, Report
+
+    needs = Report(128, 8, 65537, "mfma", True, ("UMOV UR4, UR6",))
+    case = Case("attention, apart", torch.float16, None, apart=True)
+    assert case.problems(needs, TARGETS["gfx942"]) == [
+        "needs 65537 of 65536 bytes of shared memory",
+        "reads a register that nothing wrote: UMOV UR4, UR6",
+    ]
 
 
 def test_numbers_that_the_compiler_no_longer_prints_are_missed():

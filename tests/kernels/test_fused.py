@@ -542,15 +542,16 @@ def test_items_and_heads_do_not_know_of_each_other():
 
 
 @interpreted
+@pytest.mark.parametrize(("head_dim", "expected"), [(16, 1), (24, 8)])
 @pytest.mark.parametrize("kernel", ["statistics", "attention", "chunks", "queries"])
-def test_addresses_are_64_bit(kernel, monkeypatch):
+def test_addresses_are_64_bit(kernel, head_dim, expected, monkeypatch):
     """Each stride in turn is as large as 32 bits allow; nothing is read, addresses are recorded."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     from i2am.kernels.fused import forward, short, statistics
 
     # three of everything: twice the stride is what 32 bits cannot hold
-    query, key, value = (x.contiguous() for x in make_qkv(3, 3, 3, 4, 16))
+    query, key, value = (x.contiguous() for x in make_qkv(3, 3, 3, 4, head_dim))
     lse, bias = torch.zeros(3, 3, 3), torch.zeros(3, 3, 3, 4)
     if kernel == "attention":
         named = {"query": query, "key": key, "value": value, "bias": bias}
@@ -594,14 +595,14 @@ def test_addresses_are_64_bit(kernel, monkeypatch):
     original = InterpreterBuilder.create_masked_load
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store)
-    assert launch.arguments["UNIT"] == 8
+    assert launch.arguments["UNIT"] == expected
     checked = 0
     for name, tensor in named.items():
         own = [x for x in launch.arguments if x.rpartition("_")[0] == f"stride_{name}"]
         assert len(own) == tensor.ndim
         for axis, argument in enumerate(own):
             addresses.clear()
-            unit = 8 if name in features and axis < 3 else 1
+            unit = expected if name in features and axis < 3 else 1
             huge = 2**31 - unit
             steps = {argument: huge // unit}
             launch._replace(arguments=launch.arguments | steps).run(torch.device("cpu"))
