@@ -1,4 +1,4 @@
-"""The least time that each shape can take on an H200, from what it computes and what it moves.
+"""The least time that each shape can take on an H100, from what it computes and what it moves.
 
     python benchmarks/roofline.py
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from shapes import GROUPS, AttentionShape
 
-BANDWIDTH = 4.3e12  # bytes / s, measured
-MATRIX = 790e12  # bf16 operations / s, measured
+BANDWIDTH = 3.0e12  # bytes / s, read and written, measured
+MATRIX = 782e12  # bf16 operations / s, measured
 EXPONENTIALS = 16 * 132 * 1.98e9  # per clock and multiprocessor, multiprocessors, boost clock
 ITEM = 2  # bytes of a bf16 number
 FEATURES = 16  # a matrix instruction takes 16 features at a time
