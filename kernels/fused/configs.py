@@ -34,7 +34,7 @@ TILES = {
     "statistics, fp32": Tile(64, 32, num_warps=8, num_stages=1, maxnreg=255),
     # 64-bit addresses of a bias tile take two registers each, and the product with many weight rows
     # takes three TF32 dots on fp32 operands: half a tile of scores over twice the warps; also for
-    # few rows of short owners, which would spill on sm_100 and, beside 128 features, on sm_120
+    # few rows of short owners and beyond 192 features, which would spill on sm_100 and sm_120
     "statistics, bias or many rows": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
     # 16 x 12 to 32 x 24 grids and image tokens: small tiles, so that 8 heads still fill a GPU
     "statistics, short": Tile(64, 64, num_warps=4, num_stages=3),
@@ -42,9 +42,8 @@ TILES = {
     # keep two blocks of 8 warps on a multiprocessor (on gfx942 only up to 128 features)
     "statistics, long": Tile(128, 32, num_warps=8, num_stages=3),
     "statistics, long, few rows": Tile(128, 32, num_warps=8, num_stages=3, maxnreg=255),
-    # beyond 192 features three stages would not fit the 64 KiB of gfx942; with short owners of 128
-    # they spill on sm_86 and sm_120
-    "statistics, wide": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
+    # with 128 features three stages spill on sm_86 and sm_120
+    "statistics, short, wide": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
     # all keys of a head beside a tile of queries (the owners): as wide as they need, up to this;
     # image tokens: what is read decides, and 64 queries are what matrix instructions take
     "short keys, few": Tile(64, 32, num_warps=4, num_stages=2, maxnreg=255),
@@ -58,7 +57,7 @@ TILES = {
     "short keys, fp32": Tile(32, 128, num_warps=4, num_stages=1, maxnreg=255),
     # as for the statistics, and the output has its own accumulators
     "forward, fp32": Tile(32, 32, num_warps=4, num_stages=1, maxnreg=255),
-    "forward, bias": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
+    "forward, bias or very wide": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
     "forward, short": Tile(64, 64, num_warps=4, num_stages=2, maxnreg=255),
     "forward, long": Tile(128, 64, num_warps=8, num_stages=2, maxnreg=255),
     # over 128 output features fill the registers: shorter steps
@@ -134,10 +133,10 @@ def statistics(
     length = "long" if owners >= LONG_OWNERS and head_dim <= 128 else "short"
     if itemsize == 4:
         tile = TILES["statistics, fp32"]
-    elif bias or rows > MAX_LOOPED_ROWS or (rows > 1 and length == "short"):
+    elif bias or rows > MAX_LOOPED_ROWS or head_dim > 192 or (rows > 1 and length == "short"):
         tile = TILES["statistics, bias or many rows"]
-    elif head_dim > 192 or (length == "short" and 96 < head_dim <= 128):
-        tile = TILES["statistics, wide"]
+    elif length == "short" and 96 < head_dim <= 128:
+        tile = TILES["statistics, short, wide"]
     else:
         tile = TILES["statistics, long, few rows" if rows > 1 else f"statistics, {length}"]
     return StatisticsConfig(
@@ -182,8 +181,8 @@ def forward(head_dim: int, itemsize: int, seqlen_q: int, bias: bool) -> ForwardC
     """Tiles for the attention of ``seqlen_q`` queries."""
     if itemsize == 4:
         tile = TILES["forward, fp32"]
-    elif bias:
-        tile = TILES["forward, bias"]
+    elif bias or head_dim > 192:
+        tile = TILES["forward, bias or very wide"]
     elif head_dim > 128:
         tile = TILES["forward, wide"]
     else:
