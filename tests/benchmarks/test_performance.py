@@ -240,7 +240,11 @@ SQUARES = [
 
 
 def test_points_of_the_plots():
-    others = [{**SQUARES[0], "head_dim": 80}, {**SQUARES[0], "way": "flash-colsum"}]
+    others = [
+        {**SQUARES[0], "head_dim": 80},
+        {**SQUARES[0], "way": "flash-colsum"},
+        {**SQUARES[0], "batch": 1},
+    ]
     found = scaling_plots.call_points(SQUARES + others, lambda row: row["p50_ms"])
     assert found == {"fused": [(192**2, 1.0), (768**2, 1.0)]}
     peaks = [{"way": "plain", "batch": 8, "peak_GiB": 3.5}]

@@ -127,7 +127,7 @@ FIRST = {
     "verify": (["a"], "reading a"),
     "export": (["a", "--zarr", "out"], "reading a"),
     "train": (["-o", "out"], "preparing to train pocket on paper-doll"),
-    "convert": (["a", "--system", "custom", "-o", "out"], "reading a"),
+    "convert": (["a", "--system", "custom", "-o", "out"], "converting a as custom"),
 }
 # every command in one process, in which nothing that takes seconds to import can be imported
 CHILD = """
