@@ -17,7 +17,7 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python;
 STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
 
 # One process per CPU, at most eight, for each holds torch and diffusers in memory; each takes a run of neighbours, which
-# share fixtures, and whoever is done early takes tests from the other's end.
+# share fixtures, and a process that is done early takes tests from the end of another's.
 PYTEST := $(PY) -m pytest -n logical --maxprocesses=8 --dist=worksteal
 
 .DEFAULT_GOAL := help

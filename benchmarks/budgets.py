@@ -67,6 +67,7 @@ def step_peak(unet: "UNet2DConditionModel", batch: int, way: str) -> int:
         torch.OutOfMemoryError: It does not fit.
     """
     loop = Loop(unet, SIZES["sd15"], batch, guidance=True)
+    recorder = None
     if way in ("beside", "fused"):
         layout = SIZES["sd15"].layout
         recorder = i2am.record(unet, scheduler=loop.scheduler, layout=layout, attach=way)
@@ -80,9 +81,12 @@ def step_peak(unet: "UNet2DConditionModel", batch: int, way: str) -> int:
     try:
         loop()
         torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        if recorder is not None:
+            recorder.maps()  # raises what ended the recording: the step itself went on
     finally:
         remove()
-    return torch.cuda.max_memory_allocated()
+    return peak
 
 
 def fits(unet: "UNet2DConditionModel", way: str, batch: int, budget: float) -> int | None:

@@ -236,6 +236,7 @@ def command(step: str, ledger: Ledger, options: argparse.Namespace, folder: Path
     plugin += ["--step", step, "--settled", str(settled)]
     # a file that needs a package which is missing costs only itself
     pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--continue-on-collection-errors"]
+    pytest += ["-p", "no:benchmark"]  # it warns once in every process
     return [*pytest, *plugin, *parallel, *(options.tests or STEPS[step].tests)]
 
 
@@ -247,7 +248,7 @@ def run(step: str, ledger: Ledger, options: argparse.Namespace, folder: Path, en
             return
     start = time.monotonic()
     end = min(end, start + STEPS[step].limit)
-    before, ended, how = None, None, "no time was left"
+    before, ended, how = None, None, ""
     log = options.out / "log.txt"
     while time.monotonic() < end and before != (before := ledger.settled(step)):
         with log.open("ab") as output:
@@ -272,6 +273,9 @@ def run(step: str, ledger: Ledger, options: argparse.Namespace, folder: Path, en
         if ended == 0 or (ended in (1, 5) and STEPS[step].tests):
             ended = 0
             break
+    if before is None:
+        ledger.write(step, PROCESS, {"left_out": "no time was left"})
+        return
     found: Line = {"took_s": round(time.monotonic() - start, 1)}
     last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     if ended == LEFT_OUT:
@@ -302,7 +306,8 @@ def install_wheels(folder: Path) -> None:
     if missing:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
         options = ["--no-index", "--no-deps", "--no-compile", "--target", str(folder)]
-        subprocess.run([*pip, *options, *missing], check=True)
+        if subprocess.run([*pip, *options, *missing]).returncode:
+            print("the wheels could not be installed; what needs them is left out", flush=True)
         sys.path.insert(0, str(folder))
 
 
@@ -339,7 +344,7 @@ def parse() -> argparse.Namespace:
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     with suppress(OSError):
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     return "unknown"

@@ -26,6 +26,10 @@ class Ledger:
     def __init__(self, path: Path, run: str) -> None:
         self.path = path
         self.run = run
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            # the next row shall not continue one that was cut short
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
 
     def rows(self) -> list[Line]:
         """The last line of every row, in the order in which they first came."""
@@ -77,5 +81,5 @@ class Ledger:
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:  # cut short with its machine
+            except json.JSONDecodeError:  # cut short with its machine, or an empty line
                 continue

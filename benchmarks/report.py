@@ -57,9 +57,11 @@ def from_rows(lines: Iterable[Row]) -> dict[str, Any]:
     rows: list[Row] = []
     left_out: list[Row] = []
     budgets: dict[str, list[Row]] = {"peaks": [], "largest": []}
+    commits: dict[str, None] = {}
     for line in lines:
         day, _, commit = line["run"].split(" ")
-        result |= {"date": day, "commit": commit}
+        commits[commit] = None
+        result |= {"date": day, "commit": ", ".join(commits)}
         if (line["step"], line["name"]) == ("machine", "about"):
             result |= line
         if "level" in line:
@@ -104,7 +106,7 @@ def tables(result: Mapping[str, Any]) -> str:
 
 def _head(result: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return [f"{result['device']}, {versions}, commit {result['commit'][:7]}, {result['date']}."]
+    return [f"{result['device']}, {versions}, commit {result['commit']}, {result['date']}."]
 
 
 def _calls(rows: list[Row], title: str, alone_title: str, alone: Cell, cell: Cell) -> list[str]:

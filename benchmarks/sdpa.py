@@ -51,7 +51,7 @@ def ceilings(settings: Settings) -> dict[str, Any]:
         LeftOut: There is no GPU.
     """
     if not settings.on_gpu:
-        raise LeftOut("the ceilings of a CPU are of no interest here")
+        raise LeftOut("only those of a GPU are measured")
     device = settings.device
     large = torch.empty(2**31, dtype=torch.uint8, device=device)
     other = torch.empty_like(large)
@@ -125,7 +125,14 @@ def profile(shape: AttentionShape, settings: Settings) -> dict[str, Any]:
     """
     if shutil.which("ncu") is None or not settings.on_gpu:
         raise LeftOut("NVIDIA's profiler ncu is not here")
-    command = ["ncu", "--clock-control", "none", "--csv", "-k", "regex:pass|over_queries|columns"]
+    command = [
+        "ncu",
+        "--clock-control",
+        "none",
+        "--csv",
+        "-k",
+        "regex:pass|over_queries|over_chunks",
+    ]
     command += ["--launch-skip", "3", "-c", "3", "--metrics", ",".join(COUNTERS.values())]
     command += [sys.executable, __file__, str(settings.batch), *map(str, _size(shape))]
     ran = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))

@@ -1,4 +1,4 @@
-"""What to say about a package that i2am does without until something needs it."""
+"""The sentence about a package that a metric needs and that is not there."""
 
 from importlib.metadata import version
 

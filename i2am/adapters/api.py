@@ -97,8 +97,8 @@ def record(
             takes (on a CPU) one to two times as long as the recorded attention calls.
         attach: ``"beside"`` leaves the model's own attention calls as they are; ``"fused"`` lets
             recorded layers attend by the forward of ``impl``, which yields what recording needs:
-            images are then the same to rounding, not to the bit. Layers that PyTorch runs by flash
-            attention yield it either way.
+            images are then the same to rounding, not to the bit. Layers that PyTorch runs by flash,
+            cuDNN or memory-efficient attention yield it either way, but for bool masks.
 
     Returns:
         A :class:`Recorder`; after the run, ``recorder.maps()``. Entering it raises
@@ -106,8 +106,9 @@ def record(
 
     Raises:
         TypeError: The argument has no UNet or transformer.
-        ValueError: No layout is known, no layer matches it, it does not describe one that does, it
-            mistakes the pipeline's guidance parts, or an option is out of range.
+        ValueError: No layout is known, the layout matches no layer or a layer that it does not
+            describe, the layout contradicts the pipeline's order of guidance parts, or an option is
+            out of range.
         NotImplementedError: The pipeline has several denoisers, or its denoiser is sharded over
             devices.
 

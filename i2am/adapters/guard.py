@@ -1,4 +1,4 @@
-"""The wall between a recording and the run that it records."""
+"""Errors of a recording end the recording, not the run that it records."""
 
 import functools
 import traceback
@@ -14,8 +14,9 @@ UNGUARDED: AbstractContextManager[Any] = nullcontext()
 class Guard:
     """Keeps what fails in the recording away from the run: ``with guard:`` swallows and reports.
 
-    Everything of ours that the user's pipeline calls is inside one. ``KeyboardInterrupt`` and its
-    kind, and whatever the model itself raises, pass.
+    Everything of ours that the user's pipeline calls is inside one, but for what is compiled into
+    the model's own graph. ``KeyboardInterrupt`` and its kind, and whatever the model itself raises,
+    pass.
 
     Args:
         on_failure: Told the exception. Its traceback is a note: frames would hold their tensors,

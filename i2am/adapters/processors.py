@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor
@@ -68,7 +69,11 @@ class RecordingAttnProcessor(AttnProcessor2_0):
         else:
             output, lse = attended
         if self.record is not None:
-            self.record(query, key, bias=mask, query_lse=lse)
+            if torch.compiler.is_compiling():  # as in attend_guarded
+                self.record(query, key, bias=mask, query_lse=lse)
+            else:
+                with self.guard:
+                    self.record(query, key, bias=mask, query_lse=lse)
         output = output.transpose(1, 2).flatten(2).to(query.dtype)
         output = attn.to_out[1](attn.to_out[0](output))
         if len(shape) == 4:

@@ -182,7 +182,8 @@ class Recorder:
                 f"got {branch!r}"
             )
         if self._failure is not None:
-            raise self._failure
+            # without the frames of earlier calls, which would hold their tensors
+            raise self._failure.with_traceback(None)
         lost = self._find_lost() if self._attached else self._lost
         accumulator = self._branches.recorded.get(branch)
         if accumulator is None or not len(accumulator):

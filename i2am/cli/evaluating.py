@@ -191,7 +191,7 @@ def _open(options: dict[str, Any], sources: Sources, share: Share) -> Opened:
     contents = options["hash_inputs"]
     if share.world > 1:
         log.info("worker %d of %d", share.rank, share.world)
-    if share.rank:
+    if share.rank and not log.isEnabledFor(logging.DEBUG):
         # what is to be said of the run, the first worker says
         log.setLevel(logging.ERROR)
     if asked["device"] == "cuda":

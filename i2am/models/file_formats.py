@@ -1,4 +1,4 @@
-"""What a weight file is, by its first bytes: names of files are not to be relied on."""
+"""The format of a weight file by its first bytes, as names of files can be wrong."""
 
 import codecs
 import zipfile

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from i2am.models.file_formats import format_of
+from i2am.wording import counted
 
 # in the order in which diffusers and transformers prefer them
 WEIGHT_NAMES = (
@@ -149,7 +150,7 @@ def in_one_sentence(what: str) -> Iterator[None]:
 def some_of(keys: Sequence[str], limit: int = 8) -> str:
     """How many tensors there are, and the names of the first."""
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return f"{len(keys)} tensors, {', '.join(keys[:limit])}{more}"
+    return f"{counted(len(keys), 'tensor')}, {', '.join(keys[:limit])}{more}"
 
 
 def _with_variant(name: str, variant: str | None) -> str:

@@ -85,7 +85,6 @@ function sync() {
   byId("time").value = state.slice[0] === "t" ? Number(state.slice.slice(1)) + 1 : 0;
   byId("time-name").textContent = state.slice[0] === "t" ? sliceName(sample) : "all steps";
   byId("time").setAttribute("aria-valuetext", byId("time-name").textContent);
-  byId("time").setAttribute("aria-valuetext", byId("time-name").textContent);
   byId("layer").value = state.slice[0] === "l" ? state.slice : "all";
   byId("threshold").value = threshold;
   byId("threshold-value").textContent = threshold.toFixed(2);

@@ -10,6 +10,7 @@ from i2am.attribution import AttributionMaps, Direction, picture
 from i2am.attribution.postprocess import is_constant
 from i2am.viewer.html import frame
 from i2am.viewer.report import page
+from i2am.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +71,7 @@ def maps_html(maps: AttributionMaps) -> str:
         ]
         lines.append("".join(figures))
     if (more := maps.n_samples - _SAMPLES) > 0:
-        lines.append(f"<p>and {more} more sample{'s' if more > 1 else ''}</p>")
+        lines.append(f"<p>and {counted(more, 'more sample')}</p>")
     return "\n".join(lines)
 
 

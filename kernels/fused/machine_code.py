@@ -1,4 +1,4 @@
-"""What can be read in a kernel's machine code (SASS of compute capability 9.0) without a GPU.
+"""A check of a kernel's machine code (SASS of compute capability 9.0) that needs no GPU.
 
 ptxas 12.8, which Triton 3.6 and 3.7 bring along, sometimes takes the address of a tile in shared
 memory from a uniform register that nothing has written. The kernel then multiplies by whatever lies

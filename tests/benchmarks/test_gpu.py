@@ -63,6 +63,10 @@ def test_a_line_cut_in_the_middle_costs_only_itself(ledger):
     with ledger.path.open("a") as file:
         file.write('{"step": "calls", "na')
     assert [row["name"] for row in ledger.rows()] == ["a"]
+    later = Ledger(ledger.path, "2026-11-27 13:00:00 abd")
+    later.write("calls", "b", {"error": "no"})
+    later.write("calls", "c", {"ms": 1})
+    assert [row["name"] for row in later.rows()] == ["a", "b", "c"]
 
 
 CRASH = """

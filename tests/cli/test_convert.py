@@ -116,7 +116,7 @@ REJECTED = {
     "other-model": (
         lambda f: written(f / "x.ckpt", {"conv.weight": torch.ones(1)}),
         r"the weights of the custom checkpoint \S+ do not fit; missing: 1[\d,]* tensors, .*; "
-        r"unexpected: 1 tensors, conv\.weight$",
+        r"unexpected: 1 tensor, conv\.weight$",
     ),
 }
 

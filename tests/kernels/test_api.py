@@ -403,7 +403,7 @@ def test_the_default_is_streaming_elsewhere():
         ("reference", reference),
         (Impl.REFERENCE, reference),
     ],
-    ids=repr,
+    ids=["default", "'streaming'", "STREAMING", "'reference'", "REFERENCE"],
 )
 def test_the_requested_implementation_runs_and_no_other(monkeypatch, function, asked, ran):
     seen = []

@@ -88,6 +88,8 @@ def test_what_pytorch_does_another_way_is_left_to_it(on_a_gpu, operators, monkey
     assert on_a_gpu(MATH) is None
     # PyTorch pads these before the operator
     assert on_a_gpu(FLASH, head_dim=36) is None
+    # its operator takes no mask
+    assert on_a_gpu(FLASH, mask=(M, N)) is None
     monkeypatch.delitem(native.ADMITTED, ("cuda", CUDNN.value))
     assert on_a_gpu(CUDNN) is None
     assert operators == []

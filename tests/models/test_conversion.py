@@ -187,7 +187,7 @@ REFUSED = {
     ),
     "unexpected": (
         changed(lvlb_weights=torch.ones(())),
-        r"unexpected: 1 tensors, lvlb_weights$",
+        r"unexpected: 1 tensor, lvlb_weights$",
     ),
     "averaged": (
         changed(model_ema__decay=torch.ones(()), model_ema__outbias=torch.ones(4)),
@@ -196,23 +196,23 @@ REFUSED = {
     "wrapped": (
         lambda state: {f"module.{key}": x for key, x in without("learnable_vector")(state).items()},
         r"read without what wrappers add \(1033 tensors, module\.\S+ and 1032 more\), do not fit; "
-        r"missing: 1 tensors, image_encoder\.uncond_vector$",
+        r"missing: 1 tensor, image_encoder\.uncond_vector$",
     ),
     "wrapped-twice": (
         changed(_orig_mod__proj_out__bias=torch.ones(24)),
-        r"unexpected: 1 tensors, _orig_mod\.proj_out\.bias \(a second proj_out\.bias\)$",
+        r"unexpected: 1 tensor, _orig_mod\.proj_out\.bias \(a second proj_out\.bias\)$",
     ),
     "unexpected-block": (
         changed(model__diffusion_model__input_blocks__12__0__op__weight=torch.ones(1)),
-        r"unexpected: 1 tensors, unet\.down_blocks\.3\.downsamplers\.0\.conv\.weight$",
+        r"unexpected: 1 tensor, unet\.down_blocks\.3\.downsamplers\.0\.conv\.weight$",
     ),
     "twice": (
         changed(cond_stage_model__transformer__pre_layrnorm__bias=torch.ones(64)),
-        r"unexpected: 1 tensors, cond_stage_model\.\S+ \(a second model\.pre_layrnorm\.bias\)$",
+        r"unexpected: 1 tensor, cond_stage_model\.\S+ \(a second model\.pre_layrnorm\.bias\)$",
     ),
     "misshapen": (
         changed(proj_out__bias=torch.ones(25)),
-        r"misshapen: 1 tensors, image_encoder\.proj_out\.bias \(\[25\] for \[24\]\)$",
+        r"misshapen: 1 tensor, image_encoder\.proj_out\.bias \(\[25\] for \[24\]\)$",
     ),
     "misshapen-thirds": (
         changed(cond_stage_model__mapper__resblocks__0__attn__c_qkv__bias=torch.ones(193)),
@@ -220,11 +220,11 @@ REFUSED = {
     ),
     "convolution-for-linear": (
         changed(first_stage_model__encoder__mid__attn_1__q__weight=torch.ones(128, 128, 3, 3)),
-        r"misshapen: 1 tensors, vae\.\S+to_q\.weight \(\[128, 128, 3, 3\] for \[128, 128\]\)$",
+        r"misshapen: 1 tensor, vae\.\S+to_q\.weight \(\[128, 128, 3, 3\] for \[128, 128\]\)$",
     ),
     "integers": (
         changed(proj_out__bias=torch.ones(24, dtype=torch.int64)),
-        r"misshapen: 1 tensors, image_encoder\.proj_out\.bias \(torch\.int64 \[24\] for \[24\]\)$",
+        r"misshapen: 1 tensor, image_encoder\.proj_out\.bias \(torch\.int64 \[24\] for \[24\]\)$",
     ),
     "channels": (
         changed(model__diffusion_model__input_blocks__0__0__weight=torch.ones(32, 4, 3, 3)),
@@ -302,13 +302,13 @@ def damaged(values):
         (
             [7e4, -1e5, 65504.0],
             torch.float16,
-            r"^weights are beyond the range of torch\.float16, choose another dtype: 1 tensors, "
+            r"^weights are beyond the range of torch\.float16, choose another dtype: 1 tensor, "
             r"unet\.conv_out\.weight \(2 of 1152, up to 100000\)$",
         ),
         (
             [torch.nan, torch.inf, 1.0],
             None,
-            r"^weights of the checkpoint are NaN or infinite: 1 tensors, unet\.conv_out\.weight "
+            r"^weights of the checkpoint are NaN or infinite: 1 tensor, unet\.conv_out\.weight "
             r"\(2 of 1152\)$",
         ),
     ],
@@ -332,7 +332,7 @@ def test_the_largest_number_of_a_dtype(dtype, tmp_path):
     done = entries(dtype, a=ends, b=torch.ones(0))
     write_safetensors(tmp_path / "done", done, progress=lambda size: None)
     assert load_file(tmp_path / "done")["a"].tolist() == [largest, -largest]
-    sentence = rf"the range of {dtype}, choose another dtype: 1 tensors, unet\.a \(2 of 2, up to "
+    sentence = rf"the range of {dtype}, choose another dtype: 1 tensor, unet\.a \(2 of 2, up to "
     beyond = entries(dtype, a=ends * 1.01)
     with pytest.raises(ValueError, match=sentence):
         write_safetensors(tmp_path / "beyond", beyond, progress=lambda size: None)
@@ -350,7 +350,7 @@ def test_tensors_that_are_not_finite_are_counted(tmp_path):
         d=torch.full((2, 2), -7e4),
     )
     sentence = (
-        r"^weights of the checkpoint are NaN or infinite: 1 tensors, unet\.a \(3 of 6291456\); "
+        r"^weights of the checkpoint are NaN or infinite: 1 tensor, unet\.a \(3 of 6291456\); "
         r"weights are beyond the range of torch\.float16, choose another dtype: 2 tensors, "
         r"unet\.b \(1 of 1, up to 1e\+06\), unet\.d \(4 of 4, up to 70000\)$"
     )

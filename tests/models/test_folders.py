@@ -304,27 +304,27 @@ BROKEN = {
     "extra tensor": (
         lambda f: edit_weights(f / ENCODER, lambda s: s | {"lora.up": torch.zeros(2)}),
         ValueError,
-        "unexpected: 1 tensors, lora.up",
+        "unexpected: 1 tensor, lora.up",
     ),
     "misshapen tensor": (
         lambda f: edit_weights(f / ENCODER, lambda s: s | {"proj_out.bias": torch.zeros(5)}),
         ValueError,
-        r"misshapen: 1 tensors, proj_out.bias \(\[5\] for \[24\]\)",
+        r"misshapen: 1 tensor, proj_out.bias \(\[5\] for \[24\]\)",
     ),
     "missing in the unet": (
         lambda f: edit_weights(f / UNET, drop("conv_out.bias")),
         ValueError,
-        "UNet2DConditionModel in .* missing: 1 tensors, conv_out.bias",
+        "UNet2DConditionModel in .* missing: 1 tensor, conv_out.bias",
     ),
     "extra in the unet": (
         lambda f: edit_weights(f / UNET, lambda s: s | {"add_embedding": torch.zeros(2)}),
         ValueError,
-        "UNet2DConditionModel in .* unexpected: 1 tensors, add_embedding",
+        "UNet2DConditionModel in .* unexpected: 1 tensor, add_embedding",
     ),
     "misshapen in the unet": (
         lambda f: edit_weights(f / UNET, lambda s: s | {"conv_out.bias": torch.zeros(9)}),
         ValueError,
-        r"misshapen: 1 tensors, conv_out.bias \(\[9\] for \[4\]\)",
+        r"misshapen: 1 tensor, conv_out.bias \(\[9\] for \[4\]\)",
     ),
 }
 

@@ -162,8 +162,8 @@ def test_weight_files_that_do_not_fit_are_refused(tmp_path, untrained) -> None:
     state["vae.quant_conv.bias"] = torch.zeros(3)
     save_file(state, path, metadata={"i2am_pocket": json.dumps({})})
     message = (
-        r"missing: 1 tensors, unet.conv_in.bias; unexpected: 1 tensors, unet.extra; "
-        r"misshapen: 1 tensors, vae.quant_conv.bias \(\[3\] for \[8\]\)"
+        r"missing: 1 tensor, unet.conv_in.bias; unexpected: 1 tensor, unet.extra; "
+        r"misshapen: 1 tensor, vae.quant_conv.bias \(\[3\] for \[8\]\)"
     )
     with pytest.raises(ValueError, match=message):
         pocket_pipeline(weights=path)

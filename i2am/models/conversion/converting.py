@@ -140,7 +140,7 @@ def _read(
             replaced = name == "checkpoint" and "vae" in sources
             if unwrapped(key) != key:
                 plan.wrapped.append(key)
-            if key.startswith(drop) or targets == ():
+            if key.startswith(drop) or unwrapped(key).startswith(drop) or targets == ():
                 plan.dropped.append(key)
             elif targets is None:
                 plan.unexpected.append(key)
@@ -157,7 +157,7 @@ def _read(
 
 def _check(plan: _Plan, system: str, what: str) -> ReferencePipeline:
     """The pipeline that the tensors belong to, if each has its place, its shape and its kind."""
-    averaged = [key for key in plan.unexpected if key.startswith(AVERAGED)]
+    averaged = [key for key in plan.unexpected if unwrapped(key).startswith(AVERAGED)]
     if averaged:
         raise ValueError(
             f"the {what} holds {len(averaged)} averaged weights beside or in place of the trained "

@@ -27,12 +27,14 @@ _DTYPES = {
     "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }
-"""Of the elements, by torch's word for their storage."""
+"""Dtype of the elements, by the name that torch gives their storage."""
 
 # what a file names only to run something; the others are left out because they are not needed,
 # so no harm is done by a name that this list lacks
 _ATTACKS = re.compile(
-    r"(os|posix|nt|subprocess|commands|pty|runpy|socket|shutil|webbrowser)\..*"
+    r"(subprocess|commands|pty|runpy|socket|webbrowser)\..*"
+    r"|(os|posix|nt)\.(system|popen|startfile|fork|kill|remove|unlink|(exec|spawn|posix_spawn)\w*)"
+    r"|shutil\.(rmtree|move|copy\w*|unpack_archive)"
     r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|__import__)"
 )
 

@@ -86,7 +86,9 @@ def _read_zip(path: Path, what: str) -> dict[str, Tensor]:
         content = _unpickled(Unpickler(io.BytesIO(pickled)), what)
 
         def find(storage: Storage) -> UntypedStorage:
-            member = members[f"{root}/data/{storage.key}"]
+            member = members.get(f"{root}/data/{storage.key}")
+            if member is None:
+                raise ValueError(f"storage {storage.key} is missing")
             encrypted = member.flag_bits & 1
             if member.compress_type == zipfile.ZIP_STORED and not encrypted:
                 begin = _begin(file, member)
@@ -137,7 +139,13 @@ def _read_legacy(path: Path, what: str) -> dict[str, Tensor]:
             if file.tell() > path.stat().st_size:
                 raise ValueError("storages are cut off")
             whole = _mapped(path)
-        return _tensors(content, lambda storage: _cut(whole, *places[storage.key], storage), what)
+
+        def find(storage: Storage) -> UntypedStorage:
+            if storage.key not in places:
+                raise ValueError(f"storage {storage.key} is missing")
+            return _cut(whole, *places[storage.key], storage)
+
+        return _tensors(content, find, what)
 
 
 def _mapped(path: Path) -> UntypedStorage:
