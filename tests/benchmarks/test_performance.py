@@ -190,7 +190,9 @@ def test_no_speed_is_shown_for_a_wrong_result():
 
 def environment():
     path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path}
+    # with them pytest-benchmark takes a process for one of xdist's, and measures nothing
+    inherited = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    return {**inherited, "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")
