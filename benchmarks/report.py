@@ -8,6 +8,7 @@ prints those.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -105,8 +106,9 @@ def tables(result: Mapping[str, Any]) -> str:
 
 
 def _head(result: Mapping[str, Any]) -> list[str]:
+    commits = re.sub(r"\b([0-9a-f]{7})[0-9a-f]+", r"\1", result["commit"])
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return [f"{result['device']}, {versions}, commit {result['commit']}, {result['date']}."]
+    return [f"{result['device']}, {versions}, commit {commits}, {result['date']}."]
 
 
 def _calls(rows: list[Row], title: str, alone_title: str, alone: Cell, cell: Cell) -> list[str]:
