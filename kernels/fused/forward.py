@@ -14,6 +14,7 @@ from i2am.kernels.fused.primitives import (
     Launch,
     dot,
     feature_strides,
+    keeping_loops,
     load_features,
     load_tile,
     log_sum_exp,
@@ -25,7 +26,7 @@ from i2am.kernels.fused.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit
 def attention_forward(
     query_ptr,
     key_ptr,
@@ -148,6 +149,9 @@ def attention_forward(
         tl.store(output_ptr + offs_d, output_tail, mask=mask_m[:, None] & (offs_d < HEAD_DIM))
 
 
+attention_forward_of_one = keeping_loops(attention_forward, "M", "N")
+
+
 def plan(
     query: Tensor,
     key: Tensor,
@@ -189,4 +193,5 @@ def plan(
         **configs.arguments(config),
     }
     grid = (batch * heads * triton.cdiv(seqlen_q, config.BLOCK_M),)
-    return Launch(attention_forward, grid, arguments)
+    one = 1 in (seqlen_q, key.shape[2])
+    return Launch(attention_forward_of_one if one else attention_forward, grid, arguments)

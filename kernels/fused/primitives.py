@@ -15,8 +15,9 @@ from torch import Tensor
 # ptxas 12.8 (Triton 3.6 and 3.7) computes descriptors of shared memory for Hopper's matrix
 # instructions from registers that nothing has written, where two tiles of the same width take turns
 # in the same place: in code without a loop over tokens, which Triton makes of a count known to be
-# 1, and in loops whose loads no pipeline fetches ahead. So counts are no constants, and features
-# that are read one by one lie in one block (``configs.width``). ``ahead_of_time`` looks for it.
+# 1, and in loops whose loads no pipeline fetches ahead. So a count of 1 is no constant
+# (`keeping_loops`), and features that are read one by one lie in one block (``configs.width``).
+# ``ahead_of_time`` looks for such registers.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -38,6 +39,14 @@ class Launch(NamedTuple):
             return
         with torch.cuda.device(device):
             self.kernel[self.grid](**self.arguments)
+
+
+def keeping_loops(kernel: Any, *counts: str) -> Any:
+    """The kernel for launches in which a count is 1: Triton is told nothing about the counts.
+
+    Otherwise it is worth telling: where 16 divides a count, masks let loads be wide.
+    """
+    return triton.jit(do_not_specialize=counts)(kernel.fn)
 
 
 def strides(name: str, tensor: Tensor | None, axes: Sequence[str]) -> dict[str, int]:

@@ -23,6 +23,7 @@ from i2am.kernels.fused.primitives import (
     add_into,
     compensated_add,
     feature_strides,
+    keeping_loops,
     load_features,
     log_sum_exp,
     online_softmax,
@@ -35,7 +36,7 @@ from i2am.kernels.fused.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit
 def over_chunks(
     query_ptr,
     key_ptr,
@@ -156,7 +157,7 @@ def over_chunks(
         tl.store(parts, sums, mask=mask_n[:, None] & (offs_rows < rows)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit
 def over_queries(
     query_ptr,
     key_ptr,
@@ -261,6 +262,10 @@ def over_queries(
         add_into(r2g_ptr, offs_m, mask_m, stride_r2g_m, offs_u, offs_u < votes, stride_r2g_u, sums)
 
 
+over_chunks_of_one = keeping_loops(over_chunks, "M", "N")
+over_queries_of_one = keeping_loops(over_queries, "M", "N")
+
+
 def plan(
     query: Tensor,
     key: Tensor,
@@ -339,7 +344,10 @@ def plan(
         "BLOCK_VOTES": triton.next_power_of_2(votes),
     }
     blocks = 1 if r2g is None else triton.cdiv(seqlen_q, config.BLOCK_M)
+    kernels = (over_chunks, over_queries)
+    if 1 in (seqlen_q, seqlen_k):
+        kernels = (over_chunks_of_one, over_queries_of_one)
     return (
-        Launch(over_chunks, (batch * heads * chunks,), shared | first),
-        Launch(over_queries, (batch * heads * blocks,), shared | second),
+        Launch(kernels[0], (batch * heads * chunks,), shared | first),
+        Launch(kernels[1], (batch * heads * blocks,), shared | second),
     )

@@ -26,6 +26,7 @@ from i2am.kernels.fused.primitives import (
     dot,
     exponential,
     feature_strides,
+    keeping_loops,
     load_features,
     log_sum_exp,
     online_softmax,
@@ -99,7 +100,7 @@ def walk_log_sum_exp(
     return log_sum_exp(running_max, total)
 
 
-@triton.jit(do_not_specialize=["owners", "others"])
+@triton.jit
 def owner_pass(
     owner_ptr,
     other_ptr,
@@ -292,6 +293,9 @@ def owner_pass(
         )
 
 
+owner_pass_of_one = keeping_loops(owner_pass, "owners", "others")
+
+
 def plan(
     owner: Tensor,
     other: Tensor,
@@ -342,4 +346,5 @@ def plan(
         "ROW_PRECISION": configs.ROW_PRECISION,
         **configs.arguments(config),
     }
-    return Launch(owner_pass, (batch * heads * blocks,), arguments)
+    one = 1 in (owners, other.shape[2])
+    return Launch(owner_pass_of_one if one else owner_pass, (batch * heads * blocks,), arguments)
