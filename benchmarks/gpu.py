@@ -352,6 +352,7 @@ def _commit() -> str:
 
 def main() -> None:
     """Run the steps in order, each as far as time allows."""
+    sys.path.insert(0, str(ROOT))  # the checkout need not be installed
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -372,7 +373,6 @@ def main() -> None:
         ledger.compact()
     rows = ledger.rows()
     if any(row.get("level") for row in rows):
-        sys.path.insert(0, str(ROOT))  # the checkout need not be installed
         import report
 
         print(report.tables(report.from_rows(rows)))

@@ -69,11 +69,10 @@ class Ledger:
 
     def _replace(self, rows: list[Line]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        new = self.path.with_suffix(".new")
-        new.write_text(text, encoding="utf-8")
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        new.replace(self.path)
+        # imports torch, which the process that starts the steps needs for nothing else
+        from i2am.attribution.storage import write_atomically
+
+        write_atomically(self.path, text.encode())
 
     def _lines(self) -> Iterator[Line]:
         if not self.path.exists():

@@ -38,16 +38,7 @@ def measure(
     plain = Loop(unet, SIZES[size], batch, guidance=guidance)
     loop = Loop(other, SIZES[size], batch, guidance=guidance)
     benchmark.group = f"{size}, batch {batch}{', guidance' * guidance}"
-    benchmark.extra_info.update(
-        level="step",
-        size=size,
-        batch=batch,
-        guidance=guidance,
-        way=way,
-        attends=True,
-        ours=way not in HOOKS,
-        dtype=str(settings.dtype).removeprefix("torch."),
-    )
+    _describe(benchmark, settings, "step", size, batch, way, guidance)
     rounds = None if settings.on_gpu else min(settings.rounds, ROUNDS_ON_CPU[way])
     if way in HOOKS:
         remove = HOOKS[way](other, loop.conditional)
@@ -121,16 +112,7 @@ def _measure_variant(
     tolerance: float,
 ) -> None:
     benchmark.group = f"{size}, batch {batch}, guidance, {name}"
-    benchmark.extra_info.update(
-        level="variant",
-        size=size,
-        batch=batch,
-        guidance=True,
-        way=name,
-        attends=True,
-        ours=True,
-        dtype=str(settings.dtype).removeprefix("torch."),
-    )
+    _describe(benchmark, settings, "variant", size, batch, name, True)
     layout = SIZES[size].layout
     with i2am.record(loop.unet, scheduler=loop.scheduler, layout=layout) as recorder:
         differences = [_difference(loop(), plain()) for _ in range(4)]
@@ -140,6 +122,21 @@ def _measure_variant(
     difference = max(differences)
     benchmark.extra_info.update(difference=difference, evaluations=evaluations)
     assert difference <= tolerance, f"the recorded step is {difference:.2g} off the un-recorded one"
+
+
+def _describe(
+    benchmark: Any, settings: Settings, level: str, size: str, batch: int, way: str, guidance: bool
+) -> None:
+    benchmark.extra_info.update(
+        level=level,
+        size=size,
+        batch=batch,
+        guidance=guidance,
+        way=way,
+        attends=True,
+        ours=way not in HOOKS,
+        dtype=str(settings.dtype).removeprefix("torch."),
+    )
 
 
 def _difference(output: Tensor, plain: Tensor) -> float:

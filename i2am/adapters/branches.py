@@ -21,8 +21,8 @@ class Branches:
 
     Args:
         make: Makes an accumulator, given ``unresolved=``.
-        order: Names of the parts in one batch, all of them; what is neither conditional nor
-            unconditional is nobody's.
+        order: Names of the parts in one batch, all of them; parts that are neither conditional
+            nor unconditional are not recorded.
         wanted: Branches to keep.
 
     Attributes:

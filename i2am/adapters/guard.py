@@ -20,7 +20,7 @@ class Guard:
 
     Args:
         on_failure: Told the exception. Its traceback is a note: frames would hold their tensors,
-            and those of the callers, as long as somebody keeps the exception.
+            and those of the callers, as long as the exception is kept.
     """
 
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:

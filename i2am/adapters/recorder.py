@@ -32,7 +32,7 @@ class Recorder:
     """What ``record()`` returns: records between ``attach`` and ``detach``, or in a ``with``.
 
     Nothing that goes wrong in the recording disturbs the run: it ends the recording, with a warning
-    at once and the error in :meth:`maps`, and the run goes on as if nobody recorded.
+    at once and the error in :meth:`maps`, and the run goes on without recording.
 
     Args:
         denoiser: The module whose calls are the evaluations.

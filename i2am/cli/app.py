@@ -122,7 +122,7 @@ def _messages() -> Iterator[None]:
 
 
 class _Once(logging.Filter):
-    """Lets a warning through the first time alone, whoever repeats it for the next image."""
+    """Lets a warning of one text through once, however many images repeat it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whatever fails in the recording, the run makes its image as if nobody recorded, and is told."""
+"""An error in the recording leaves the image as it is without recording, and a warning tells it."""
 
 import contextlib
 import dataclasses

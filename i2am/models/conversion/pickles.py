@@ -127,7 +127,7 @@ class _Parameter(Placeholder):
 
 
 class _WithAttributes(Placeholder):
-    """torch's _rebuild_from_type_v2: a tensor to which somebody gave attributes."""
+    """torch's _rebuild_from_type_v2: a tensor with attributes of its own."""
 
     def __new__(cls, rebuild: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
         plain = kind in (_Tensor, _Parameter) and rebuild in _REBUILD.values()
