@@ -53,6 +53,7 @@ setup(
         "i2am.data",
         "i2am.evaluation",
         "i2am.evaluation.scores",
+        "i2am.files",
         "i2am.kernels",
         "i2am.kernels.fused",
         "i2am.layouts",

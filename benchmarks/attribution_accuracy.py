@@ -9,7 +9,6 @@ stands beside its untrained twin and beside guesses that never look at attention
 file and prints Markdown.
 """
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -23,7 +22,7 @@ from accuracy.evaluating import without_a_model
 from accuracy.scoring import score
 from accuracy.tables import tables
 
-from i2am.attribution.storage import write_atomically
+from i2am.files import sha256_of_file, write
 from i2am.models import POCKET, pocket_pipeline, pocket_weights
 from i2am.models.custom import CustomPipeline
 
@@ -63,7 +62,7 @@ def main(weights: Path | None, out: Path, threads: int | None, **settings: Any) 
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     result = run(trained, weights, **settings)
-    write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
+    write(out, (json.dumps(result, indent=1) + "\n").encode())
     click.echo(tables(result))
 
 
@@ -83,7 +82,7 @@ def run(
         "commit": _commit(),
         "weights": {
             "name": weights.name,
-            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "sha256": sha256_of_file(weights),
         },
         "settings": {**settings, "seed": seed},
         **without_a_model(scored, split=SPLIT, batch=settings["batch"]),

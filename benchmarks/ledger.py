@@ -5,10 +5,13 @@ afterwards; the last line counts, so that a row which ended its process says so.
 """
 
 import json
-import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from i2am.files import FileRejected, append, parse_json, read_bytes, write
+from i2am.files.atomic import sync
 
 Line = dict[str, Any]
 
@@ -53,11 +56,10 @@ class Ledger:
 
     def write(self, step: str, name: str, found: Line) -> None:
         """Append a row and see that it reaches the disk."""
-        line = json.dumps({"step": step, "name": name, "run": self.run, **found})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        row = {"step": step, "name": name, "run": self.run, **found}
+        line = json.dumps(row, allow_nan=False)
+        append(self.path, line + "\n")
+        sync(self.path)
 
     def forget(self, step: str) -> None:
         """Drop the rows of a step."""
@@ -69,16 +71,12 @@ class Ledger:
 
     def _replace(self, rows: list[Line]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        # imports torch, which the process that starts the steps needs for nothing else
-        from i2am.attribution.storage import write_atomically
-
-        write_atomically(self.path, text.encode())
+        write(self.path, text.encode())
 
     def _lines(self) -> Iterator[Line]:
         if not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:  # cut short with its machine, or an empty line
-                continue
+        for line in read_bytes(self.path).splitlines():
+            # cut short with its machine, or an empty line
+            with suppress(FileRejected):
+                yield parse_json(line, str(self.path))

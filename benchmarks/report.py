@@ -18,7 +18,7 @@ from typing import Any
 import harness
 from ledger import Ledger
 
-from i2am.attribution.storage import write_atomically
+from i2am.files import read_json, write
 
 Row = dict[str, Any]
 Cell = Callable[[Row], str | None]
@@ -79,7 +79,7 @@ def read(path: Path) -> dict[str, Any]:
     """A result from a file of either kind."""
     if path.suffix == ".jsonl":
         return from_rows(Ledger(path, run="").rows())
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    result: dict[str, Any] = read_json(path)
     return result
 
 
@@ -228,8 +228,8 @@ def _line(*cells: Any) -> str:
 
 def main(*sources: Path, target: Path) -> None:
     if sources:
-        contents = [json.loads(source.read_text(encoding="utf-8")) for source in sources]
-        write_atomically(target, (json.dumps(summarize(contents), indent=1) + "\n").encode())
+        contents = [*map(read_json, sources)]
+        write(target, (json.dumps(summarize(contents), indent=1) + "\n").encode())
     print(tables(read(target)))
 
 

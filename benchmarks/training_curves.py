@@ -5,11 +5,12 @@
 Needs matplotlib, the extra ``plots``.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
+
+from i2am.files import parse_json, read_bytes
 
 LINES = 10
 """Log lines that are averaged to one point of a loss curve."""
@@ -64,7 +65,7 @@ def main(run: Path, picture: Path) -> None:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of one stage, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [parse_json(line, str(path)) for line in read_bytes(path).splitlines()]
 
 
 def curve(log: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -1,20 +1,16 @@
 """Maps on disk: one safetensors file, complete or absent, the same bytes for the same content."""
 
-import json
-import os
-import secrets
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from i2am.attribution.joint import JointMaps
 from i2am.attribution.layers import SUMS, tensors
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.sums import AttentionSite, LayerSums
+from i2am.files import open_regular, require, write
 
 SCHEMA = 1
 """Version of the file layout of maps without joint maps."""
@@ -23,17 +19,17 @@ JOINT_SCHEMA = 2
 """That of maps with joint maps: what cannot read these says so, and does not leave them out."""
 
 JOINT_SUMS = ("g2r", "r2g")
+_FIELDS = {"sites": list, "votes": list, "rows": list, "provenance": dict}
 JOINT_FACTS = ("generated_grid", "reference_grid", "time_groups", "heads", "layers")
 
 
 def save_maps(maps: AttributionMaps, path: str | Path) -> None:
     """Writes maps to one ``.safetensors`` file that any safetensors reader opens.
 
-    Tensors are named ``<layer number>.<field>``, those of joint maps ``joint.<field>``. A single
-    metadata entry, ``i2am``, holds canonical JSON: schema, sites, votes, rows, provenance, the
-    grids of joint maps, and dtype, shape and CRC-32 of each tensor. Time and machine are not among
-    them, so equal maps give equal bytes, and the file is complete or not there at all. Maps without
-    joint maps give files of schema 1.
+    Tensors are named ``<layer number>.<field>``, those of joint maps ``joint.<field>``. The
+    document, see `i2am.files.container`, holds schema, sites, votes, rows, provenance and the grids
+    of joint maps. Time and machine are not among them, so equal maps give equal bytes, and the file
+    is complete or not there at all. Maps without joint maps give files of schema 1.
 
     Args:
         maps: What to write; moved to the CPU.
@@ -43,39 +39,30 @@ def save_maps(maps: AttributionMaps, path: str | Path) -> None:
         ValueError: If the provenance holds something that JSON cannot.
         OSError: If the file cannot be written; nothing is left behind then.
     """
-    from safetensors.torch import save
+    from i2am.files.container import pack
 
-    held = {
+    content = {
         f"{number:03d}.{name}": sums
         for number, layer in enumerate(maps.layer_sums)
         for name, sums in tensors(layer).items()
     }
     joint: dict[str, Any] = {}
     if maps.joint is not None:
-        held |= {f"joint.{name}": getattr(maps.joint, name) for name in JOINT_SUMS}
+        content |= {f"joint.{name}": getattr(maps.joint, name) for name in JOINT_SUMS}
         joint["joint"] = {name: getattr(maps.joint, name) for name in JOINT_FACTS}
-    # copies, because tensors of a safetensors file must not share memory
-    content = {
-        name: sums.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, sums in held.items()
-    }
-    document: dict[str, Any] = {
+    document = {
         "schema": JOINT_SCHEMA if joint else SCHEMA,
         "sites": [asdict(layer.site) for layer in maps.layer_sums],
         "votes": maps.votes,
         "rows": maps.rows,
         "provenance": maps.provenance,
-        "tensors": {name: _summary(sums) for name, sums in content.items()},
         **joint,
     }
     try:
-        # through JSON once, because integer keys sort differently after they have become strings
-        document = json.loads(json.dumps(document, allow_nan=False))
-    except (TypeError, ValueError) as error:
+        pieces = [*pack(content, document)]
+    except ValueError as error:
         raise ValueError(f"provenance must hold JSON values only: {error}") from error
-    # of the description itself: a damaged layer name has no tensor to give it away
-    document["checksum"] = zlib.crc32(_canonical(document))
-    write_atomically(path, save(content, metadata={"i2am": _canonical(document).decode()}))
+    write(path, pieces)
 
 
 def load_maps(path: str | Path) -> AttributionMaps:
@@ -91,86 +78,33 @@ def load_maps(path: str | Path) -> AttributionMaps:
         ValueError: If the file is truncated, damaged, not an i2am file, or written by a newer i2am.
         OSError: If it cannot be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    from i2am.files.container import read_container
 
-    data = Path(path).read_bytes()
+    with open_regular(path) as file:
+        container = read_container(file, path)
+        document = container.document
+        require(document, str(path), {"schema": int})
+        if document["schema"] not in (SCHEMA, JOINT_SCHEMA):
+            raise ValueError(
+                f"{path} has schema {document['schema']}, and this i2am reads schemas {SCHEMA} and "
+                f"{JOINT_SCHEMA}; read it with the version of i2am that wrote it"
+            )
+        require(document, str(path), _FIELDS)
+        content = container.load_all(file)
     try:
-        content = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
-    try:
-        document = json.loads(header["__metadata__"]["i2am"])
-        schema = document["schema"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is a safetensors file, but not one of i2am maps") from error
-    if schema not in (SCHEMA, JOINT_SCHEMA):
-        raise ValueError(
-            f"{path} has schema {schema}, and this i2am reads schemas {SCHEMA} and {JOINT_SCHEMA}; "
-            "read it with the version of i2am that wrote it"
+        layers = [
+            LayerSums(_site(site), **{name: content.get(f"{number:03d}.{name}") for name in SUMS})
+            for number, site in enumerate(document["sites"])
+        ]
+        return AttributionMaps(
+            layers,
+            votes=document["votes"],
+            rows=document["rows"],
+            provenance=document["provenance"],
+            joint=_joint(document.get("joint"), content),
         )
-    if document.pop("checksum", None) != zlib.crc32(_canonical(document)):
-        raise ValueError(f"{path} is damaged: its description does not match its checksum")
-    if document["tensors"] != {name: _summary(sums) for name, sums in content.items()}:
-        raise ValueError(f"{path} is damaged: a tensor does not match its checksum")
-    layers = [
-        LayerSums(_site(site), **{name: content.get(f"{number:03d}.{name}") for name in SUMS})
-        for number, site in enumerate(document["sites"])
-    ]
-    return AttributionMaps(
-        layers,
-        votes=document["votes"],
-        rows=document["rows"],
-        provenance=document["provenance"],
-        joint=_joint(document.get("joint"), content),
-    )
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Writes a file so that it is complete or unchanged, whatever happens, power loss included.
-
-    The bytes go to a temporary file in the same folder, are flushed to disk, and take the final
-    name by renaming. Permissions follow the umask, as for any new file.
-
-    Args:
-        path: Target file in an existing folder; an existing file is replaced.
-        data: The whole content.
-
-    Raises:
-        OSError: If any step fails; the temporary file is removed then.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".i2am-{secrets.token_hex(8)}.tmp")
-    file = open(temporary, "xb")
-    try:
-        with file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    # BaseException: Ctrl-C must not leave a temporary file either
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _canonical(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _summary(sums: Tensor) -> dict[str, Any]:
-    return {
-        "crc32": zlib.crc32(sums.numpy().data),
-        "dtype": str(sums.dtype),
-        "shape": list(sums.shape),
-    }
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _joint(facts: dict[str, Any] | None, content: dict[str, Tensor]) -> JointMaps | None:

@@ -30,6 +30,7 @@ from i2am.cli.status import status
 from i2am.cli.train import train
 from i2am.cli.verify import verify
 from i2am.evaluation.errors import out_of_memory
+from i2am.files import OutputRefused
 
 log = logging.getLogger("i2am")
 
@@ -83,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(ExitCode.TERMINATED, "terminated; nothing was written")
         except CommandError as error:
             return _fail(error.code, str(error))
+        except OutputRefused as error:
+            return _fail(ExitCode.CONFLICT, str(error))
         except OSError as error:
             return _fail(ExitCode.IO, str(error))
         except Exception as error:

@@ -71,21 +71,19 @@ def convert(
     import torch
 
     from i2am.cli.errors import InputRejected
-    from i2am.cli.folder import no_conflict
     from i2am.models.conversion import convert as run
 
     try:
-        with no_conflict():
-            result = run(
-                checkpoint,
-                out,
-                system=system,
-                vae=vae,
-                dtype=None if dtype is None else getattr(torch, dtype),
-                drop=drop,
-                overwrite=overwrite,
-                progress=not quiet and sys.stderr.isatty(),
-            )
+        result = run(
+            checkpoint,
+            out,
+            system=system,
+            vae=vae,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            drop=drop,
+            overwrite=overwrite,
+            progress=not quiet and sys.stderr.isatty(),
+        )
     except (ValueError, FileNotFoundError) as error:
         raise InputRejected(str(error)) from error
     summary = {

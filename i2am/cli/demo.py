@@ -1,6 +1,5 @@
 """``i2am demo``: the built-in model dresses drawn people that it has never seen."""
 
-import json
 import logging
 from dataclasses import replace
 from itertools import chain
@@ -68,10 +67,10 @@ def demo(out: Path, steps: int, overwrite: bool, verbose: bool) -> ExitCode:
     if verbose:
         log.setLevel(logging.DEBUG)
     log.info("drawing people and garments, and loading the pocket model")
-    from i2am.cli.folder import MANIFEST, fresh_folder
     from i2am.cli.recording import full_record
     from i2am.cli.reporting import recorded_samples
     from i2am.cli.result import REPORT
+    from i2am.files import MANIFEST, canonical, fresh_folder
     from i2am.viewer import write_report
 
     with fresh_folder(out, overwrite=overwrite) as folder:
@@ -85,7 +84,7 @@ def demo(out: Path, steps: int, overwrite: bool, verbose: bool) -> ExitCode:
         write_report(folder / REPORT, chain.from_iterable(pages), title="i2am demo")
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
         # marks the folder as ours, so that the next demo may replace it
-        (folder / MANIFEST).write_text(json.dumps({"files": files}), encoding="utf-8")
+        (folder / MANIFEST).write_bytes(canonical({"files": files}))
     for result in results:
         click.echo(f"{replace(result, out=out / result.out.name)}\n")
     click.echo(f"{out / 'overview.png'}\n{out / REPORT}\n\n{WHAT_TO_SEE}")

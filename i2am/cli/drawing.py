@@ -1,7 +1,6 @@
 """What ``i2am figure`` does: read runs, draw, write."""
 
 import io
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import i2am
 from i2am.cli.errors import InputRejected
-from i2am.cli.folder import MANIFEST, check_free, fresh_folder
 from i2am.cli.recorded import RecordedRun, read_run
+from i2am.files import MANIFEST, check_free, fresh_folder, readable_json
 from i2am.plots.reading import Reading, Votes
 from i2am.plots.recorded import FIGURES, ONE_EACH, Recorded, figure, figure_name, lacks
 
@@ -74,7 +73,7 @@ def draw(drawing: Drawing) -> list[str]:
     Raises:
         InputRejected: A run cannot be read, a figure cannot be made of it, or matplotlib is
             missing; nothing was written.
-        OutputConflict: The output folder is in use.
+        OutputRefused: The output folder is in use.
         OSError: The disk failed; nothing was left behind.
     """
     check_free(drawing.out, overwrite=drawing.overwrite)
@@ -101,8 +100,7 @@ def draw(drawing: Drawing) -> list[str]:
             "runs": [os.path.relpath(run, drawing.out) for run in drawing.runs],
             "files": [*files, MANIFEST],
         }
-        text = json.dumps(manifest, indent=2, allow_nan=False, ensure_ascii=False)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_bytes(readable_json(manifest))
     return files
 
 

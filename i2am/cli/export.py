@@ -41,12 +41,11 @@ def export(
     if (zarr is None) == (parquet is None):
         raise click.UsageError("Give either --zarr or --parquet.")
     log.info("reading %s", run)
-    from i2am.cli.folder import no_conflict
     from i2am.evaluation.export import to_parquet, to_zarr
     from i2am.evaluation.summary import summarize
 
     progress = not quiet and sys.stderr.isatty()
-    with open_run(run) as store, no_conflict():
+    with open_run(run) as store:
         summaries = summarize(store).values()
         if not any(summary.committed for summary in summaries):
             raise InputRejected(f"run {run} has no committed shard, so nothing can be exported")

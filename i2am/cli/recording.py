@@ -14,9 +14,9 @@ from i2am.attribution import AttributionMaps, Box, Direction
 from i2am.cli.calling import call, check_model, complete, generated_size, layout_of, warn_of_size
 from i2am.cli.errors import InputRejected
 from i2am.cli.estimate import Estimate, estimate
-from i2am.cli.folder import check_free, fresh_folder
 from i2am.cli.result import Result, Run, write
 from i2am.cli.settings import FILES, Inputs, Settings, read_inputs
+from i2am.files import check_free, fresh_folder
 from i2am.layouts.token_layout import AttentionCall, Frame, Resolved
 from i2am.wording import counted
 
@@ -41,7 +41,7 @@ def full_record(settings: Settings) -> Result:
 
     Raises:
         InputRejected: An input, the model or the memory does not do; nothing was written.
-        OutputConflict: The output folder is in use.
+        OutputRefused: The output folder is in use.
         OSError: The disk failed; nothing was left behind.
     """
     inputs = _check(settings)

@@ -77,15 +77,13 @@ def report(
     if verbose:
         log.setLevel(logging.DEBUG)
     log.info("reading %s", ", ".join(map(str, runs)))
-    from i2am.cli.folder import no_conflict
     from i2am.cli.reporting import Wanted, samples_of
     from i2am.viewer import write_report
 
     wanted = Wanted(runs, setting=setting, limit=limit, data=data)
     title = title or runs[0].resolve().name
-    with no_conflict():
-        samples = samples_of(wanted)
-        files = write_report(out, samples, title=title, overwrite=overwrite, compress=compress)
+    samples = samples_of(wanted)
+    files = write_report(out, samples, title=title, overwrite=overwrite, compress=compress)
     _tell(wanted.left_out)
     page = out if out.suffix.lower() in (".html", ".htm") else out / files[0]
     if (size := page.stat().st_size) > LARGE:

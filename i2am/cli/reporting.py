@@ -1,6 +1,5 @@
 """Samples of a report, read from the folders of ``i2am record`` and ``i2am evaluate``."""
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from i2am.attribution import AttributionMaps
 from i2am.cli.errors import InputRejected
-from i2am.cli.folder import MANIFEST
-from i2am.cli.recorded import read_run
+from i2am.cli.recorded import halves, read_manifest, read_run, read_scores
 from i2am.cli.runs import open_run
 from i2am.data.images import ImageRejected, read_bytes, read_image, read_mask
+from i2am.evaluation.plan_file import RUN_LIMIT
+from i2am.files import MANIFEST, FileRejected, read_json
 from i2am.plots.titles import step_titles
 from i2am.viewer import Sample, Stack, sample
 from i2am.wording import counted
@@ -87,8 +87,8 @@ def samples_of(wanted: Wanted) -> Iterator[Sample]:
 
 def _is_run(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(folder / MANIFEST, limit=RUN_LIMIT)
+    except (OSError, FileRejected):
         # said better where it is read again
         return False
     return isinstance(manifest, dict) and "fingerprint" in manifest
@@ -108,9 +108,9 @@ def recorded_samples(folder: Path, name: str) -> Iterator[Sample]:
         InputRejected: It is no such folder, its files are damaged or gone, or its maps hold NaN.
         OSError: The disk failed.
     """
-    run = read_run(folder)
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    notes = list(manifest["notes"])
+    runs = {branch: read_run(folder, branch=branch) for branch in halves(read_manifest(folder))}
+    run = next(iter(runs.values()))
+    manifest, notes = run.manifest, [*map(str, run.manifest["notes"])]
     inputs = manifest["inputs"]
     mask, reference_mask = (
         _mask(folder, inputs.get(kind), kind, notes) for kind in ("mask", "reference_mask")
@@ -118,9 +118,9 @@ def recorded_samples(folder: Path, name: str) -> Iterator[Sample]:
     try:
         yield from shown_samples(
             {**manifest, "notes": notes},
-            {branch: read_run(folder, branch=branch).maps for branch in _halves(manifest)},
+            {branch: of.maps for branch, of in runs.items()},
             name=name,
-            scores=_scores(folder),
+            scores=read_scores(folder, manifest),
             generated=run.generated,
             reference=run.reference,
             mask=mask,
@@ -182,7 +182,9 @@ def shown_samples(
                 if f"{kind}{suffix}" in scores
             },
             truths={
-                region["name"]: region["truth"] for region in settings["regions"] if region["truth"]
+                region["name"]: region["truth"]
+                for region in settings["regions"]
+                if region.get("truth")
             },
             facts=facts,
             notes=manifest["notes"],
@@ -190,22 +192,6 @@ def shown_samples(
             mask=mask,
             reference_mask=reference_mask,
         )
-
-
-def _halves(manifest: Mapping[str, Any]) -> list[str]:
-    recorded = manifest["settings"]["guidance_branch"]
-    return ["conditional", "unconditional"] if recorded == "both" else [recorded]
-
-
-def _scores(folder: Path) -> dict[str, Any]:
-    path = folder / "scores.json"
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        return {name: {key: of[key] for key in ("value", "reason")} for name, of in scores.items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputRejected(f"{path} is damaged: {error!r}") from error
 
 
 def _mask(
@@ -301,7 +287,11 @@ def _evaluated_sample(
     guidance = settings["guidance"]
     return Sample(
         id=title,
-        generated=read_image(store.image_path(shard.setting, id), name="generated image"),
+        generated=read_image(
+            store.image_path(shard.setting, id),
+            name="generated image",
+            content=store.image(shard, id),
+        ),
         reference=read_image(data.path("garment", index), name="reference"),
         stacks=stacks,
         times=step_titles(groups, steps),

@@ -1,6 +1,5 @@
 """The files of one recording: image, maps, pictures, scores and where they come from."""
 
-import json
 import logging
 import math
 import os
@@ -17,10 +16,10 @@ from i2am.adapters.inputs import as_mask
 from i2am.attribution import AttributionMaps
 from i2am.attribution.layers import nonfinite
 from i2am.cli.errors import ExitCode
-from i2am.cli.folder import MANIFEST
 from i2am.cli.pictures import Scene, draw
 from i2am.cli.reporting import shown_samples
 from i2am.cli.settings import FILES, Inputs, Settings
+from i2am.files import MANIFEST, digests_of, readable_json
 from i2am.metrics import imacs_scores
 from i2am.viewer import write_report
 
@@ -130,9 +129,9 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
         found = _score(maps, inputs, settings.preset, broken)
         scores |= {f"{name}{suffix}": entry for name, entry in found.items()}
     page = [REPORT] if settings.report and code == ExitCode.DONE else []
-    files += [*page, "scores.json", MANIFEST]
-    _write_json(folder / "scores.json", scores)
-    manifest = _manifest(settings, inputs, run, files, notes)
+    files += [*page, "scores.json"]
+    (folder / "scores.json").write_bytes(readable_json(scores))
+    manifest = _manifest(settings, inputs, run, notes)
     for name in page:
         # the inputs as they were read, whatever has become of their files
         shown = shown_samples(
@@ -146,8 +145,9 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
             reference_mask=inputs.reference_mask,
         )
         write_report(folder / name, shown, title=settings.out.resolve().name)
-    _write_json(folder / MANIFEST, manifest)
-    return Result(settings.out, files, scores, notes, run.trained, code)
+    manifest["files"] = digests_of(folder, files)
+    (folder / MANIFEST).write_bytes(readable_json(manifest))
+    return Result(settings.out, [*files, MANIFEST], scores, notes, run.trained, code)
 
 
 def _score(
@@ -184,9 +184,7 @@ def _caption(settings: Settings, run: Run, branch: str, *, causal: bool) -> str:
     return ", ".join(parts)
 
 
-def _manifest(
-    settings: Settings, inputs: Inputs, run: Run, files: list[str], notes: list[str]
-) -> dict[str, Any]:
+def _manifest(settings: Settings, inputs: Inputs, run: Run, notes: list[str]) -> dict[str, Any]:
     paths = {name: getattr(settings, name) for name in FILES}
     options = {
         name: value
@@ -221,10 +219,4 @@ def _manifest(
             **{name: version(name) for name in _PACKAGES},
         },
         "notes": notes,
-        "files": files,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from i2am.cli import flags
-from i2am.cli.errors import ExitCode, InputRejected, OutputConflict, Stopped, Terminated
+from i2am.cli.errors import ExitCode, InputRejected, Stopped, Terminated
 
 log = logging.getLogger("i2am")
 
@@ -101,7 +101,6 @@ def train(
 
     from i2am.training.loop import Intervals
     from i2am.training.recipe import PAPER_RECIPE, POCKET_RECIPE, with_changes
-    from i2am.training.run import RecipeConflict
     from i2am.training.run import train as run
 
     if quiet:
@@ -131,8 +130,6 @@ def train(
         raise click.UsageError(f"{error}.", ctx) from error
     try:
         pipeline = run(recipe, out, intervals, workers=workers, progress=not quiet)
-    except RecipeConflict as error:
-        raise OutputConflict(str(error)) from error
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         raise InputRejected(str(error)) from error
     except (KeyboardInterrupt, Terminated) as stop:

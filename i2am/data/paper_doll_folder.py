@@ -1,9 +1,6 @@
 """Paper-doll scenes as files in the layout of VITON-HD, for everything that reads that data set."""
 
 import json
-import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +9,7 @@ from numpy.typing import NDArray
 
 from i2am.data.paper_doll_person import PARTS, Person
 from i2am.data.paper_doll_scene import SIZE, draw_scene, garment_of, person_of
+from i2am.files import fresh_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,7 +66,7 @@ def write_viton_hd(folder: str | Path, *, train: int, test: int) -> None:
 
     Raises:
         ValueError: If a count is not allowed, or both are 0.
-        FileExistsError: If the folder is a file, or has content.
+        OutputRefused: If the folder is a file, has content, or cannot be made.
         OSError: If something cannot be written; nothing is left behind then.
     """
     if train < 0:
@@ -77,12 +75,7 @@ def write_viton_hd(folder: str | Path, *, train: int, test: int) -> None:
         raise ValueError(f"test must be 0 or at least 2, so that pairs can differ, got {test}")
     if train == test == 0:
         raise ValueError("train and test must not both be 0")
-    target = Path(folder).absolute()
-    _check_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
-    try:
-        partial.mkdir()
+    with fresh_folder(Path(folder), overwrite=False) as partial:
         for split, count in (("train", train), ("test", test)):
             stems = [_stem(index) for index in range(count)]
             shift = 1 if split == "test" else 0
@@ -91,15 +84,6 @@ def write_viton_hd(folder: str | Path, *, train: int, test: int) -> None:
             pairs = zip(stems, stems[shift:] + stems[:shift], strict=True)
             text = "".join(f"{person}.jpg {garment}.jpg\n" for person, garment in pairs)
             (partial / f"{split}_pairs.txt").write_text(text, encoding="utf-8")
-        _to_disk(partial)
-        _check_free(target)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    # BaseException: Ctrl-C must not leave a half-written folder either
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _stem(index: int) -> str:
@@ -187,21 +171,3 @@ def _keypoints(person: Person) -> dict[str, object]:
         numbers += [round(x, 3), round(y, 3), 1.0] if seen else [0.0, 0.0, 0.0]
     numbers += [0.0] * (75 - len(numbers))
     return {"version": 1.3, "people": [{"person_id": [-1], "pose_keypoints_2d": numbers}]}
-
-
-def _check_free(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"folder must be new or empty, {target} is a file")
-    if target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"folder must be new or empty, {target} has content")
-
-
-def _to_disk(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from i2am.attribution.folders import FolderInUse, fresh_folder
-from i2am.attribution.storage import write_atomically
 from i2am.evaluation.shard import FAILED, OK, SAMPLE, Shard
 from i2am.evaluation.store import Store
+from i2am.files import check_file_free, fresh_folder, write
 
 AXES = ("sample", "time", "head", "height", "width")
 """Of a map in zarr."""
@@ -42,7 +41,7 @@ def to_zarr(store: Store, folder: Path, *, progress: bool = False) -> None:
 
     Raises:
         ImportError: If zarr is not installed.
-        FolderInUse: If `folder` is in use.
+        OutputRefused: If `folder` is in use, or cannot be made.
         ValueError: If nothing is committed.
         StoreError: If a shard cannot be used.
         OSError: If something cannot be read or written.
@@ -81,14 +80,13 @@ def to_parquet(store: Store, file: Path, *, progress: bool = False) -> None:
 
     Raises:
         ImportError: If pyarrow is not installed.
-        FolderInUse: If `file` exists.
+        OutputRefused: If `file` exists, or cannot be made.
         ValueError: If nothing is committed.
         StoreError: If a shard cannot be used.
         OSError: If something cannot be read or written.
     """
     pyarrow, parquet = _require("pyarrow"), _require("pyarrow.parquet")
-    if file.exists():
-        raise FolderInUse(f"output {file} exists; name another")
+    check_file_free(file, overwrite=False)
     names = _score_names(store)
     text, number = pyarrow.string(), pyarrow.float64()
     types = {"setting": text, "index": pyarrow.int64(), **dict.fromkeys(_PAIR, text)}
@@ -106,7 +104,7 @@ def to_parquet(store: Store, file: Path, *, progress: bool = False) -> None:
                     writer.write_table(pyarrow.Table.from_pylist(rows, schema))
                     rows.clear()
         writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-    write_atomically(file, sink.getvalue())
+    write(file, sink.getvalue())
 
 
 def _fill(group: Any, store: Store, setting: str, first: Shard, shards: Iterator[Shard]) -> None:

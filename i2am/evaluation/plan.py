@@ -1,7 +1,6 @@
 """What decides the bytes of a run: model, data, settings, versions; and their fingerprint."""
 
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +13,10 @@ import torch
 import i2am
 from i2am.data.vitonhd import VitonHD
 from i2am.data.vitonhd_pairs import Setting
-from i2am.evaluation.shard_header import SCHEMA, canonical
+from i2am.evaluation.plan_file import fingerprint_of
+from i2am.evaluation.shard import SCHEMA
+from i2am.files import canonical, parse_json, sha256_of_folder
+from i2am.files.digests import sha256_of_files
 
 if TYPE_CHECKING:
     from i2am.models.base import ReferencePipeline
@@ -150,9 +152,9 @@ def make_plan(
             "processor": _processor(settings.device),
         },
     }
-    plan["fingerprint"] = hashlib.sha256(canonical(_deciding(plan))).hexdigest()
+    plan["fingerprint"] = fingerprint_of(plan)
     # as it is read again: tuples have become lists
-    stored: dict[str, Any] = json.loads(canonical(plan))
+    stored: dict[str, Any] = parse_json(canonical(plan), "the plan")
     return stored
 
 
@@ -160,24 +162,18 @@ def digest_of(model: str) -> str:
     """SHA-256 over the names and contents of a model's files, or of a built-in model's weights.
 
     Args:
-        model: What `i2am.models.load_pipeline` takes.
+        model: What `i2am.models.load_pipeline` takes. What links in its folder lead to counts.
 
     Raises:
+        ValueError: A link leads back to a folder that holds it.
         OSError: A file cannot be read.
     """
     from i2am.models.pocket import pocket_weights
 
-    path = Path(model)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-    else:
-        files = [weights] if (weights := pocket_weights()) else []
-    total = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        with file.open("rb") as content:
-            total.update(f"{name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+    if Path(model).is_dir():
+        return sha256_of_folder(Path(model))
+    weights = pocket_weights()
+    return sha256_of_files(weights.parent, [weights]) if weights else sha256_of_files(Path(), [])
 
 
 def seed_of(seed: int, id: str) -> int:
@@ -187,13 +183,6 @@ def seed_of(seed: int, id: str) -> int:
     their noise with another; of two thousand, none in all likelihood.
     """
     return int.from_bytes(hashlib.sha256(f"{seed}/{id}".encode()).digest()[:8], "little")
-
-
-def _deciding(plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan without names of places and what is counted in another way already."""
-    model = {key: value for key, value in plan["model"].items() if key != "name"}
-    data = {key: plan["data"][key] for key in ("split", "digest")}
-    return {**plan, "model": model, "data": data}
 
 
 def _processor(device: str) -> str:

@@ -1,21 +1,49 @@
 """``run.json``: what a run is, written once and never changed."""
 
-import errno
-import json
 import os
 import re
-import secrets
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from i2am.attribution.storage import write_atomically
 from i2am.evaluation.errors import StoreConflict, StoreDamaged
-from i2am.evaluation.folder_lock import is_leftover, make_folder, sync_folder
-from i2am.evaluation.shard_header import SCHEMA, canonical
+from i2am.evaluation.shard import SCHEMA
+from i2am.files import (
+    FileRejected,
+    canonical,
+    check_place,
+    make_folder,
+    parse_json,
+    publish,
+    read_bytes,
+    require,
+)
+from i2am.files.atomic import is_temporary
 
+_FIELDS = {
+    "schema": int,
+    "i2am": str,
+    "fingerprint": str,
+    "model": dict,
+    "model.name": str,
+    "data": dict,
+    "data.folder": str,
+    "data.split": str,
+    "data.pairs": dict,
+    "settings.pairs": list,
+    "settings.shard": int,
+    "settings.size": list,
+    "settings.steps": int,
+    "settings.guidance": float,
+    "settings.seed": int,
+    "settings.preset": str,
+    "settings.maps": str,
+}
+_PAIR = [str, str, str, int, str]
 # of one file in whatever folder, whatever the system
 _NAME = re.compile(r"[^/\\\0]+", re.DOTALL)
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
+RUN_LIMIT = 2**31
+"""The most bytes of a ``run.json``; that of ten million pairs has less."""
 
 
 def path(folder: Path) -> Path:
@@ -43,7 +71,7 @@ def create(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     if stored is None:
         check_free(folder)
         make_folder(folder)
-        _publish(path(folder), data)
+        publish(path(folder), data)
         stored = read(folder)
     if stored is None:
         raise StoreDamaged(f"{path(folder)} was removed while it was being made")
@@ -55,14 +83,24 @@ def create(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     return stored
 
 
+def fingerprint_of(plan: dict[str, Any]) -> str:
+    """SHA-256 of a plan without names of places and what is counted in another way already."""
+    model = {key: value for key, value in plan["model"].items() if key != "name"}
+    data = {key: plan["data"].get(key) for key in ("split", "digest")}
+    deciding = {key: value for key, value in plan.items() if key != "fingerprint"}
+    return sha256(canonical({**deciding, "model": model, "data": data})).hexdigest()
+
+
 def check_free(folder: Path) -> None:
-    """Refuses a folder without a ``run.json`` that holds something else.
+    """Refuses a folder without a ``run.json`` that holds something else, or cannot be made.
 
     Raises:
-        StoreConflict: Naming it.
+        StoreConflict: Naming what it holds.
+        OutputRefused: It cannot be made.
         OSError: If the folder cannot be read.
     """
-    strange = [name for name in _names(folder) if not is_leftover(name)]
+    check_place(folder)
+    strange = [name for name in _names(folder) if not is_temporary(name)]
     if strange:
         raise StoreConflict(
             f"{folder} holds {min(strange)} but no run of i2am evaluate; name another folder"
@@ -79,15 +117,14 @@ def read(folder: Path) -> dict[str, Any] | None:
         OSError: If it cannot be read.
     """
     try:
-        data = path(folder).read_bytes()
+        data = read_bytes(path(folder), limit=RUN_LIMIT)
+        plan = parse_json(data, str(path(folder)))
     except FileNotFoundError:
         return None
     except NotADirectoryError:
         raise StoreConflict(f"{folder} is a file, a folder was expected") from None
-    try:
-        plan = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise StoreDamaged(f"{path(folder)} is damaged: {error}") from error
+    except FileRejected as error:
+        raise StoreDamaged(str(error)) from error
     if not isinstance(plan, dict) or not {"schema", "fingerprint"} <= plan.keys():
         raise StoreConflict(f"{path(folder)} was not written by i2am evaluate")
     if plan["schema"] != SCHEMA:
@@ -110,21 +147,29 @@ def check(plan: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming it.
     """
-    try:
-        schema, fingerprint, size = plan["schema"], plan["fingerprint"], plan["settings"]["shard"]
-        pairs = {name: plan["data"]["pairs"][name] for name in plan["settings"]["pairs"]}
-        ids = {name: [pair[0] for pair in of] for name, of in pairs.items()}
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"plan has no {error}") from error
-    if schema != SCHEMA:
-        raise ValueError(f"plan must have schema {SCHEMA}, got {schema!r}")
-    if not isinstance(fingerprint, str) or not fingerprint:
-        raise ValueError(f"plan must have a fingerprint, got {fingerprint!r}")
-    if type(size) is not int or size < 1:
-        raise ValueError(f"plan must have at least 1 sample in a shard, got {size!r}")
-    for setting, found in ids.items():
+    require(plan, "plan", _FIELDS)
+    if plan["schema"] != SCHEMA:
+        raise ValueError(f"plan must have schema {SCHEMA}, got {plan['schema']!r}")
+    if (fingerprint := fingerprint_of(plan)) != plan["fingerprint"]:
+        raise ValueError(
+            f"plan must have the fingerprint of its content, {fingerprint}, got "
+            f"{plan['fingerprint']}"
+        )
+    size = plan["settings"]["shard"]
+    if size < 1:
+        raise ValueError(f"plan must have at least 1 sample in a shard, got {size}")
+    for setting in plan["settings"]["pairs"]:
         if not _is_name(setting):
             raise ValueError(f"settings of a plan must be bare file names, got {setting!r}")
+        require(plan, "plan", {f"data.pairs.{setting}": list})
+        pairs = plan["data"]["pairs"][setting]
+        for pair in pairs:
+            if not isinstance(pair, list) or [*map(type, pair)] != _PAIR:
+                raise ValueError(
+                    "pairs of a plan must be an id, a person, a garment, a line and a file name, "
+                    f"got {pair!r}"
+                )
+        found = [pair[0] for pair in pairs]
         if strange := [id for id in found if not _is_name(id)]:
             raise ValueError(
                 f"ids of a plan must be bare file names of at most 240 bytes, got {strange[0]!r}"
@@ -149,25 +194,6 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _publish(target: Path, data: bytes) -> None:
-    """Writes a file whole, unless one has that name already."""
-    temporary = target.with_name(f".i2am-{secrets.token_hex(8)}.tmp")
-    try:
-        write_atomically(temporary, data)
-        os.link(temporary, target)
-    except (FileExistsError, FileNotFoundError):
-        # another process was faster, and may have taken our temporary file for a leftover
-        return
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        # a file system without links: of two processes at the same moment the last one wins
-        write_atomically(target, data)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
-
-
 def _differences(stored: dict[str, Any], plan: dict[str, Any]) -> str:
     ours, theirs = dict(_leaves(plan)), dict(_leaves(stored))
     found = []
@@ -176,7 +202,7 @@ def _differences(stored: dict[str, Any], plan: dict[str, Any]) -> str:
         if mine != other and key != "fingerprint":
             long = isinstance(mine, list) or isinstance(other, list)
             found.append(key if long else f"{key} ({other!r} there, {mine!r} now)")
-    return ", ".join(found) or "its fingerprint"
+    return ", ".join(found)
 
 
 def _leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -5,17 +5,21 @@ time nor machine is in it, so equal content gives equal bytes.
 """
 
 import io
-import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from i2am.evaluation.errors import StoreDamaged
-from i2am.evaluation.shard_header import DTYPES, SCHEMA, Header, canonical, read_header
+from i2am.evaluation.errors import StoreConflict, StoreDamaged
+from i2am.files import FileRejected
+from i2am.files.container import Container, pack, read_container
+
+SCHEMA = 1
+"""Version of shards and of ``run.json`` that is written, and the newest that can be read."""
 
 OK, FAILED = 0, 1
 """Values of `Shard.status`."""
@@ -24,7 +28,6 @@ SAMPLE = "sample"
 """Stands where a score's name would be in the reason why a whole sample failed."""
 
 _ALWAYS = ("index", "status", "scores")
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Reason(NamedTuple):
@@ -103,13 +106,6 @@ class Shard:
         Raises:
             ValueError: If a name is not one that JSON can hold.
         """
-        from safetensors.torch import save
-
-        tensors = {
-            # a copy, because tensors of a safetensors file must not share memory
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in self._tensors().items()
-        }
         document: dict[str, Any] = {
             "schema": SCHEMA,
             "fingerprint": self.fingerprint,
@@ -124,10 +120,9 @@ class Shard:
             },
             "batches": self.batches,
             "images": dict(self.images),
-            "tensors": {name: _summary(tensor) for name, tensor in tensors.items()},
         }
-        document["checksum"] = zlib.crc32(canonical(document))
-        return save(tensors, metadata={"i2am": canonical(document).decode()})
+        tensors = {"index": self.index, "status": self.status, "scores": self.scores, **self.maps}
+        return b"".join(pack(tensors, document))
 
     @classmethod
     def from_bytes(
@@ -153,7 +148,7 @@ class Shard:
     def read(
         cls,
         file: BinaryIO,
-        header: Header,
+        header: Container,
         *,
         tensors: Collection[str] | None = None,
         check: bool = True,
@@ -187,11 +182,10 @@ class Shard:
                 batches=tuple(map(tuple, document["batches"])),
                 images=document["images"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except FileRejected as error:
+            raise StoreDamaged(str(error)) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreDamaged(f"{header.name} is damaged: {error}") from error
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {"index": self.index, "status": self.status, "scores": self.scores, **self.maps}
 
     def _require_reasons(self) -> None:
         undefined = self.scores.isnan().tolist()
@@ -207,12 +201,29 @@ class Shard:
                     raise ValueError(f"score {name} of {id} is NaN, which needs a reason")
 
 
-def _summary(tensor: Tensor) -> dict[str, Any]:
-    return {
-        "crc32": zlib.crc32(tensor.flatten().numpy().data),
-        "dtype": _CODES[tensor.dtype],
-        "shape": list(tensor.shape),
-    }
+def read_header(file: BinaryIO, name: str | Path = "the shard") -> Container:
+    """Reads the description of a shard, and checks it against itself and the file's length.
+
+    Args:
+        file: The whole file.
+        name: What to call it in messages.
+
+    Raises:
+        StoreDamaged: If the file is truncated, has an altered description, or is not a shard.
+        StoreConflict: If it was written by another version of i2am.
+        OSError: If it cannot be read.
+    """
+    try:
+        header = read_container(file, name)
+    except FileRejected as error:
+        raise StoreDamaged(str(error)) from error
+    schema = header.document.get("schema")
+    if schema != SCHEMA:
+        raise StoreConflict(
+            f"{name} has schema {schema} and this i2am reads schema {SCHEMA}; "
+            "read it with the version of i2am that wrote it"
+        )
+    return header
 
 
 def _is_map(tensor: Tensor) -> bool:

@@ -11,12 +11,19 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from i2am.attribution.storage import write_atomically
 from i2am.evaluation import plan_file
 from i2am.evaluation.errors import StoreConflict, StoreDamaged, StoreError
-from i2am.evaluation.folder_lock import FolderLock, is_leftover, make_folder
-from i2am.evaluation.shard import Shard
-from i2am.evaluation.shard_header import Header, read_header
+from i2am.evaluation.shard import Shard, read_header
+from i2am.files import (
+    FileRejected,
+    FolderLock,
+    inner_folder,
+    open_regular,
+    read_bytes,
+    write,
+)
+from i2am.files.atomic import is_temporary
+from i2am.files.container import Container
 
 __all__ = ["Store", "StoreConflict", "StoreDamaged", "StoreError"]
 
@@ -133,9 +140,9 @@ class Store:
             for number in sorted(self._found(setting)):
                 path = f"{folder}{os.sep}{number:06d}.safetensors"
                 try:
-                    with open(path, "rb", buffering=0) as file:
+                    with open_regular(path) as file:
                         self._check_owner(setting, number, read_header(file, path))
-                except StoreDamaged as error:
+                except (StoreDamaged, FileRejected) as error:
                     damaged[number] = str(error)
         return {setting: dict(found) for setting, found in self._damaged.items()}
 
@@ -163,8 +170,8 @@ class Store:
         data = shard.to_bytes()
         try:
             for id, image in images.items():
-                write_atomically(self.image_path(shard.setting, id), image)
-            write_atomically(self.shard_path(shard.setting, shard.number), data)
+                write(self.image_path(shard.setting, id), image)
+            write(self.shard_path(shard.setting, shard.number), data)
         except OSError as error:
             size = (len(data) + sum(map(len, images.values()))) / 1e6
             what = f"shard {shard.number} of {shard.setting} with its images takes {size:.1f} MB"
@@ -188,16 +195,21 @@ class Store:
             check: Whether to compare the tensors read with their checksums.
 
         Raises:
-            ValueError: If the shard is not committed, or has no such map.
+            ValueError: If the run has no such shard, or the shard no such map.
             StoreConflict: If it belongs to another run, or to another version of i2am.
-            StoreDamaged: If it is truncated or damaged.
+            StoreDamaged: If it is not committed, truncated or damaged.
             OSError: If it cannot be read.
         """
         path = self.shard_path(setting, number)
         try:
-            file = open(path, "rb")
+            file = open_regular(path)
         except FileNotFoundError:
-            raise ValueError(f"shard {number} of {setting} is not committed yet") from None
+            raise StoreDamaged(
+                f"shard {number} of {setting} is not in {self.folder}: it is not committed yet, or "
+                "was removed"
+            ) from None
+        except FileRejected as error:
+            raise StoreDamaged(str(error)) from error
         with file:
             header = read_header(file, path)
             self._check_owner(setting, number, header)
@@ -217,6 +229,24 @@ class Store:
         """File of a sample's image, there or not."""
         return self.folder / "images" / setting / f"{id}.png"
 
+    def image(self, shard: Shard, id: str) -> bytes:
+        """PNG of a sample, the one that its shard lists.
+
+        Raises:
+            StoreDamaged: If it is missing, or another file.
+            OSError: If it cannot be read.
+        """
+        path = self.image_path(shard.setting, id)
+        try:
+            data = read_bytes(path)
+        except FileNotFoundError:
+            raise StoreDamaged(f"{path} is missing") from None
+        except FileRejected as error:
+            raise StoreDamaged(str(error)) from error
+        if zlib.crc32(data) != shard.images[id]:
+            raise StoreDamaged(f"{path} is damaged: it does not match its checksum")
+        return data
+
     def verify(self, *, progress: bool = False) -> list[str]:
         """Compares every byte of committed shards and their images with its checksum.
 
@@ -234,7 +264,7 @@ class Store:
         problems = []
         for setting in self.settings():
             wanted = [f"{number:06d}.safetensors" for number in self.shard_numbers(setting)]
-            strange = {name for name in self._names(setting) if not is_leftover(name)} - {*wanted}
+            strange = {name for name in self._names(setting) if not is_temporary(name)} - {*wanted}
             problems += [
                 f"{self.folder / 'shards' / setting / name} is not a shard of this run"
                 for name in sorted(strange)
@@ -254,10 +284,11 @@ class Store:
         return self.plan["settings"]["shard"]
 
     def _begin_writing(self) -> None:
-        folders = [self.folder / kind for kind in ("shards", "images")]
-        parts = [self.folder / kind / s for kind in ("shards", "images") for s in self._ids]
-        for folder in (self.folder, *folders, *parts):
-            make_folder(folder)
+        parts = [
+            inner_folder(self.folder, kind, setting)
+            for kind in ("shards", "images")
+            for setting in self._ids
+        ]
         self._lock = FolderLock(plan_file.path(self.folder), clean=(self.folder, *parts))
 
     def _names(self, setting: str) -> list[str]:
@@ -271,7 +302,7 @@ class Store:
         found = {int(match[1]) for match in map(_SHARD.fullmatch, self._names(setting)) if match}
         return found.intersection(numbers)
 
-    def _check_owner(self, setting: str, number: int, header: Header) -> None:
+    def _check_owner(self, setting: str, number: int, header: Container) -> None:
         document, size = header.document, self._size
         if document.get("fingerprint") != self.plan["fingerprint"]:
             raise StoreConflict(
@@ -283,12 +314,8 @@ class Store:
             raise StoreDamaged(f"{header.name} holds other samples than the plan wants there")
 
     def _image_problems(self, shard: Shard) -> Iterator[str]:
-        for id, checksum in shard.images.items():
-            path = self.image_path(shard.setting, id)
+        for id in shard.images:
             try:
-                data = path.read_bytes()
-            except FileNotFoundError:
-                yield f"{path} is missing"
-                continue
-            if zlib.crc32(data) != checksum:
-                yield f"{path} is damaged: it does not match its checksum"
+                self.image(shard, id)
+            except StoreDamaged as error:
+                yield str(error)

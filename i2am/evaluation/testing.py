@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from i2am.evaluation.plan_file import fingerprint_of
 from i2am.evaluation.shard import FAILED, SAMPLE, Reason, Shard
 
 SCORE_NAMES = ("imacs_g", "imacs_g_mask_votes", "imacs_r")
@@ -35,15 +36,28 @@ def make_plan(
             for line, person in enumerate(people, 1)
         ],
     }
-    values = {"pairs": [*settings], "shard": shard, "steps": 4, **more}
-    return {
+    plan: dict[str, Any] = {
         "schema": 1,
         "i2am": "0.1.0",
-        "fingerprint": f"{zlib.crc32(repr(sorted(values.items())).encode()):08x}",
         "model": {"name": "pocket", "weights_sha256": "0" * 64},
-        "data": {"folder": "paper-dolls", "pairs": {name: lists[name] for name in settings}},
-        "settings": values,
+        "data": {
+            "folder": "paper-dolls",
+            "split": "test",
+            "pairs": {name: lists.get(name, lists["paired"]) for name in settings},
+        },
+        "settings": {
+            "pairs": [*settings],
+            "shard": shard,
+            "size": [128, 96],
+            "steps": 4,
+            "guidance": 2.0,
+            "seed": 0,
+            "preset": "paper",
+            "maps": "float16",
+            **more,
+        },
     }
+    return {**plan, "fingerprint": fingerprint_of(plan)}
 
 
 def make_shard(

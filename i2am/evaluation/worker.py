@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from i2am.evaluation.kept import SCORES, failed, kept_maps, score
 from i2am.evaluation.plan import Settings, seed_of
 from i2am.evaluation.shard import FAILED, OK, SAMPLE, Reason, Shard
 from i2am.evaluation.store import Store
+from i2am.files import append, inner_folder
 
 if TYPE_CHECKING:
     from i2am.models.base import ReferencePipeline
@@ -71,7 +73,8 @@ class Worker:
         settings: Settings,
     ) -> None:
         self.store, self.pipe, self.data, self.settings = store, pipe, data, settings
-        self._log = store.folder / "logs" / f"{platform.node()}-{os.getpid()}.jsonl"
+        # a name of its own: containers have the same process numbers
+        self._log = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
         # scores are computed on the CPU also where the model is not
         torch.set_num_threads(settings.threads)
         pipe.set_progress_bar_config(disable=True)
@@ -192,9 +195,7 @@ class Worker:
     def _note(self, entry: dict[str, Any]) -> None:
         if torch.cuda.is_available() and self.settings.device == "cuda":
             entry["peak_bytes"] = torch.cuda.max_memory_allocated()
-        self._log.parent.mkdir(exist_ok=True)
-        with self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append(inner_folder(self.store.folder, "logs") / self._log, json.dumps(entry) + "\n")
 
 
 def _read_ahead(data: VitonHD, partition: Sequence[range]) -> Iterator[_Read]:

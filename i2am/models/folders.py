@@ -1,6 +1,5 @@
 """Pipelines from folders in diffusers layout: offline, strict, no module imported on their word."""
 
-import json
 import os
 from collections.abc import Mapping
 from inspect import signature
@@ -11,6 +10,7 @@ import diffusers
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 
+from i2am.files import read_json
 from i2am.models import schedulers
 from i2am.models.base import ReferencePipeline
 from i2am.models.weights import check_keys, in_one_sentence, weight_files
@@ -126,12 +126,10 @@ def _load_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        content = read_json(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
     return content

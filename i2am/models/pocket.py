@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save
 from torch import nn
 
-from i2am.attribution.storage import write_atomically
+from i2am.files import parse_json, write
 from i2am.models.configuration import STABLE_DIFFUSION_BETAS, CustomConfiguration
 from i2am.models.custom import CustomPipeline
 from i2am.models.pocket_autoencoder import PocketAutoencoder
@@ -99,7 +99,7 @@ def pocket_pipeline(seed: int = 0, weights: str | os.PathLike[str] | None = None
         state,
         what=f"pocket model in {path}",
     )
-    settings = json.loads(metadata.get(SETTINGS, "{}"))
+    settings = parse_json(metadata.get(SETTINGS, "{}"), f"{SETTINGS} in {path}")
     pipeline.vae.register_to_config(**settings.get("vae", {}))
     pipeline.scheduler = type(pipeline.scheduler).from_config(
         pipeline.scheduler.config, **settings.get("scheduler", {})
@@ -128,4 +128,4 @@ def save_pocket_weights(
         "vae": {name: pipeline.vae.config[name] for name in ("scaling_factor", "shift_factor")},
         "scheduler": {"prediction_type": pipeline.scheduler.config.prediction_type},
     }
-    write_atomically(Path(path), save(state, metadata={SETTINGS: json.dumps(settings)}))
+    write(Path(path), save(state, metadata={SETTINGS: json.dumps(settings)}))

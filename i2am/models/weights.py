@@ -1,6 +1,5 @@
 """Weight files read strictly: damaged files are named, and so is every tensor that does not fit."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from i2am.files import read_json
 from i2am.models.file_formats import format_of
 from i2am.wording import counted
 
@@ -46,7 +46,7 @@ def weight_files(folder: str | os.PathLike[str], variant: str | None = None) -> 
             files = [folder / name]
         elif index.is_file():
             with in_one_sentence(f"{index} is not an index of weight files"):
-                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                shards = read_json(index)["weight_map"].values()
                 files = [folder / shard for shard in sorted(set(shards))]
         else:
             continue

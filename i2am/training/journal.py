@@ -1,11 +1,12 @@
 """Losses and metrics of a training as JSON lines."""
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from i2am.attribution.storage import write_atomically
+from i2am.files import append, make_folder, parse_json, read_bytes, write
 
 
 class Journal:
@@ -17,18 +18,18 @@ class Journal:
     """
 
     def __init__(self, path: Path, start: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         kept = []
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+        if path.exists():
+            for line in read_bytes(path).splitlines():
                 # the last line of a killed run may be half a line
-                with suppress(ValueError, KeyError):
-                    if json.loads(line)["step"] <= start:
-                        kept.append(line + "\n")
-        write_atomically(path, "".join(kept).encode())
+                with suppress(ValueError, KeyError, TypeError):
+                    if parse_json(line, str(path))["step"] <= start:
+                        kept.append(line + b"\n")
+        write(path, kept)
         self.path = path
 
     def write(self, values: Mapping[str, float]) -> None:
-        """Appends one line."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(dict(values)) + "\n")
+        """Appends one line; what is not finite is null in it."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        append(self.path, json.dumps(finite) + "\n")

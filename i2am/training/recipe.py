@@ -1,8 +1,9 @@
 """Everything that decides what a training computes, as plain numbers with their units."""
 
-import json
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Self
+
+from i2am.files import parse_json, readable_json
 
 PRECISIONS = ("no", "bf16", "fp16")
 TRAINABLE = ("all", "paper", "lite")
@@ -161,17 +162,17 @@ class Recipe:
 
     def as_json(self) -> str:
         """The recipe as indented JSON, the same text for the same recipe."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return readable_json(asdict(self)).decode()
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """Reads `as_json` again.
 
         Raises:
             ValueError: It is no such text, or a number in it is out of its range.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text, "the recipe")
             stages = {"denoiser": Denoiser, "autoencoder": Autoencoder}
             for name, stage in stages.items():
                 if content.get(name) is not None:

@@ -1,6 +1,7 @@
 """A training from its recipe to a pipeline on disk, in an output folder that can be resumed."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +9,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from i2am.attribution.storage import write_atomically
+from i2am.files import (
+    FolderLock,
+    OutputRefused,
+    check_place,
+    make_folder,
+    publish,
+    read_bytes,
+    refuse_links,
+    replaced_folder,
+)
+from i2am.files.atomic import is_temporary
+from i2am.files.json_files import LIMIT
 from i2am.models.custom import CustomPipeline
 from i2am.training.autoencoder import AutoencoderStage, whiten
-from i2am.training.checkpoint import save_folder
 from i2am.training.latents import cached_latents, encode
 from i2am.training.loop import Intervals, Stage, optimise
 from i2am.training.objective import DenoiserStage
@@ -31,10 +42,6 @@ RECIPE = "recipe.json"
 HELD_OUT = 32
 PANELS = 8
 WHITENING_SCENES = 256
-
-
-class RecipeConflict(Exception):
-    """The output folder belongs to something else."""
 
 
 def train(
@@ -61,7 +68,7 @@ def train(
         The folder of the pipeline, None when `intervals.stop_after` came first.
 
     Raises:
-        RecipeConflict: `out` holds another recipe, or something that is no training.
+        OutputRefused: `out` holds another recipe, or something that is no training.
         FileNotFoundError: Part of the model or the data is missing.
         FloatingPointError: The loss is not finite.
         ValueError: Model and data do not fit.
@@ -71,8 +78,7 @@ def train(
     pipeline = starting_pipeline(recipe)
     scenes = open_scenes(recipe, pipeline.configured_size)
     # after everything that may be refused: a wrong input leaves nothing behind
-    if accelerator.is_main_process:
-        _claim(out, recipe)
+    _lock = _claim(out, recipe) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     final = out / "pipeline"
     if final.is_dir():
@@ -161,7 +167,8 @@ class _Run:
                 pictures = [scenes.read(batch.tolist(), ["image"])["image"] for batch in batches]
                 whiten(vae, [batch.to(vae.device) * 2 - 1 for batch in pictures])
                 self._arrange(vae, training=False)
-                save_folder(final, vae.save_pretrained)
+                with replaced_folder(final) as folder:
+                    vae.save_pretrained(folder)
             accelerator.wait_for_everyone()
         # as it was saved, whether this run or an earlier one did
         vae = type(pipeline.vae).from_pretrained(final).eval().to(accelerator.device)
@@ -209,7 +216,8 @@ def _save(pipeline: CustomPipeline, recipe: Recipe, out: Path) -> None:
         from i2am.models.pocket import save_pocket_weights
 
         save_pocket_weights(pipeline, out / "pocket.safetensors")
-    save_folder(out / "pipeline", pipeline.save_pretrained)
+    with replaced_folder(out / "pipeline") as folder:
+        pipeline.save_pretrained(folder)
 
 
 def _panels(
@@ -233,20 +241,23 @@ def _panels(
     return lambda step: validate(pipeline, held_out, folder, step=step)
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+def _claim(out: Path, recipe: Recipe) -> FolderLock:
+    """Make the folder this training's, and remove what a killed one left; held until it ends."""
+    check_place(out)
+    make_folder(out)
+    refuse_links(out)
     path = out / RECIPE
-    if not path.is_file():
-        if any(out.iterdir()):
-            raise RecipeConflict(f"output folder {out} is not empty and holds no {RECIPE}")
-        write_atomically(path, recipe.as_json().encode())
-        return
+    if not path.exists():
+        if any(not is_temporary(name) for name in os.listdir(out)):
+            raise OutputRefused(f"output folder {out} is not empty and holds no {RECIPE}")
+        publish(path, recipe.as_json().encode())
     try:
-        found = Recipe.from_json(path.read_text(encoding="utf-8"))
+        found = Recipe.from_json(read_bytes(path, limit=LIMIT))
     except ValueError as error:
-        raise RecipeConflict(f"{path} cannot be read: {error}") from error
+        raise OutputRefused(f"{path} cannot be read: {error}") from error
     if names := differences(found, recipe):
-        raise RecipeConflict(
+        raise OutputRefused(
             f"output folder {out} holds a training with another {', '.join(names)}; "
             f"name another folder"
         )
+    return FolderLock(path, clean=[*(inner for inner in out.iterdir() if inner.is_dir()), out])

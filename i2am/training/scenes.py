@@ -1,9 +1,6 @@
 """Training scenes from either source, as batches of fp32 tensors, and a cache of them on disk."""
 
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from i2am.attribution.storage import write_atomically
+from i2am.files import canonical, read_json, replaced_folder, write
 
 PICTURES = ("image", "garment", "agnostic", "pose")
 CHUNK = 32
@@ -152,33 +149,29 @@ def cached_arrays(
         Memory-mapped arrays by name.
     """
     if not _finished(folder / READY, key):
-        shutil.rmtree(folder, ignore_errors=True)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        arrays: dict[str, np.memmap] = {}
-        start = 0
-        for batch in batches():
-            for name, values in batch.items():
-                if name not in arrays:
-                    arrays[name] = np.lib.format.open_memmap(
-                        partial / f"{name}.npy",
-                        mode="w+",
-                        dtype=values.dtype,
-                        shape=(count, *values.shape[1:]),
-                    )
-                arrays[name][start : start + len(values)] = values
-            start += len(values)
-        for array in arrays.values():
-            array.flush()
-        write_atomically(partial / READY, json.dumps(dict(key)).encode())
-        os.rename(partial, folder)
+        with replaced_folder(folder) as partial:
+            arrays: dict[str, np.memmap] = {}
+            start = 0
+            for batch in batches():
+                for name, values in batch.items():
+                    if name not in arrays:
+                        arrays[name] = np.lib.format.open_memmap(
+                            partial / f"{name}.npy",
+                            mode="w+",
+                            dtype=values.dtype,
+                            shape=(count, *values.shape[1:]),
+                        )
+                    arrays[name][start : start + len(values)] = values
+                start += len(values)
+            for array in arrays.values():
+                array.flush()
+            write(partial / READY, canonical(dict(key)))
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
 
 
 def _finished(marker: Path, key: Mapping[str, object]) -> bool:
     try:
-        return bool(json.loads(marker.read_text(encoding="utf-8")) == dict(key))
+        return bool(read_json(marker) == dict(key))
     except (FileNotFoundError, ValueError):
         return False
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from i2am.adapters import record
 from i2am.attribution.grid import Patch, resize
-from i2am.attribution.storage import write_atomically
+from i2am.files import make_folder, write
 from i2am.metrics.pck import pck, peak
 from i2am.metrics.pictures import masked_l1, masked_ssim
 from i2am.models.custom import CustomPipeline
@@ -90,9 +90,9 @@ def validate(
                 images = run(batch)
             generated.append(images)
     images = torch.cat(generated)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     panel = _panel({**fields, "generated": images}, heading=f"Step {step}")
-    write_atomically(folder / f"panel-{step:08d}.png", panel)
+    write(folder / f"panel-{step:08d}.png", panel)
     figures = _picture_figures(images, fields)
     if correct and len(hits := torch.cat(correct)):
         figures["pck10"] = hits.double().mean().item()

@@ -1,14 +1,12 @@
 """Reports: one page, or a folder with an index page and a file per sample."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am.attribution.folders import MANIFEST, fresh_folder
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.presets import Preset
-from i2am.attribution.storage import write_atomically
+from i2am.files import MANIFEST, canonical, check_file_free, fresh_folder, make_folder, write
 from i2am.viewer.content import Sample, Score, sample
 from i2am.viewer.html import as_json, render, shell
 from i2am.viewer.pictures import jpeg, shown
@@ -111,14 +109,15 @@ def write_report(
 
     Raises:
         ValueError: There is no sample, or two have the same id.
-        FolderInUse: The folder holds something else.
+        OutputRefused: The folder holds something else, or cannot be made.
         OSError: The disk failed; what was there before is intact.
     """
     path = Path(path)
     if path.suffix.lower() in (".html", ".htm"):
+        check_file_free(path, overwrite=True)
         text = render(list(samples), title=title, compress=compress)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode("utf-8"))
+        make_folder(path.absolute().parent)
+        write(path, _encoded(text))
         return [path.name]
     with fresh_folder(path, overwrite=overwrite) as folder:
         names = _write_folder(folder, samples, title=title, compress=compress)
@@ -147,12 +146,16 @@ def _write_folder(
     if not entries:
         raise ValueError("samples must be at least one, got none")
     text = shell(title, {"samples": entries}, folder=True)
-    (folder / INDEX).write_text(text, encoding="utf-8")
+    (folder / INDEX).write_bytes(_encoded(text))
     names = [INDEX, *names]
     # marks the folder as ours, so that the next report may replace it
-    manifest = json.dumps({"command": "report", "files": names})
-    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+    (folder / MANIFEST).write_bytes(canonical({"command": "report", "files": names}))
     return names
+
+
+def _encoded(text: str) -> bytes:
+    # file names that are no UTF-8 are shown with their codes
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _thumbnail(sample: Sample) -> bytes:

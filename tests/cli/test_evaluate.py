@@ -243,14 +243,14 @@ def test_folders_that_hold_something_else(evaluate, tmp_path):
 
 
 def test_a_disk_that_is_full(evaluate, monkeypatch, tmp_path):
-    real = store.write_atomically
+    real = store.write
 
     def write(path, data):
         if path.name == "000001.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, data)
 
-    monkeypatch.setattr(store, "write_atomically", write)
+    monkeypatch.setattr(store, "write", write)
     code, _, error = evaluate()
     assert code == 74
     assert "No space left on device; shard 1 of paired with its images takes" in error

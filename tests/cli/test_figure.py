@@ -224,7 +224,7 @@ def _no_json(run):
 
 def _no_settings(run):
     (run / "run.json").write_text('{"command": "record"}')
-    return "run.json is damaged: KeyError('settings')"
+    return "run.json is damaged: it has no i2am"
 
 
 def _no_maps(run):
@@ -235,12 +235,12 @@ def _no_maps(run):
 def _cut_maps(run):
     path = run / "maps.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    return "maps.safetensors is truncated"
+    return "it has changed since, or is of another run"
 
 
 def _no_image(run):
     (run / "image.png").unlink()
-    return "image.png does not exist"
+    return "must hold image.png, it is not there"
 
 
 def _no_reference(run):
@@ -311,15 +311,15 @@ def test_without_matplotlib_one_sentence_names_the_extra(recorded, run_here, tmp
 def test_random_weights_and_single_tokens_are_said(recorded):
     run = read_run(recorded(regions=()))
     asked = drawing.Drawing(runs=(run.folder,), which=("heads",), out=run.folder)
+    model = {**run.manifest["model"], "trained": False}
+    untrained = replace(run, manifest={**run.manifest, "model": model})
     single = make_maps([make_site("a", (4, 3), None)], samples=1)
-    heading = drawing._heading(
-        "heads", [replace(run, trained=False, maps=single)], asked, "official"
-    )
+    heading = drawing._heading("heads", [replace(untrained, maps=single)], asked, "official")
     assert heading == (
         "R2G per head, averaged over 1 of 1 layers (pocket, random weights, guidance 2, layers "
         "with a single reference token, whose maps show no cause, preset official). R2G: every "
         "reference token votes"
     )
     # of two models it stands beside the one it is true of
-    labels = drawing._labels([run, replace(run, trained=False)])
+    labels = drawing._labels([run, untrained])
     assert labels == ["pocket", "pocket, random weights"]

@@ -43,7 +43,10 @@ def test_every_file_is_written_and_listed(run_here, record_line, files, out):
     )
     assert done.code == ExitCode.DONE, done.err
     run = strict_json(out / "run.json")
-    assert names(out) == sorted(run["files"])
+    assert names(out) == sorted([*run["files"], "run.json"])
+    for name, entry in run["files"].items():
+        content = (out / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": sha256(content).hexdigest()}
     assert names(out) == [
         "g2r.png",
         "heads.png",

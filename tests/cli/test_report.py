@@ -179,14 +179,16 @@ def evaluated(tmp_path):
     """Four people in each setting, of whom one failed and one has an undefined score."""
     data = tmp_path / "data"
     write_viton_hd(data, train=0, test=4)
-    plan = make_plan(pairs=4, size=[128, 96], guidance=2.0, seed=0, preset="paper", maps="float16")
+    plan = make_plan(pairs=4)
     plan["data"] |= {"folder": str(data), "split": "test"}
     people = [f"{number:05d}_00" for number in range(4)]
     plan["data"]["pairs"] = {"paired": [], "unpaired": []}
     for line, person in enumerate(people, 1):
         garment = people[line % 4]
-        plan["data"]["pairs"]["paired"].append([person, person, person, line])
-        plan["data"]["pairs"]["unpaired"].append([f"{person}_{garment}", person, garment, line])
+        plan["data"]["pairs"]["paired"].append([person, person, person, line, f"{person}.jpg"])
+        plan["data"]["pairs"]["unpaired"].append(
+            [f"{person}_{garment}", person, garment, line, f"{person}.jpg"]
+        )
     store = Store.create(tmp_path / "run", plan)
     for setting in store.settings():
         for number in store.shard_numbers(setting):

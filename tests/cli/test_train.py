@@ -12,11 +12,11 @@ import i2am.training.run
 from i2am.cli.app import main
 from i2am.cli.errors import ExitCode
 from i2am.data.paper_doll import write_viton_hd
+from i2am.files import OutputRefused
 from i2am.models import CustomConfiguration, load_pipeline, pocket
 from i2am.training.checkpoint import read_checkpoint
 from i2am.training.loop import Intervals
 from i2am.training.recipe import PAPER_RECIPE, POCKET_RECIPE, Recipe
-from i2am.training.run import RecipeConflict
 
 FEW = ["--steps", "4", "--batch", "2", "--mixed-precision", "no", "--trainable", "all"]
 FEW += ["--checkpoint-every", "2", "--validate-every", "0", "--workers", "0", "--quiet"]
@@ -152,7 +152,7 @@ def test_usage(asked, capsys, words, message) -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (RecipeConflict("another seed"), ExitCode.CONFLICT),
+        (OutputRefused("another seed"), ExitCode.CONFLICT),
         (ValueError("model must be a custom model"), ExitCode.REJECTED),
         (FileNotFoundError("train_pairs.txt is missing"), ExitCode.REJECTED),
         (FloatingPointError("the loss is nan"), ExitCode.REJECTED),
@@ -208,4 +208,4 @@ def test_a_signal_leaves_whole_checkpoints(command, start, number, code) -> None
     assert run.returncode == code
     assert error == f"error: stopped; the same command goes on from the last checkpoint in {out}"
     for path in (out / "denoiser").glob("checkpoint-*"):
-        assert path.name == f"checkpoint-{read_checkpoint(path).step:08d}"
+        assert path.stem == f"checkpoint-{read_checkpoint(path).step:08d}"

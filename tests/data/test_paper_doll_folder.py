@@ -8,6 +8,7 @@ from PIL import Image
 
 from i2am.data import paper_doll_folder, render, write_viton_hd
 from i2am.data.paper_doll import PARTS
+from i2am.files import OutputRefused
 
 PLACES = {
     "agnostic-mask": "_mask.png",
@@ -136,9 +137,9 @@ def test_keypoints_lie_on_the_parts_they_name(root):
 
 def test_a_folder_with_content_is_refused_and_kept(tmp_path):
     (tmp_path / "mine").write_text("kept")
-    with pytest.raises(FileExistsError, match=r"folder must be new or empty, .* has content"):
+    with pytest.raises(OutputRefused, match=r"output folder .* is not empty"):
         write_viton_hd(tmp_path, train=1, test=0)
-    with pytest.raises(FileExistsError, match=r"folder must be new or empty, .* is a file"):
+    with pytest.raises(OutputRefused, match=r"output .*mine is a file, a folder was expected"):
         write_viton_hd(tmp_path / "mine", train=1, test=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (tmp_path / "mine").read_text() == "kept"

@@ -14,10 +14,10 @@ import xarray
 import zarr
 from pyarrow import parquet
 
-from i2am.attribution.folders import FolderInUse
 from i2am.evaluation.export import AXES, to_parquet, to_zarr
 from i2am.evaluation.store import Store, StoreDamaged
 from i2am.evaluation.testing import SCORE_NAMES, make_plan, make_shard
+from i2am.files import OutputRefused
 
 PLAN = make_plan(pairs=5)
 # paired 1 is missing
@@ -190,7 +190,7 @@ def test_what_is_there_is_kept(export, store, tmp_path):
         kept = out
     kept.write_bytes(b"mine")
     with pytest.raises(
-        FolderInUse, match=r"output .*out (folder )?(exists|is not empty)|out is not"
+        OutputRefused, match=r"output .*out (folder )?(exists|is not empty)|out is not"
     ):
         export(store, out)
     assert kept.read_bytes() == b"mine"

@@ -378,9 +378,9 @@ def png(size):
 @pytest.mark.parametrize(
     ("which", "content", "said"),
     [
-        ("generated", None, "does not exist"),
-        ("generated", b"", "not the one that its shard lists"),
-        ("generated", png((36, 48)), "not the one that its shard lists"),
+        ("generated", None, "is missing"),
+        ("generated", b"", "is damaged: it does not match its checksum"),
+        ("generated", png((36, 48)), "is damaged: it does not match its checksum"),
         ("real", None, "does not exist"),
         ("real", b"text", "not an image that can be read"),
         ("real", b"\xff\xd8\xff\xe0 damaged", "picture"),

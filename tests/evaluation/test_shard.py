@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 
 from i2am.evaluation.errors import StoreConflict, StoreDamaged
 from i2am.evaluation.shard import SAMPLE, Reason, Shard
-from i2am.evaluation.shard_header import canonical
 from i2am.evaluation.testing import SCORE_NAMES, make_plan, make_shard
+from i2am.files import canonical
 
 FIELDS = ("setting", "number", "fingerprint", "ids", "score_names", "reasons", "batches", "images")
 TENSORS = ("index", "status", "scores")
@@ -223,7 +223,7 @@ def test_a_newer_schema_is_named():
     ("change", "seal", "message"),
     [
         (lambda d: d.update(number=7), False, "its description does not match its checksum"),
-        (lambda d: d.pop("checksum"), False, "damaged, or not a shard of i2am"),
+        (lambda d: d.pop("checksum"), False, "damaged, or not a file of i2am"),
         (lambda d: d.pop("tensors"), True, "'tensors'"),
         (lambda d: d.pop("ids"), True, "'ids'"),
         (lambda d: d["tensors"].pop("index"), True, "'index'"),

@@ -1,5 +1,6 @@
 """The folder of a run: made, gone on with, read, verified; what is not ours is left alone."""
 
+import copy
 import fcntl
 import json
 import os
@@ -13,9 +14,9 @@ import pytest
 import torch
 
 from i2am.evaluation import plan_file
-from i2am.evaluation.shard_header import canonical
 from i2am.evaluation.store import Store, StoreConflict, StoreDamaged
 from i2am.evaluation.testing import make_plan, make_shard
+from i2am.files import canonical
 
 PLAN = make_plan()
 LEFTOVER = ".i2am-0123456789abcdef.tmp"
@@ -82,7 +83,9 @@ def test_the_last_shard_may_be_short(run):
 
 def test_going_on(full):
     before = files(full)
-    store = Store.create(full, {**PLAN, "i2am": "9", "versions": {"torch": "9"}})
+    plan = copy.deepcopy(PLAN)
+    plan["model"]["name"], plan["data"]["folder"] = "elsewhere/pocket", "elsewhere"
+    store = Store.create(full, plan)
     assert store.committed("paired") == {0, 1, 2}
     assert store.plan == PLAN
     fill(store)
@@ -243,17 +246,12 @@ def test_another_plan_is_refused_and_nothing_touched(full):
     plan = make_plan(pairs=7, steps=9, maps="none")
     message = (
         r"run holds another run, which differs in data\.pairs\.paired, data\.pairs\.unpaired, "
-        r"settings\.maps \(None there, 'none' now\), settings\.steps \(4 there, 9 now\); name an"
+        r"settings\.maps \('float16' there, 'none' now\), settings\.steps \(4 there, 9 now\); name"
     )
     with pytest.raises(StoreConflict, match=message):
         Store.create(full, plan)
     assert files(full) == before
     assert {p: p.stat().st_mtime_ns for p in full.rglob("*")} == times
-
-
-def test_only_the_fingerprint_differs(full):
-    with pytest.raises(StoreConflict, match="which differs in its fingerprint"):
-        Store.create(full, {**PLAN, "fingerprint": "0"})
 
 
 def other_run(folder):
@@ -371,29 +369,61 @@ def test_a_file_in_place_of_the_folder(tmp_path):
 
 
 def plan_with(**settings):
-    return {**PLAN, "settings": {**PLAN["settings"], **settings}}
+    return sealed({**PLAN, "settings": {**PLAN["settings"], **settings}})
 
 
 def plan_of(*ids):
-    return {**make_plan(settings=("paired",)), "data": {"pairs": {"paired": [[id] for id in ids]}}}
+    plan = make_plan(settings=("paired",))
+    plan["data"]["pairs"]["paired"] = [[id, "a", "b", 1, "a.jpg"] for id in ids]
+    return plan
+
+
+def plan_of_pairs(*pairs):
+    plan = make_plan(settings=("paired",))
+    plan["data"]["pairs"]["paired"] = [*pairs]
+    return plan
+
+
+def plan_without(field):
+    plan = copy.deepcopy(PLAN)
+    *above, last = field.split(".")
+    holder = plan
+    for name in above:
+        holder = holder[name]
+    del holder[last]
+    return plan
+
+
+def sealed(plan):
+    return {**plan, "fingerprint": plan_file.fingerprint_of(plan)}
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({}, "plan has no 'schema'"),
-        ({**PLAN, "schema": 2}, "plan must have schema 1, got 2"),
-        ({**PLAN, "fingerprint": ""}, "plan must have a fingerprint, got ''"),
+        ({}, "plan is damaged: it has no schema"),
+        (sealed({**PLAN, "schema": 2}), "plan must have schema 1, got 2"),
+        ({**PLAN, "fingerprint": ""}, "plan must have the fingerprint of its content, .* got $"),
+        ({**PLAN, "i2am": "9"}, "plan must have the fingerprint of its content"),
         (plan_with(shard=0), "plan must have at least 1 sample in a shard, got 0"),
-        (plan_with(shard=True), "plan must have at least 1 sample in a shard, got True"),
-        (plan_with(pairs=["none"]), "plan has no 'none'"),
+        (plan_with(shard=True), "plan is damaged: settings.shard must be an integer, got true"),
+        (plan_with(steps="50"), 'plan is damaged: settings.steps must be an integer, got "50"'),
+        (plan_with(pairs=["none"]), "plan is damaged: it has no data.pairs.none"),
+        *(
+            (plan_without(field), f"plan is damaged: it has no {field}")
+            for field in ("model", "model.name", "data.folder", "settings.size", "settings.maps")
+        ),
+        *(
+            (plan_of_pairs(pair), "pairs of a plan must be an id, a person, a garment, a line")
+            for pair in ([], ["a"], ["a", "a", "b", 1], ["a", "a", "b", "1", "a.jpg"], "abcde", 7)
+        ),
         (plan_of(), "ids of paired must be distinct, and at least one"),
         (plan_of("a", "a"), "ids of paired must be distinct"),
         *(
             (plan_of(name), "ids of a plan must be bare file names of at most 240 bytes, got")
-            for name in ("", ".", "..", "a/b", "/etc/passwd", "a\\b", "a\0", "é" * 121, 7)
+            for name in ("", ".", "..", "a/b", "/etc/passwd", "a\\b", "a\0", "é" * 121)
         ),
-        ({**plan_of("a"), "more": float("nan")}, "Out of range float values"),
+        (plan_of("a") | {"more": float("nan")}, "Out of range float values"),
     ],
 )
 def test_plans_that_are_refused(run, plan, message):
@@ -403,7 +433,7 @@ def test_plans_that_are_refused(run, plan, message):
 
 
 def test_a_name_of_240_bytes(run):
-    plan = {**plan_of("é" * 120), "settings": plan_with(pairs=["paired"])["settings"]}
+    plan = plan_of("é" * 120)
     store = Store.create(run, plan)
     store.commit(*make_shard(plan, maps=False))
     assert store.verify() == []
@@ -506,7 +536,7 @@ def test_a_shard_that_does_not_belong_is_refused(store, change, message):
 
 
 def test_what_is_not_there_cannot_be_read(store):
-    with pytest.raises(ValueError, match="shard 2 of paired is not committed yet"):
+    with pytest.raises(StoreDamaged, match=r"shard 2 of paired is not in .*: it is not committed"):
         store.read("paired", 2)
     for call in (store.committed, store.shard_numbers, store.ids):
         with pytest.raises(ValueError, match=r"setting must be one of .*, got 'other'"):

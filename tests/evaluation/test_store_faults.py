@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from i2am.evaluation.folder_lock import is_leftover
 from i2am.evaluation.store import Store, StoreError
 from i2am.evaluation.testing import make_plan, make_shard
+from i2am.files.atomic import is_temporary
 
 PLAN = make_plan(pairs=4, shard=2, settings=("paired",))
 SHARDS = [make_shard(PLAN, number=0, failed=1), make_shard(PLAN, number=1, undefined=0)]
@@ -207,7 +207,7 @@ def test_an_error_at_every_operation(tmp_path, reference, code):
             assert raised.errno == code
             assert raised.strerror.startswith(os.strerror(code))
         names.add(strike.name)
-        left = [path for path in folder.rglob("*") if is_leftover(path.name)]
+        left = [path for path in folder.rglob("*") if is_temporary(path.name)]
         assert not left or strike.name == "unlink"
         check(folder, acknowledged, reference)
         shutil.rmtree(folder)

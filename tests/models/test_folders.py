@@ -164,7 +164,7 @@ BROKEN = {
     "bad index": (
         lambda f: (f / "model_index.json").write_text("{"),
         ValueError,
-        r"model_index\.json is not valid JSON",
+        r"model_index\.json is damaged: Expecting",
     ),
     "index list": (
         lambda f: (f / "model_index.json").write_text("[]"),

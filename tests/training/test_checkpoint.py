@@ -1,15 +1,17 @@
 """Checkpoints: back to the bit, never a damaged one, whole ones whenever the writer is killed."""
 
-import hashlib
-import json
+import errno
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from i2am.training.checkpoint import Checkpoint, last_checkpoint, read_checkpoint, save_checkpoint
+from i2am.files import write
+from i2am.files.container import pack
+from i2am.training.checkpoint import Checkpoint, last_checkpoint, save_checkpoint
 
 
 def _checkpoint(step: int) -> Checkpoint:
@@ -46,70 +48,74 @@ def test_back_to_the_bit(tmp_path) -> None:
 def test_the_last_ones_are_kept(tmp_path) -> None:
     for step in (5, 10, 15, 20):
         save_checkpoint(tmp_path, _checkpoint(step), keep=2)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-00000015", "checkpoint-00000020"]
+    assert sorted(os.listdir(tmp_path)) == [f"checkpoint-000000{n}.safetensors" for n in (15, 20)]
     # the same step again replaces it
     save_checkpoint(tmp_path, _checkpoint(20), keep=2)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-00000015", "checkpoint-00000020"]
+    assert sorted(os.listdir(tmp_path)) == [f"checkpoint-000000{n}.safetensors" for n in (15, 20)]
 
 
-def _flip(path: Path) -> None:
+def _flip_a_tensor(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+
+
+def _flip_the_description(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"scale", b"scape", 1))
 
 
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
-@pytest.mark.parametrize("damage", [_flip, _cut, Path.unlink], ids=["flipped", "cut", "missing"])
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt"])
-def test_a_damaged_one_is_passed_over(tmp_path, caplog, name, damage) -> None:
+def _maps(path: Path) -> None:
+    write(path, pack({}, {"schema": 1, "sites": []}))
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _pickle(path: Path) -> None:
+    torch.save({"state": print}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_flip_a_tensor, "is damaged: the tensor .* does not match its checksum"),
+        (_flip_the_description, "is damaged: its description does not match"),
+        (_cut, "is truncated or damaged"),
+        (_maps, "is damaged: it has no step"),
+        (_pipe, "must be a regular file"),
+        (_pickle, "is truncated or not a safetensors file"),
+    ],
+)
+def test_a_damaged_one_is_passed_over(tmp_path, caplog, damage, message) -> None:
     for step in (5, 10):
         save_checkpoint(tmp_path, _checkpoint(step), keep=2)
-    damage(tmp_path / "checkpoint-00000010" / name)
+    damage(tmp_path / "checkpoint-00000010.safetensors")
     found = last_checkpoint(tmp_path)
     assert found is not None
     _assert_same(found, _checkpoint(5))
-    assert f"checkpoint-00000010 is damaged: {name}" in caplog.text
+    assert re.search(rf"checkpoint-00000010\.safetensors {message}", caplog.text)
     # and a new one can be written in its place
     save_checkpoint(tmp_path, _checkpoint(10), keep=2)
     assert last_checkpoint(tmp_path).step == 10
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 10}', None])
-def test_without_a_state_it_is_none(tmp_path, text) -> None:
-    path = save_checkpoint(tmp_path, _checkpoint(10), keep=2)
-    if text is None:
-        (path / "state.json").unlink()
-    else:
-        (path / "state.json").write_text(text)
-    with pytest.raises(ValueError, match=r"has no readable state.json"):
-        read_checkpoint(path)
-    assert last_checkpoint(tmp_path) is None
-
-
-def test_a_pickle_is_never_run(tmp_path) -> None:
-    path = save_checkpoint(tmp_path, _checkpoint(10), keep=2)
-    torch.save({"state": print}, path / "optimizer.pt")
-    state = json.loads((path / "state.json").read_text())
-    data = (path / "optimizer.pt").read_bytes()
-    state["sha256"]["optimizer.pt"] = hashlib.sha256(data).hexdigest()
-    (path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="is damaged: UnpicklingError Weights only load failed"):
-        read_checkpoint(path)
-
-
 def test_a_failed_write_leaves_the_earlier_ones(tmp_path, monkeypatch) -> None:
     save_checkpoint(tmp_path, _checkpoint(5), keep=1)
 
-    def full(*_: object) -> None:
-        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"checkpoint-00000010 cannot be written.*No space left"):
-        save_checkpoint(tmp_path, _checkpoint(10), keep=1)
-    assert os.listdir(tmp_path) == ["checkpoint-00000005"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(tmp_path, _checkpoint(10), keep=1)
+    assert os.listdir(tmp_path) == ["checkpoint-00000005.safetensors"]
 
 
 WRITER = """

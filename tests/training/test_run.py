@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from i2am.files import OutputRefused
+from i2am.files.atomic import temporary_name
 from i2am.models import POCKET, load_pipeline, pocket_pipeline
 from i2am.training.loop import Intervals, learning_rate
 from i2am.training.recipe import POCKET_RECIPE, Optimisation, Recipe
-from i2am.training.run import RecipeConflict, train
+from i2am.training.run import train
 
 EVERY = Intervals(checkpoint=2, validate=0, log=1, keep=2)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -65,16 +67,15 @@ def test_a_finished_training(uninterrupted, recipe) -> None:
     plan = recipe().denoiser.optimisation
     assert [line["lr"] for line in log] == [learning_rate(plan, step) for step in range(6)]
     assert sorted(os.listdir(uninterrupted / "denoiser")) == [
-        "checkpoint-00000004",
-        "checkpoint-00000006",
+        "checkpoint-00000004.safetensors",
+        "checkpoint-00000006.safetensors",
         "log.jsonl",
     ]
     # the averaged weights are what is kept
-    state = load_file(uninterrupted / "denoiser" / "checkpoint-00000006" / "ema.safetensors")
+    last = load_file(uninterrupted / "denoiser" / "checkpoint-00000006.safetensors")
     weights = load_file(uninterrupted / "pipeline" / "unet" / WEIGHTS)
-    assert torch.equal(weights["conv_out.weight"], state["unet.conv_out.weight"])
-    latest = load_file(uninterrupted / "denoiser" / "checkpoint-00000006" / "model.safetensors")
-    assert not torch.equal(weights["conv_out.weight"], latest["unet.conv_out.weight"])
+    assert torch.equal(weights["conv_out.weight"], last["ema/unet.conv_out.weight"])
+    assert not torch.equal(weights["conv_out.weight"], last["model/unet.conv_out.weight"])
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5])
@@ -91,16 +92,28 @@ def test_resumed_to_the_bit(uninterrupted, recipe, tmp_path, stop) -> None:
 def test_resumed_from_the_one_before_a_torn_checkpoint(uninterrupted, recipe, tmp_path) -> None:
     out = tmp_path / "torn"
     _train(recipe(), out, replace(EVERY, stop_after=4))
-    file = out / "denoiser" / "checkpoint-00000004" / "model.safetensors"
+    file = out / "denoiser" / "checkpoint-00000004.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    # a killed run also leaves half a line, and a folder that it was writing
+    # a killed run also leaves half a line, and what it was writing
     with (out / "denoiser" / "log.jsonl").open("a") as stream:
         stream.write('{"step": 4, "lo')
-    (out / "denoiser" / ".checkpoint-00000005.partial").mkdir()
+    (out / "denoiser" / temporary_name()).write_bytes(b"half")
+    (out / temporary_name() / "unet").mkdir(parents=True)
     _train(recipe(), out)
     _assert_same(out, uninterrupted)
     assert _without_time(_log(out)) == _without_time(_log(uninterrupted))
-    assert not list((out / "denoiser").glob(".checkpoint*"))
+    assert not list(out.rglob(".*"))
+
+
+def test_nothing_is_written_through_a_link(recipe, tmp_path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    _train(recipe(), out, replace(EVERY, stop_after=1))
+    (out / "denoiser").rename(elsewhere)
+    (out / "denoiser").symlink_to(elsewhere)
+    before = sorted(os.listdir(elsewhere))
+    with pytest.raises(OutputRefused, match="denoiser is a link, and nothing is written through"):
+        _train(recipe(), out)
+    assert sorted(os.listdir(elsewhere)) == before
 
 
 @pytest.mark.slow
@@ -134,7 +147,7 @@ def test_killed_and_resumed(fork, uninterrupted, recipe, tmp_path) -> None:
 def test_another_recipe_is_refused(uninterrupted, recipe) -> None:
     before = _weights(uninterrupted)
     message = r"holds a training with another denoiser.optimisation.learning_rate, seed; name"
-    with pytest.raises(RecipeConflict, match=message):
+    with pytest.raises(OutputRefused, match=message):
         _train(recipe(seed=1, learning_rate=0.5), uninterrupted)
     after = _weights(uninterrupted)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -142,11 +155,11 @@ def test_another_recipe_is_refused(uninterrupted, recipe) -> None:
 
 def test_a_folder_of_something_else_is_refused(recipe, tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(RecipeConflict, match=r"is not empty and holds no recipe.json"):
+    with pytest.raises(OutputRefused, match=r"is not empty and holds no recipe.json"):
         _train(recipe(), tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
     (tmp_path / "recipe.json").write_text('{"flour": 500}')
-    with pytest.raises(RecipeConflict, match=r"recipe.json cannot be read"):
+    with pytest.raises(OutputRefused, match=r"recipe.json cannot be read"):
         _train(recipe(), tmp_path)
 
 

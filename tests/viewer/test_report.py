@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from i2am.attribution.folders import FolderInUse
+from i2am.files import OutputRefused
 from i2am.plots.titles import step_titles
 from i2am.viewer import page, render, sample, write_report
 from i2am.viewer.html import as_json
@@ -213,7 +213,7 @@ def replace_write(file, fail):
 def test_a_folder_of_others_is_kept(make_sample, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(FolderInUse):
+        with pytest.raises(OutputRefused):
             write_report(tmp_path, [make_sample()], overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -221,7 +221,7 @@ def test_a_folder_of_others_is_kept(make_sample, tmp_path):
 def test_an_earlier_folder_is_replaced_whole(make_sample, tmp_path):
     out = tmp_path / "report"
     write_report(out, [make_sample(), make_sample(1, "two")])
-    with pytest.raises(FolderInUse, match="not empty"):
+    with pytest.raises(OutputRefused, match="not empty"):
         write_report(out, [make_sample()])
     names = write_report(out, [make_sample(2, "three")], overwrite=True)
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(

@@ -1,16 +1,13 @@
 """Numbers of a shard's pictures, kept so that an interrupted `i2am score` goes on."""
 
-import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from i2am.attribution.storage import write_atomically
-from i2am.evaluation.folder_lock import make_folder
-from i2am.evaluation.shard_header import canonical
+from i2am.files import FileRejected, canonical, open_regular, write
+from i2am.files.container import pack, read_container
 
 Key = dict[str, Any]
 """JSON values that decide the numbers."""
@@ -26,35 +23,25 @@ def load(path: Path, key: Key) -> dict[str, Tensor] | None:
     Raises:
         OSError: If it is there and cannot be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load as parse
-
     try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        with open_regular(path) as file:
+            container = read_container(file, path)
+            if canonical(container.document.get("key")) != canonical(key):
+                return None
+            return container.load_all(file)
+    except (FileNotFoundError, NotADirectoryError, FileRejected):
         return None
-    try:
-        tensors = parse(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        document = json.loads(header["__metadata__"]["i2am"])
-    except (SafetensorError, ValueError, KeyError, TypeError):
-        return None
-    return tensors if document == _document(key, tensors) else None
 
 
 def save(path: Path, key: Key, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors for `load`; the same ones give the same bytes.
 
+    Args:
+        path: The file, in an existing folder.
+        key: What decides the tensors.
+        tensors: By name.
+
     Raises:
-        OSError: If the file or its folder cannot be written.
+        OSError: If the file cannot be written.
     """
-    from safetensors.torch import save as serialize
-
-    make_folder(path.parent)
-    metadata = {"i2am": canonical(_document(key, tensors)).decode()}
-    write_atomically(path, serialize(dict(tensors), metadata=metadata))
-
-
-def _document(key: Key, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    checksums = {name: zlib.crc32(tensor.numpy().data) for name, tensor in tensors.items()}
-    return {"key": json.loads(canonical(key)), "checksums": checksums}
+    write(path, pack(tensors, {"key": key}))

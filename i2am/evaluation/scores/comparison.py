@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from i2am.evaluation.scores.correlation import Correlation, across_models, within_model
 from i2am.evaluation.scores.figure import models_figure, samples_figure, to_png
 from i2am.evaluation.scores.measure import NotComputable
-from i2am.evaluation.scores.results import to_csv, write_together
+from i2am.evaluation.scores.results import to_csv
 from i2am.evaluation.scores.scoring import RunScores
 from i2am.evaluation.scores.summary import to_json
+from i2am.files import make_folder, write_together
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,6 +86,7 @@ class Comparison:
             except NotComputable as error:
                 if str(error) not in self.obstacles:
                     self.obstacles.append(str(error))
+        make_folder(folder)
         write_together(folder, contents)
 
     def _models_csv(self) -> str:

@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from i2am.evaluation.errors import StoreDamaged
 from i2am.evaluation.scores import cache
 from i2am.evaluation.scores.measure import Measure, Pictures
 from i2am.evaluation.scores.pictures import find_picture, resize, to_pixels
 from i2am.evaluation.scores.protocols import Protocol
 from i2am.evaluation.shard import OK, Reason, Shard
 from i2am.evaluation.store import Store
+from i2am.files import FileRejected, inner_folder, read_bytes
 
 Numbers = Mapping[str, Tensor]
 """By name, ``[samples of the shard, ...]``, NaN where a sample has none."""
@@ -84,6 +86,7 @@ class PictureMeasures:
             # a file that is missing or damaged now may be there the next time
             if result.reasons[measure.name] == _without_image(shard):
                 path = self._cache_path(measure, shard)
+                inner_folder(self._store.folder, *path.relative_to(self._store.folder).parts[:-1])
                 cache.save(path, {**key, "measure": measure.key}, result.numbers[measure.name])
         return result
 
@@ -122,12 +125,13 @@ class PictureMeasures:
             ImageRejected: If one cannot be used.
             ValueError: If the generated one is not what the shard lists.
         """
-        from i2am.data.images import read_bytes, read_image
+        from i2am.data.images import read_image
 
         path = self._store.image_path(shard.setting, identity)
-        content = read_bytes(path, name="generated picture")
-        if zlib.crc32(content) != shard.images[identity]:
-            raise ValueError(f"generated picture {path} is not the one that its shard lists")
+        try:
+            content = self._store.image(shard, identity)
+        except StoreDamaged as error:
+            raise ValueError(f"generated picture {error}") from error
         generated = to_pixels(read_image(path, name="generated picture", content=content))
         original = to_pixels(read_image(real, name="real picture"))
         height, width = generated.shape[-2:]
@@ -147,8 +151,8 @@ class PictureMeasures:
 
 def _checksum(path: Path) -> int | None:
     try:
-        return zlib.crc32(path.read_bytes())
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return zlib.crc32(read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError, FileRejected):
         return None
 
 

@@ -2,8 +2,6 @@
 
 import csv
 import io
-import os
-import secrets
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from i2am.evaluation.folder_lock import make_folder, sync_folder
 from i2am.evaluation.scores.samples import MISSING, Samples
 from i2am.evaluation.scores.scoring import RunScores
 from i2am.evaluation.scores.summary import to_json
+from i2am.files import inner_folder, write_together
 
 RESULTS = "results"
 """Their folder in a run."""
@@ -33,7 +31,7 @@ def write_results(run: Path, scores: RunScores) -> None:
     table = samples_csv(scores.samples).encode()
     document = {**scores.document, "files": {"scores.csv": {"crc32": zlib.crc32(table)}}}
     contents = {"scores.csv": table, "metrics.json": f"{to_json(document)}\n".encode()}
-    write_together(run / RESULTS, contents)
+    write_together(inner_folder(run, RESULTS), contents)
 
 
 def samples_csv(samples: Mapping[str, Samples]) -> str:
@@ -53,32 +51,6 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue()
-
-
-def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write several files so that a full disk changes none of them.
-
-    All are written and flushed under temporary names before the first gets its own.
-
-    Raises:
-        OSError: If one cannot be written.
-    """
-    make_folder(folder)
-    temporary = {folder / f".i2am-{secrets.token_hex(8)}.tmp": name for name in contents}
-    try:
-        for path, name in temporary.items():
-            with open(path, "xb") as file:
-                file.write(contents[name])
-                file.flush()
-                os.fsync(file.fileno())
-        for path, name in temporary.items():
-            os.replace(path, folder / name)
-        sync_folder(folder)
-    # BaseException: Ctrl-C must not leave temporary files either
-    except BaseException:
-        for path in temporary:
-            path.unlink(missing_ok=True)
-        raise
 
 
 def _rows(samples: Samples, names: Sequence[str]) -> Iterable[list[Any]]:

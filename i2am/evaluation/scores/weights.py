@@ -1,6 +1,5 @@
 """Weight files of metrics: local, checked before anything uses them, named where missing."""
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from i2am.evaluation.scores.measure import NotComputable
+from i2am.files import sha256_of_file
 
 
 class Weights:
@@ -45,7 +45,7 @@ class Weights:
         self._metric, self._path = metric, Path(file)
         try:
             self.tensors, _ = read_weight_file(self._path)
-            self.sha256 = hashlib.sha256(self._path.read_bytes()).hexdigest()
+            self.sha256 = sha256_of_file(self._path)
         except (OSError, ValueError) as error:
             raise NotComputable(f"{metric} needs the weights {wanted}: {option}: {error}") from None
         self.published = self.sha256.startswith(digits)

@@ -1,7 +1,6 @@
 """From a published checkpoint file to a folder in diffusers layout."""
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import i2am
-from i2am.attribution.folders import MANIFEST, fresh_folder
+from i2am.files import MANIFEST, digests_of, fresh_folder, readable_json, sha256_of_file
 from i2am.models.base import ReferencePipeline
 from i2am.models.conversion.describing import empty_pipeline
 from i2am.models.conversion.reading import read_checkpoint
@@ -24,7 +23,6 @@ from i2am.models.conversion.writing import (
     DTYPES,
     Entry,
     Progress,
-    sha256_of,
     write_safetensors,
 )
 from i2am.models.weights import check_keys, some_of
@@ -94,7 +92,7 @@ def convert(
         ValueError: `system` or `dtype` is unknown; a file is damaged or refused, see
             `read_checkpoint`; tensors are missing, unexpected or misshapen, or their sizes make no
             network; weights are NaN, infinite or beyond the range of `dtype`.
-        FolderInUse: The folder holds something.
+        OutputRefused: The folder holds something, or cannot be made.
         OSError: It cannot be written, or there is too little room. Nothing is left of it then.
     """
     if system not in SYSTEMS:
@@ -117,7 +115,7 @@ def convert(
                 name: {
                     "name": path.name,
                     "bytes": path.stat().st_size,
-                    "sha256": sha256_of(path, progress=bar.update),
+                    "sha256": sha256_of_file(path, progress=bar.update),
                 }
                 for name, path in sources.items()
             }
@@ -246,7 +244,9 @@ def _write_manifest(folder: Path, system: str, result: Conversion) -> None:
         "pipeline": result.pipeline,
         "sources": result.sources,
         "dropped": result.dropped,
-        "files": {name: result.files.get(name, {}) for name in sorted(others)},
+        "files": {
+            **digests_of(folder, sorted({*others} - result.files.keys())),
+            **result.files,
+        },
     }
-    text = json.dumps(manifest, indent=2) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_bytes(readable_json(manifest))

@@ -2,11 +2,10 @@
 
 import ctypes
 import hashlib
-import json
 import math
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from i2am.files.container import header_of
 from i2am.models.conversion.rules import Target
 from i2am.models.weights import some_of
 
 CHUNK = 1 << 22
 MADV_PAGEOUT = 21  # of Linux; Python's mmap has no name for it
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-"""What may be written, and safetensors' word for it."""
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What may be written."""
 
 Progress = Callable[[int], Any]
 
@@ -74,8 +69,6 @@ def write_safetensors(
             sentence names the tensors; the file remains, and must not be used.
         OSError: The file cannot be written; a part of it may remain.
     """
-    # wide dtypes first: every tensor begins at a multiple of its element's size
-    entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.target.key))
     digest, size = hashlib.sha256(), 0
     not_finite: dict[str, Entry] = {}
     with path.open("xb", buffering=0) as file:
@@ -87,8 +80,11 @@ def write_safetensors(
             while data:  # an unbuffered write may take less than it is given
                 data = data[file.write(data) :]
 
-        put(memoryview(_header(entries)))
-        for entry in entries:
+        by_name = {entry.target.key: entry for entry in entries}
+        facts = [(name, entry.dtype, entry.shape) for name, entry in by_name.items()]
+        names, header = header_of(facts, {"format": "pt"})
+        put(memoryview(header))
+        for entry in (by_name[name] for name in names):
             for piece in _pieces(entry):
                 if not _is_finite(piece):
                     not_finite[entry.target.key] = entry
@@ -97,36 +93,6 @@ def write_safetensors(
                 progress(len(data))
     _check_finite(list(not_finite.values()))
     return {"sha256": digest.hexdigest(), "bytes": size}
-
-
-def sha256_of(path: Path, *, progress: Progress) -> str:
-    """Hash of a file, read in pieces.
-
-    Args:
-        path: The file.
-        progress: Called with numbers of bytes as they are read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK):
-            digest.update(piece)
-            progress(len(piece))
-    return digest.hexdigest()
-
-
-def _header(entries: Sequence[Entry]) -> bytes:
-    names: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for entry in entries:
-        names[entry.target.key] = {
-            "dtype": DTYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [begin, begin + entry.size],
-        }
-        begin += entry.size
-    text = json.dumps(names, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned too
-    return len(text).to_bytes(8, "little") + text
 
 
 def _is_finite(values: Tensor) -> bool:

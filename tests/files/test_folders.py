@@ -3,8 +3,7 @@ import os
 
 import pytest
 
-from i2am.cli.errors import OutputConflict
-from i2am.cli.folder import check_free, fresh_folder
+from i2am.files import OutputRefused, check_free, fresh_folder
 
 
 def write(folder, name="image.png", text="x"):
@@ -148,16 +147,16 @@ def test_conflict_is_refused_and_nothing_touched(tmp_path, make, overwrite, matc
     out = tmp_path / "out"
     make(out)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(OutputConflict, match=match):
+    with pytest.raises(OutputRefused, match=match):
         check_free(out, overwrite=overwrite)
-    with pytest.raises(OutputConflict, match=match):
+    with pytest.raises(OutputRefused, match=match):
         build(out, failing(AssertionError("the block was entered")), overwrite=overwrite)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_conflict_that_arises_meanwhile_is_refused(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(OutputConflict, match="not empty"):
+    with pytest.raises(OutputRefused, match="not empty"):
         build(out, write, lambda _: foreign(out))
     assert names(out) == ["thesis.tex"]
     assert names(tmp_path) == ["out"]

@@ -1,9 +1,12 @@
 """Which processes write to a folder, so that leftovers of dead ones can be removed."""
 
 import os
+import shutil
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+
+from i2am.files.atomic import is_temporary
 
 try:
     import fcntl
@@ -14,8 +17,8 @@ except ImportError:  # Windows
 class FolderLock:
     """Held by each writing process until it ends, however that happens.
 
-    Temporary files are removed when no other process holds it. Where files cannot be locked they
-    stay; they are harmless.
+    Temporary files and folders are removed when no other process holds it. Where files cannot be
+    locked they stay; they are harmless.
     """
 
     def __init__(self, file: Path, *, clean: Iterable[Path]) -> None:
@@ -23,7 +26,7 @@ class FolderLock:
 
         Args:
             file: An existing file that stands for the folder.
-            clean: Folders with temporary files of `write_atomically`.
+            clean: Folders with temporary files of `i2am.files`.
 
         Raises:
             OSError: If the file cannot be opened for writing, or a leftover cannot be removed.
@@ -38,34 +41,6 @@ class FolderLock:
             os.close(descriptor)
             raise
         weakref.finalize(self, os.close, descriptor)
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder with its parents, so that they stay there after a power loss.
-
-    Raises:
-        OSError: If that fails.
-    """
-    if not folder.parent.is_dir():
-        make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    # also of a folder that was there: who made it may have died before this
-    sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes the names in a folder to disk."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def is_leftover(name: str) -> bool:
-    """Whether a file has a temporary name of `write_atomically`."""
-    return name.startswith(".i2am-") and name.endswith(".tmp")
 
 
 def _lock(descriptor: int, clean: Iterable[Path]) -> None:
@@ -87,6 +62,9 @@ def _lock(descriptor: int, clean: Iterable[Path]) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     with os.scandir(folder) as entries:
-        found = [entry.path for entry in entries if is_leftover(entry.name)]
-    for path in found:
-        Path(path).unlink(missing_ok=True)
+        found = [entry for entry in entries if is_temporary(entry.name)]
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            Path(entry.path).unlink(missing_ok=True)
