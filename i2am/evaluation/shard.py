@@ -6,7 +6,7 @@ time nor machine is in it, so equal content gives equal bytes.
 
 import io
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -99,6 +99,40 @@ class Shard:
             if unknown := sorted(known.keys() - set(self.ids)):
                 raise ValueError(f"{name} must be of samples of the shard, got {unknown[0]}")
         self._require_reasons()
+
+    def keeping(self, earlier: "Shard", whole: Collection[str]) -> "Shard":
+        """This shard with samples of an earlier one in place of those that failed now.
+
+        Args:
+            earlier: A shard of the same samples.
+            whole: Ids of its samples that can be kept.
+        """
+        rows = [
+            row
+            for row, id in enumerate(self.ids)
+            if id in whole and self.status[row] == FAILED and earlier.status[row] == OK
+        ]
+        if not rows:
+            return self
+
+        def merged(now: Tensor, before: Tensor) -> Tensor:
+            now = now.clone()
+            now[rows] = before[rows]
+            return now
+
+        kept = [self.ids[row] for row in rows]
+        return replace(
+            self,
+            status=merged(self.status, earlier.status),
+            scores=merged(self.scores, earlier.scores),
+            maps={
+                name: merged(self.maps.get(name, torch.zeros_like(before)), before)
+                for name, before in earlier.maps.items()
+            },
+            reasons=dict(self.reasons) | {id: earlier.reasons.get(id, {}) for id in kept},
+            images=dict(self.images)
+            | {id: earlier.images[id] for id in kept if id in earlier.images},
+        )
 
     def to_bytes(self) -> bytes:
         """The whole file; equal content gives equal bytes.

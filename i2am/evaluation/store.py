@@ -146,12 +146,17 @@ class Store:
                     damaged[number] = str(error)
         return {setting: dict(found) for setting, found in self._damaged.items()}
 
-    def commit(self, shard: Shard, images: Mapping[str, bytes]) -> None:
+    def commit(self, shard: Shard, images: Mapping[str, bytes]) -> list[str]:
         """Writes a shard's images, then the shard; returns when both are on disk to stay.
+
+        Of a shard that is there already, samples stay that did not fail there and failed now.
 
         Args:
             shard: One of the plan's.
             images: PNG of each sample that has one, by id.
+
+        Returns:
+            Ids of the samples that stayed.
 
         Raises:
             ValueError: If the shard is not one of the plan's, or the images are not those it lists.
@@ -167,6 +172,8 @@ class Store:
             raise ValueError("images must be those whose checksums the shard lists")
         if self._lock is None:
             self._begin_writing()
+        if shard.status.any():
+            shard = self._keeping(shard)
         data = shard.to_bytes()
         try:
             for id, image in images.items():
@@ -177,6 +184,7 @@ class Store:
             what = f"shard {shard.number} of {shard.setting} with its images takes {size:.1f} MB"
             raise OSError(error.errno, f"{error.strerror}; {what}", error.filename) from error
         self._damaged[shard.setting].pop(shard.number, None)
+        return sorted(shard.images.keys() - images.keys())
 
     def read(
         self,
@@ -276,7 +284,7 @@ class Store:
                 except StoreError as error:
                     problems.append(str(error))
                 else:
-                    problems += self._image_problems(shard)
+                    problems += self._damaged_images(shard).values()
         return problems
 
     @property
@@ -290,6 +298,14 @@ class Store:
             for setting in self._ids
         ]
         self._lock = FolderLock(plan_file.path(self.folder), clean=(self.folder, *parts))
+
+    def _keeping(self, shard: Shard) -> Shard:
+        """A new shard with what is whole in the one that it replaces, if there is one."""
+        try:
+            earlier = self.read(shard.setting, shard.number)
+        except StoreError:
+            return shard
+        return shard.keeping(earlier, earlier.images.keys() - self._damaged_images(earlier).keys())
 
     def _names(self, setting: str) -> list[str]:
         try:
@@ -313,9 +329,12 @@ class Store:
         if [document.get(key) for key in ("setting", "number", "ids")] != [setting, number, ids]:
             raise StoreDamaged(f"{header.name} holds other samples than the plan wants there")
 
-    def _image_problems(self, shard: Shard) -> Iterator[str]:
+    def _damaged_images(self, shard: Shard) -> dict[str, str]:
+        """One sentence for each image that is not the one that the shard lists, by id."""
+        problems = {}
         for id in shard.images:
             try:
                 self.image(shard, id)
             except StoreDamaged as error:
-                yield str(error)
+                problems[id] = str(error)
+        return problems

@@ -1,6 +1,7 @@
 """One process's part of a run: it holds the model and the data, and computes shards whole."""
 
 import json
+import logging
 import os
 import platform
 import secrets
@@ -27,6 +28,9 @@ from i2am.files import append, inner_folder
 
 if TYPE_CHECKING:
     from i2am.models.base import ReferencePipeline
+
+
+log = logging.getLogger("i2am")
 
 
 class Done(NamedTuple):
@@ -128,7 +132,8 @@ class Worker:
             batches=tuple(tuple(batch) for batch in partition),
             images={id: zlib.crc32(png) for id, png in images.items()},
         )
-        self.store.commit(shard, images)
+        if kept := self.store.commit(shard, images):
+            log.warning("%s failed now and stay as they were", ", ".join(kept))
         done = Done(len(ids), status.count(FAILED))
         self._note(
             {

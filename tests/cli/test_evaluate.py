@@ -289,6 +289,15 @@ def test_samples_that_fail(evaluate, dolls, tmp_path):
     code, out, _ = evaluate("--retry-failed", "--json", data=broken)
     assert code == 3
     assert json.loads(out)["samples"] == 2
+    # its neighbour cannot be read any more: what was made of it stays
+    before = (tmp_path / "run/shards/paired/000000.safetensors").read_bytes()
+    neighbour = broken / "test/cloth/00000_00.jpg"
+    neighbour.write_bytes(bytes(neighbour.stat().st_size))
+    code, out, error = evaluate("--retry-failed", data=broken)
+    assert code == 3
+    assert "1 failed, i2am status" in out
+    assert "00000_00 failed now and stay as they were" in error
+    assert (tmp_path / "run/shards/paired/000000.safetensors").read_bytes() == before
 
 
 def test_memory_that_runs_out(evaluate, monkeypatch, tmp_path):

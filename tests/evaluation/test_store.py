@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from i2am.evaluation import plan_file
+from i2am.evaluation.shard import Reason
 from i2am.evaluation.store import Store, StoreConflict, StoreDamaged
 from i2am.evaluation.testing import make_plan, make_shard
 from i2am.files import canonical
@@ -533,6 +534,41 @@ def test_a_shard_that_does_not_belong_is_refused(store, change, message):
     with pytest.raises(ValueError, match=message):
         store.commit(replace(shard, **change), images)
     assert not [*store.folder.glob("*/*/*")]
+
+
+@pytest.mark.parametrize("maps", [True, False])
+def test_what_was_whole_is_kept_when_it_fails_now(run, maps):
+    store = Store.create(run, PLAN)
+    store.commit(*make_shard(PLAN, failed=0, maps=maps))
+    assert store.commit(*make_shard(PLAN, failed=1, maps=maps)) == ["00001_00"]
+    whole, _ = make_shard(PLAN, maps=maps)
+    assert store.read("paired", 0).to_bytes() == whole.to_bytes()
+    assert store.verify() == []
+    # nor does a failure of all of them replace anything
+    everything_failed, _ = make_shard(PLAN, failed=0, maps=maps)
+    everything_failed = replace(
+        everything_failed,
+        status=torch.ones(2, dtype=torch.uint8),
+        scores=torch.full_like(everything_failed.scores, torch.nan),
+        maps={},
+        reasons={id: {"sample": Reason("missing", "gone")} for id in everything_failed.ids},
+        images={},
+    )
+    assert store.commit(everything_failed, {}) == ["00000_00", "00001_00"]
+    assert store.read("paired", 0).to_bytes() == whole.to_bytes()
+
+
+@pytest.mark.parametrize("damage", ["image", "shard"])
+def test_what_is_damaged_is_not_kept(run, damage):
+    store = Store.create(run, PLAN)
+    store.commit(*make_shard(PLAN))
+    path = store.image_path("paired", "00001_00")
+    if damage == "shard":
+        path = store.shard_path("paired", 0)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    failed, images = make_shard(PLAN, failed=1)
+    assert store.commit(failed, images) == []
+    assert store.read("paired", 0).to_bytes() == failed.to_bytes()
 
 
 def test_what_is_not_there_cannot_be_read(store):
