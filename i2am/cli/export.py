@@ -46,16 +46,14 @@ def export(
 
     progress = not quiet and sys.stderr.isatty()
     with open_run(run) as store:
-        summaries = summarize(store).values()
-        if not any(summary.committed for summary in summaries):
-            raise InputRejected(f"run {run} has no committed shard, so nothing can be exported")
         try:
             if zarr is not None:
                 to_zarr(store, zarr, progress=progress)
             if parquet is not None:
                 to_parquet(store, parquet, progress=progress)
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
             raise InputRejected(str(error)) from error
+        summaries = summarize(store).values()
     ok, samples = sum(s.ok for s in summaries), sum(s.samples for s in summaries)
     out = str(zarr or parquet)
     if as_json:

@@ -17,6 +17,7 @@ from i2am.cli.errors import InputRejected
 from i2am.cli.recorded import halves, read_manifest, read_run, read_scores
 from i2am.cli.runs import open_run
 from i2am.data.images import ImageRejected, read_bytes, read_image, read_mask
+from i2am.evaluation.errors import StoreDamaged
 from i2am.evaluation.plan_file import RUN_LIMIT
 from i2am.files import MANIFEST, FileRejected, read_json
 from i2am.plots.titles import step_titles
@@ -235,7 +236,7 @@ def _of_setting(store: "Store", setting: str, wanted: Wanted, name: str) -> Iter
             if reason is None:
                 try:
                     one = _evaluated_sample(store, shard, at, data, places[id], title)
-                except (ImageRejected, ValueError) as error:
+                except (StoreDamaged, ValueError) as error:
                     reason = str(error)
                 else:
                     yield one

@@ -97,15 +97,20 @@ def score(
         raise click.UsageError("the same RUN is given twice.")
     log.info("reading %s", ", ".join(map(str, runs)))
     from i2am.evaluation.scores.protocols import PROTOCOLS
-    from i2am.evaluation.scores.results import write_results
+    from i2am.evaluation.scores.results import RESULTS, write_results
     from i2am.evaluation.scores.scoring import Scoring, score_run
     from i2am.evaluation.scores.tables import labels
+    from i2am.files import check_place, inner_folder
 
     scoring = Scoring(metrics=metrics, protocol=PROTOCOLS[protocol], replicates=replicates, **files)
     scored = []
-    # all first: a name that is no run is not found out after hours
+    # all first: what is no run, or cannot be written, is not found out after hours
+    if out is not None:
+        check_place(out, kind="folder")
     with ExitStack() as stack:
         stores = [stack.enter_context(open_run(run)) for run in runs]
+        for store in stores:
+            inner_folder(store.folder, RESULTS)
         for store in stores:
             try:
                 scores = score_run(store, scoring, progress=not quiet and sys.stderr.isatty())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from i2am.evaluation.shard import FAILED, OK, SAMPLE, Shard
 from i2am.evaluation.store import Store
-from i2am.files import check_file_free, fresh_folder, write
+from i2am.files import OutputRefused, check_place, fresh_folder, write
 
 AXES = ("sample", "time", "head", "height", "width")
 """Of a map in zarr."""
@@ -86,7 +86,9 @@ def to_parquet(store: Store, file: Path, *, progress: bool = False) -> None:
         OSError: If something cannot be read or written.
     """
     pyarrow, parquet = _require("pyarrow"), _require("pyarrow.parquet")
-    check_file_free(file, overwrite=False)
+    check_place(file, kind="file")
+    if file.exists():
+        raise OutputRefused(f"output {file} exists; name another")
     names = _score_names(store)
     text, number = pyarrow.string(), pyarrow.float64()
     types = {"setting": text, "index": pyarrow.int64(), **dict.fromkeys(_PAIR, text)}

@@ -99,7 +99,7 @@ def check_free(folder: Path) -> None:
         OutputRefused: It cannot be made.
         OSError: If the folder cannot be read.
     """
-    check_place(folder)
+    check_place(folder, kind="folder")
     strange = [name for name in _names(folder) if not is_temporary(name)]
     if strange:
         raise StoreConflict(

@@ -8,7 +8,6 @@ from i2am.files.digests import digests_of, sha256_of_file, sha256_of_folder
 from i2am.files.folders import (
     MANIFEST,
     OutputRefused,
-    check_file_free,
     check_free,
     check_place,
     fresh_folder,
@@ -29,7 +28,6 @@ __all__ = [
     "OutputRefused",
     "append",
     "canonical",
-    "check_file_free",
     "check_free",
     "check_place",
     "digests_of",

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from i2am.files.atomic import sync, temporary_name
 from i2am.files.json_files import read_json
@@ -19,11 +20,12 @@ class OutputRefused(Exception):
     """An output cannot be written there, or something there is to be kept; one sentence."""
 
 
-def check_place(out: Path) -> None:
-    """Refuse a path at which no folder or file can be made.
+def check_place(out: Path, *, kind: Literal["file", "folder"]) -> None:
+    """Refuse a path at which an output cannot be made.
 
     Raises:
-        OutputRefused: Its name is no UTF-8, it is a link to nothing, or a folder above it is none.
+        OutputRefused: Its name is no UTF-8, it is a link to nothing, what is above it is no folder,
+            or it is there and of the other kind.
     """
     try:
         str(out).encode()
@@ -34,19 +36,10 @@ def check_place(out: Path) -> None:
     above = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
         raise OutputRefused(f"output {out} cannot be made, because {above} is no folder")
-
-
-def check_file_free(out: Path, *, overwrite: bool) -> None:
-    """Refuse a path at which no file can be written, or one that is there and to be kept.
-
-    Raises:
-        OutputRefused: As for `check_place`; it is a folder; it is there, without `overwrite`.
-    """
-    check_place(out)
-    if out.is_dir():
+    if kind == "file" and out.is_dir():
         raise OutputRefused(f"output {out} is a folder, a file was expected")
-    if out.exists() and not overwrite:
-        raise OutputRefused(f"output {out} exists; name another")
+    if kind == "folder" and out.exists() and not out.is_dir():
+        raise OutputRefused(f"output {out} is a file, a folder was expected")
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:
@@ -65,8 +58,6 @@ def check_free(out: Path, *, overwrite: bool) -> None:
     _check_replaceable(out)
     if not out.exists():
         return
-    if not out.is_dir():
-        raise OutputRefused(f"output {out} is a file, a folder was expected")
     found = sorted(out.rglob("*"))
     if not found:
         return
@@ -200,7 +191,7 @@ def _replace(partial: Path, out: Path) -> None:
 
 def _check_replaceable(out: Path) -> None:
     """Refuse what a folder cannot be renamed to, which would be found out at the end only."""
-    check_place(out)
+    check_place(out, kind="folder")
     if out.is_symlink():
         raise OutputRefused(f"output {out} is a link; name the folder itself")
     if out.is_dir():

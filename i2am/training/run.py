@@ -243,7 +243,7 @@ def _panels(
 
 def _claim(out: Path, recipe: Recipe) -> FolderLock:
     """Make the folder this training's, and remove what a killed one left; held until it ends."""
-    check_place(out)
+    check_place(out, kind="folder")
     make_folder(out)
     refuse_links(out)
     path = out / RECIPE

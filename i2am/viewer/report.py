@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.presets import Preset
-from i2am.files import MANIFEST, canonical, check_file_free, fresh_folder, make_folder, write
+from i2am.files import MANIFEST, canonical, check_place, fresh_folder, make_folder, write
 from i2am.viewer.content import Sample, Score, sample
 from i2am.viewer.html import as_json, render, shell
 from i2am.viewer.pictures import jpeg, shown
@@ -114,7 +114,7 @@ def write_report(
     """
     path = Path(path)
     if path.suffix.lower() in (".html", ".htm"):
-        check_file_free(path, overwrite=True)
+        check_place(path, kind="file")
         text = render(list(samples), title=title, compress=compress)
         make_folder(path.absolute().parent)
         write(path, _encoded(text))
