@@ -121,7 +121,7 @@ class Recorder:
         from i2am.adapters.processors import install
 
         reference = _ATTACHED.get(self._network)
-        earlier = reference and reference()
+        earlier = None if reference is None else reference()
         if earlier is not None:
             network = type(self._network).__name__
             if earlier._in_block:
@@ -402,9 +402,7 @@ def _detach(
 
 _G2R = (Direction.GENERATED_TO_REFERENCE,)
 _KEYS = itertools.count()
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Recorder]] = (
-    weakref.WeakKeyDictionary()
-)
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Recorder]] = weakref.WeakKeyDictionary()
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, Branches] = weakref.WeakKeyDictionary()
 
 
