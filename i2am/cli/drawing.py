@@ -101,7 +101,7 @@ def draw(drawing: Drawing) -> list[str]:
             "runs": [os.path.relpath(run, drawing.out) for run in drawing.runs],
             "files": [*files, MANIFEST],
         }
-        text = json.dumps(manifest, indent=2, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(manifest, indent=2, allow_nan=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return files
 

@@ -17,6 +17,7 @@ from i2am.evaluation.errors import StoreConflict, StoreDamaged, StoreError
 from i2am.evaluation.folder_lock import FolderLock, is_leftover, make_folder
 from i2am.evaluation.shard import Shard
 from i2am.evaluation.shard_header import Header, read_header
+from i2am.wording import printable
 
 __all__ = ["Store", "StoreConflict", "StoreDamaged", "StoreError"]
 
@@ -240,7 +241,7 @@ class Store:
                 for name in sorted(strange)
             ]
             numbers = sorted(self._found(setting))
-            for number in tqdm(numbers, setting, unit="shard", disable=not progress):
+            for number in tqdm(numbers, printable(setting), unit="shard", disable=not progress):
                 try:
                     shard = self.read(setting, number)
                 except StoreError as error:

@@ -52,7 +52,8 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    return text.getvalue()
+    # a name may hold bytes that are no text
+    return text.getvalue().encode(errors="backslashreplace").decode()
 
 
 def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
