@@ -8,7 +8,7 @@ import click
 
 from i2am.cli import flags
 from i2am.cli.output import echo
-from i2am.cli.types import FILE, NAME, BytesType, NumberType, SizeType, count
+from i2am.cli.types import AT_ONCE, FILE, NAME, BytesType, NumberType, SizeType, count
 
 log = logging.getLogger("i2am")
 
@@ -125,7 +125,7 @@ log = logging.getLogger("i2am")
 )
 @click.option(
     "--threads",
-    type=count(),
+    type=count(most=AT_ONCE),
     show_default="torch's",
     help="Of torch on the CPU; they decide last bits.",
 )
@@ -136,7 +136,12 @@ log = logging.getLogger("i2am")
     help="Compute in this process (its share, under torchrun, accelerate or srun), or on workers "
     "that Ray keeps alive.",
 )
-@click.option("--workers", type=count(), show_default="one per GPU, else one", help="Of Ray.")
+@click.option(
+    "--workers",
+    type=count(most=AT_ONCE),
+    show_default="one per GPU, else one",
+    help="Of Ray.",
+)
 @click.option("--retry-failed", is_flag=True, help="Compute shards with failed samples again.")
 @flags.dry_run
 @flags.as_json

@@ -11,7 +11,7 @@ import click
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode, InputRejected, OutputConflict, Stopped, Terminated
 from i2am.cli.output import echo
-from i2am.cli.types import FILE, NAME, NumberType, count
+from i2am.cli.types import AT_ONCE, FILE, NAME, NumberType, count
 
 log = logging.getLogger("i2am")
 
@@ -59,8 +59,10 @@ POCKET = "pocket"
 @click.option("--validate-every", type=count(0), default=1000, show_default=True)
 @click.option("--keep", type=count(), default=2, show_default=True, help="Checkpoints.")
 @click.option("--max-steps", type=count(), help="Stop a stage after so many, to resume.")
-@click.option("--workers", type=count(0), default=2, show_default=True, help="Readers.")
-@click.option("--threads", type=count(), help="Of torch on the CPU; they decide last bits.")
+@click.option("--workers", type=count(0, AT_ONCE), default=2, show_default=True, help="Readers.")
+@click.option(
+    "--threads", type=count(most=AT_ONCE), help="Of torch on the CPU; they decide last bits."
+)
 @flags.quiet
 @flags.verbose
 @click.pass_context

@@ -17,6 +17,8 @@ _BYTES = re.compile(r"(\d{1,12}(?:\.\d{1,12})?) ?([KMGT])(i)?B", re.ASCII | re.I
 _RESERVED = ("uniform", "mask")
 MOST = 10**9
 """Of a count; what libraries take for one ends at 2**31."""
+AT_ONCE = 1024
+"""Of threads or processes; far more than these stop the machine."""
 
 
 class PathType(click.Path):
@@ -49,9 +51,9 @@ class NumberType(click.FloatRange):
         return number
 
 
-def count(least: int = 1) -> click.IntRange:
+def count(least: int = 1, most: int = MOST) -> click.IntRange:
     """Whole numbers from `least` on."""
-    return click.IntRange(least, MOST)
+    return click.IntRange(least, most)
 
 
 class BoxType(click.ParamType):
