@@ -44,7 +44,7 @@ POCKET = "pocket"
     type=count(),
     help="Optimiser steps of the autoencoder, for a model trained from nothing.",
 )
-@click.option("--learning-rate", type=NumberType(0, min_open=True), help="Its peak.")
+@click.option("--learning-rate", type=NumberType(0, 1, min_open=True), help="Its peak.")
 @click.option("--dropout", type=NumberType(0, 1), help="How often no garment is shown.")
 @click.option("--trainable", type=click.Choice(["all", "paper", "lite"]), help="What learns.")
 @click.option(

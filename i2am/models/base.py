@@ -176,15 +176,17 @@ class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
         Raises:
             ValueError: It cannot.
         """
+        refused = f"{type(self.scheduler).__name__} cannot make {counted(steps, 'step')}"
+        trained = self.scheduler.config.get("num_train_timesteps", steps)
+        # some would make the last steps twice
+        if steps > trained:
+            raise ValueError(f"{refused}: the training had {trained}")
         try:
             # a copy: a recorder may follow the scheduler itself
             deepcopy(self.scheduler).set_timesteps(steps)
-        except MemoryError:
-            raise
         except Exception as error:
             # each scheduler has its own way to fail
-            name = type(self.scheduler).__name__
-            raise ValueError(f"{name} cannot make {counted(steps, 'step')}: {error}") from error
+            raise ValueError(f"{refused}: {error}") from error
         return steps
 
     def size_arguments(self, size: tuple[int, int]) -> dict[str, Any]:

@@ -64,6 +64,12 @@ def test_floats_are_finite(case, value, refused):
     assert "is not a finite number" in sentence or "is not in the range" in sentence
 
 
+@pytest.mark.parametrize("value", ["1e300", "3e38", "1.5", "0", "-1e-3"])
+def test_learning_rates_are_steps_that_a_weight_can_take(value, refused):
+    """AdamW ends with an error of its own beyond what fp32 holds."""
+    assert "is not in the range 0<x<=1" in refused("train learning_rate", value)
+
+
 def test_every_float_is_found():
     assert {case.split()[0] for case in of(NumberType)} == {"record", "evaluate", "figure", "train"}
 
