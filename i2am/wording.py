@@ -1,9 +1,23 @@
-"""How numbers and remarks are told to people."""
+"""How numbers, names and remarks are told to people."""
 
 
 def counted(number: int, noun: str) -> str:
     """``"1 step"``, ``"0 steps"``, ``"2 steps"``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, or could not show, as escapes: ``\\x1b``, ``\\n``.
+
+    Names come from files that others made: with control characters they would move the cursor or
+    feign other lines, with bidirectional ones turn the text around, and the half of a surrogate,
+    which stands for a byte that is no UTF-8, cannot be written at all.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
 
 
 class Footnotes:

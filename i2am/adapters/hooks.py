@@ -1,9 +1,21 @@
-"""Code around the calls of a module."""
+"""Code around the calls of a module, and calls of ours that keep nothing alive."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A bound method that does not keep its object, and does nothing once that is gone."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        if (bound := reference()) is not None:
+            bound(*args)
+
+    return call
 
 
 def around_calls(

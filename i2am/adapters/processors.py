@@ -45,6 +45,8 @@ class RecordingAttnProcessor(AttnProcessor2_0):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        # read once: the recorder may be detached in the middle of a call
+        record, attend, guard = self.record, self.attend, self.guard
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -62,18 +64,18 @@ class RecordingAttnProcessor(AttnProcessor2_0):
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         attended, lse = None, None
-        if self.record is not None:
-            attended = attend_guarded(self.guard, self.attend, query, key, value, mask)
+        if record is not None:
+            attended = attend_guarded(guard, attend, query, key, value, mask)
         if attended is None:
             output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:
             output, lse = attended
-        if self.record is not None:
+        if record is not None:
             if torch.compiler.is_compiling():  # as in attend_guarded
-                self.record(query, key, bias=mask, query_lse=lse)
+                record(query, key, bias=mask, query_lse=lse)
             else:
-                with self.guard:
-                    self.record(query, key, bias=mask, query_lse=lse)
+                with guard:
+                    record(query, key, bias=mask, query_lse=lse)
         output = output.transpose(1, 2).flatten(2).to(query.dtype)
         output = attn.to_out[1](attn.to_out[0](output))
         if len(shape) == 4:

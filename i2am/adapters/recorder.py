@@ -14,7 +14,7 @@ from i2am.adapters.attending import Attend, attend_beside
 from i2am.adapters.branches import Branches, Target
 from i2am.adapters.clock import RunClock
 from i2am.adapters.guard import Guard
-from i2am.adapters.hooks import around_calls
+from i2am.adapters.hooks import around_calls, weakly
 from i2am.adapters.inputs import versions
 from i2am.adapters.observations import Observations
 from i2am.adapters.sites import LISTENERS, Site
@@ -32,7 +32,8 @@ class Recorder:
     """What ``record()`` returns: records between ``attach`` and ``detach``, or in a ``with``.
 
     Nothing that goes wrong in the recording disturbs the run: it ends the recording, with a warning
-    at once and the error in :meth:`maps`, and the run goes on without recording.
+    at once and the error in :meth:`maps`, and the run goes on without recording. A recorder that
+    nobody refers to any more is detached: what it leaves in the model refers to it weakly.
 
     Args:
         denoiser: The module whose calls are the evaluations.
@@ -84,13 +85,15 @@ class Recorder:
         config = getattr(self._network, "config", None)
         self._rounds_up = getattr(config, "downsample_padding", 1) != 0
         self._clock = clock
-        self._guard = Guard(self._give_up)
-        clock.bind(on_run=self._begin_run, on_step=self._end_evaluation, guard=self._guard)
+        self._guard = Guard(weakly(self._give_up))
+        clock.bind(
+            on_run=weakly(self._begin_run), on_step=weakly(self._end_evaluation), guard=self._guard
+        )
         self._wanted = wanted
         self._make = make
         self._attend = attend
         self._in_block = False
-        self._restore: list[Callable[[], None]] = []
+        self._attachment: weakref.finalize[..., Any] | None = None
         self._installed: dict[str, Any] = {}
         self._processors: dict[str, str] = {}
         self._lost: dict[str, str] = {}
@@ -117,7 +120,8 @@ class Recorder:
         """
         from i2am.adapters.processors import install
 
-        earlier = _ATTACHED.get(self._network)
+        reference = _ATTACHED.get(self._network)
+        earlier = None if reference is None else reference()
         if earlier is not None:
             network = type(self._network).__name__
             if earlier._in_block:
@@ -130,18 +134,22 @@ class Recorder:
                 "now; call detach() when a recording is over",
                 stacklevel=2,
             )
-        _ATTACHED[self._network] = self
+        restore: list[Callable[[], None]] = []
+        undo = (self._key, self._network, self._clock, restore)
+        # runs at detach(), or when the last reference to the recorder goes
+        self._attachment = weakref.finalize(self, _detach, *undo)
+        self._attachment.atexit = False
+        _ATTACHED[self._network] = weakref.ref(self)
         guarded = self._guard.around
-        LISTENERS[self._key] = guarded(self._add)
+        LISTENERS[self._key] = guarded(weakly(self._add))
         try:
             for index, (name, module) in enumerate(self._layers.items()):
                 self._processors[name] = type(module.processor).__name__
                 site = Site(self._key, index)
-                self._restore.append(install(module, site, self._attend, self._guard))
+                restore.append(install(module, site, self._attend, self._guard))
                 self._installed[name] = module.processor
-            self._restore.append(
-                around_calls(self._denoiser, guarded(self._open_frame), guarded(self._close_frame))
-            )
+            before, after = weakly(self._open_frame), weakly(self._close_frame)
+            restore.append(around_calls(self._denoiser, guarded(before), guarded(after)))
             self._clock.attach()
         except BaseException:
             self.detach()
@@ -149,15 +157,12 @@ class Recorder:
 
     def detach(self) -> None:
         """Put processors, hooks and scheduler back as they were; does nothing the second time."""
-        if LISTENERS.pop(self._key, None) is None:
+        attachment = self._attachment
+        if attachment is None or not attachment.alive:
             return
         self._lost = self._find_lost()
-        self._clock.detach()
-        for restore in self._restore:
-            restore()
-        self._restore.clear()
+        attachment()
         self._installed.clear()
-        _ATTACHED.pop(self._network, None)
 
     def maps(self, guidance: str | None = None) -> AttributionMaps:
         """The maps of the last run.
@@ -203,7 +208,7 @@ class Recorder:
 
     @property
     def _attached(self) -> bool:
-        return self._key in LISTENERS
+        return self._attachment is not None and self._attachment.alive
 
     def _begin_run(self) -> None:
         self._branches = Branches(self._make, order=self.layout.guidance_order, wanted=self._wanted)
@@ -383,9 +388,21 @@ class Recorder:
         return remarks
 
 
+def _detach(
+    key: int, network: nn.Module, clock: RunClock, restore: list[Callable[[], None]]
+) -> None:
+    """Put everything back; knows no recorder, because its own may be gone."""
+    LISTENERS.pop(key, None)
+    clock.detach()
+    for put_back in restore:
+        put_back()
+    restore.clear()
+    _ATTACHED.pop(network, None)
+
+
 _G2R = (Direction.GENERATED_TO_REFERENCE,)
 _KEYS = itertools.count()
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Recorder] = weakref.WeakKeyDictionary()
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Recorder]] = weakref.WeakKeyDictionary()
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, Branches] = weakref.WeakKeyDictionary()
 
 

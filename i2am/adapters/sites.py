@@ -56,8 +56,9 @@ def _record_attention(
     call_index: int,
 ) -> None:
     listener, layer = address.tolist()
-    if listener in LISTENERS:
-        LISTENERS[listener](layer, call_index, query, key, bias, scale, query_lse)
+    # the garbage collector, too, may detach a recorder, at any moment
+    if (listen := LISTENERS.get(listener)) is not None:
+        listen(layer, call_index, query, key, bias, scale, query_lse)
 
 
 @_record_attention.register_fake

@@ -105,6 +105,12 @@ class JointMaps:
         sums = self._slice(self.r2g, time, head).mT
         return sums.unflatten(2, self.generated_grid).unflatten(1, self.reference_grid)
 
+    def nonfinite(self) -> list[str]:
+        """Where values are NaN or infinite: one line per direction, empty if all is well."""
+        sums = {"generated_to_reference": self.g2r, "reference_to_generated": self.r2g}
+        broken = [name for name, of in sums.items() if not bool(of.isfinite().all())]
+        return [f"{name} of the joint maps" for name in broken]
+
     def cell(self, region: object) -> int | None:
         """The number of the generated cell that a region is, ``None`` if it is none."""
         if not isinstance(region, Patch) or tuple(region.grid) != self.generated_grid:

@@ -13,7 +13,7 @@ from torch import Tensor
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Grid, Patch
 from i2am.attribution.joint import JointMaps, concatenate_joint
-from i2am.attribution.layers import apply, check_layers, recorded, tensors, without_grid
+from i2am.attribution.layers import apply, check_layers, nonfinite, recorded, tensors, without_grid
 from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import (
@@ -123,6 +123,10 @@ class AttributionMaps:
         queries are, so its R2G map shows logits that the model never used.
         """
         return all(layer.site.causal for layer in self.layer_sums)
+
+    def nonfinite(self) -> list[str]:
+        """Where values are NaN or infinite: one line per place, empty if all is well."""
+        return nonfinite(self.layer_sums) + (self.joint.nonfinite() if self.joint else [])
 
     # Reading
 

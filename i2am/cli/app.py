@@ -5,7 +5,6 @@ Results go to stdout, everything else to stderr. Nothing heavy is imported befor
 
 import logging
 import signal
-import sys
 import threading
 import traceback
 import warnings
@@ -23,6 +22,7 @@ from i2am.cli.errors import CommandError, ExitCode, Terminated
 from i2am.cli.evaluate import evaluate
 from i2am.cli.export import export
 from i2am.cli.figure import figure
+from i2am.cli.output import LineFormatter, echo, one_line
 from i2am.cli.record import record
 from i2am.cli.report import report
 from i2am.cli.score import score
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code if isinstance(code, int) else ExitCode.DONE
         except NoArgsIsHelpError as error:
             # its message is the whole help
-            print(error.format_message(), file=sys.stderr)
+            echo(*error.format_message().splitlines(), err=True)
             return ExitCode.USAGE
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "i2am"
@@ -99,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(code: ExitCode, message: str) -> int:
     if log.isEnabledFor(logging.DEBUG) and code != ExitCode.USAGE:
-        traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        # indented: a line break in a name begins no line of ours
+        echo(*(f"  {line}" for line in traceback.format_exc().splitlines()), err=True)
+    echo(f"error: {one_line(message)}", err=True)
     return code
 
 
@@ -108,7 +109,7 @@ def _fail(code: ExitCode, message: str) -> int:
 def _messages() -> Iterator[None]:
     """Our log and Python's warnings as plain lines on stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Plain())
+    handler.setFormatter(LineFormatter())
     handler.addFilter(_Once())
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
@@ -138,12 +139,6 @@ class _Once(logging.Filter):
         new = text not in self._said
         self._said.add(text)
         return new
-
-
-class _Plain(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        prefix = f"{record.levelname.lower()}: " if record.levelno != logging.INFO else ""
-        return prefix + super().format(record)
 
 
 @contextmanager

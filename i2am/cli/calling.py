@@ -82,6 +82,10 @@ def complete(pipe: "ReferencePipeline", settings: Settings) -> Settings:
     defaults = pipe.sampling_defaults(settings.sampler)
     steps, guidance = settings.steps, settings.guidance
     steps = defaults["num_inference_steps"] if steps is None else steps
+    try:
+        pipe.check_steps(steps)
+    except ValueError as error:
+        raise InputRejected(f"steps {steps} do not suit {settings.model}: {error}") from error
     if (remark := too_many(settings.time_groups, steps)) is not None:
         log.warning("%s", remark)
     try:

@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 
 from i2am.cli import flags
+from i2am.cli.output import echo
+from i2am.cli.types import FILE
 
 log = logging.getLogger("i2am")
 
-FILE = click.Path(path_type=Path)
 
 # known without importing torch
 SYSTEMS = ("paint-by-example", "dci-vton", "stableviton", "custom")
@@ -94,11 +95,11 @@ def convert(
         "files": result.files,
     }
     if as_json:
-        click.echo(json.dumps(summary))
+        echo(json.dumps(summary))
         return
     size = sum(entry["bytes"] for entry in result.files.values())
-    click.echo(f"{out}: {result.pipeline}, {size / 1e9:.2f} GB in {len(result.files)} files")
-    click.echo(f"  from {checkpoint.name}, sha256 {result.sources['checkpoint']['sha256']}")
+    echo(f"{out}: {result.pipeline}, {size / 1e9:.2f} GB in {len(result.files)} files")
+    echo(f"  from {checkpoint.name}, sha256 {result.sources['checkpoint']['sha256']}")
     if result.dropped:
         some = ", ".join(result.dropped[:4]) + (", ..." if len(result.dropped) > 4 else "")
-        click.echo(f"  {len(result.dropped)} tensors that are no weights of it left out: {some}")
+        echo(f"  {len(result.dropped)} tensors that are no weights of it left out: {some}")

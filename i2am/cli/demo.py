@@ -10,7 +10,9 @@ import click
 
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode
+from i2am.cli.output import echo
 from i2am.cli.settings import NamedBox, Settings
+from i2am.cli.types import FILE, count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,12 +56,12 @@ The pocket model has random weights here: what it paints is noise, and its maps 
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=FILE,
     default=Path("demo"),
     show_default=True,
     help="Folder for the inputs and the results.",
 )
-@click.option("--steps", type=click.IntRange(1), default=Settings.steps, show_default=True)
+@click.option("--steps", type=count(), default=Settings.steps, show_default=True)
 @flags.overwrite
 @flags.verbose
 def demo(out: Path, steps: int, overwrite: bool, verbose: bool) -> ExitCode:
@@ -86,10 +88,10 @@ def demo(out: Path, steps: int, overwrite: bool, verbose: bool) -> ExitCode:
         # marks the folder as ours, so that the next demo may replace it
         (folder / MANIFEST).write_bytes(canonical({"files": files}))
     for result in results:
-        click.echo(f"{replace(result, out=out / result.out.name)}\n")
-    click.echo(f"{out / 'overview.png'}\n{out / REPORT}\n\n{WHAT_TO_SEE}")
+        echo(*replace(result, out=out / result.out.name).lines, "")
+    echo(str(out / "overview.png"), str(out / REPORT), "", *WHAT_TO_SEE.splitlines())
     if not all(result.trained for result in results):
-        click.echo(f"\n{UNTRAINED}")
+        echo("", *UNTRAINED.splitlines())
     return max(result.code for result in results)
 
 

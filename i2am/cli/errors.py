@@ -34,12 +34,6 @@ class InputRejected(CommandError):
     code = ExitCode.REJECTED
 
 
-class OutputConflict(CommandError):
-    """The output folder is in use."""
-
-    code = ExitCode.CONFLICT
-
-
 class Terminated(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt no ``except Exception`` may swallow it."""
 

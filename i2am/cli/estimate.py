@@ -56,17 +56,17 @@ class Estimate:
         """JSON values, in bytes."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    @property
+    def lines(self) -> list[str]:
+        """What to tell people."""
         available = "unknown" if self.available is None else readable(self.available)
-        return "\n".join(
-            [
-                f"maps that stay      {readable(self.stays)} in {counted(self.layers, 'layer')}",
-                f"during the run      {readable(self.transient)} more",
-                f"images              {readable(self.images)}",
-                f"memory available    {available}",
-                "nothing was written",
-            ]
-        )
+        return [
+            f"maps that stay      {readable(self.stays)} in {counted(self.layers, 'layer')}",
+            f"during the run      {readable(self.transient)} more",
+            f"images              {readable(self.images)}",
+            f"memory available    {available}",
+            "nothing was written",
+        ]
 
 
 def estimate(

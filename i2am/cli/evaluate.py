@@ -2,15 +2,14 @@
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import click
 
 from i2am.cli import flags
-from i2am.cli.settings import BytesType, SizeType
+from i2am.cli.output import echo
+from i2am.cli.types import AT_ONCE, FILE, NAME, BytesType, NumberType, SizeType, count
 
-PATH = click.Path(path_type=Path)
 log = logging.getLogger("i2am")
 
 
@@ -18,9 +17,9 @@ log = logging.getLogger("i2am")
     short_help="Run a model over a data set and score its attribution; resumes.",
     context_settings={"show_default": True},
 )
-@click.argument("model")
-@click.option("--data", type=PATH, required=True, help="Folder in the layout of VITON-HD.")
-@click.option("-o", "--out", type=PATH, required=True, help="Folder of the run.")
+@click.argument("model", type=NAME)
+@click.option("--data", type=FILE, required=True, help="Folder in the layout of VITON-HD.")
+@click.option("-o", "--out", type=FILE, required=True, help="Folder of the run.")
 @click.option("--split", type=click.Choice(["test", "train"]), default="test")
 @click.option(
     "--pairs",
@@ -35,13 +34,13 @@ log = logging.getLogger("i2am")
 )
 @click.option(
     "--steps",
-    type=click.IntRange(1),
+    type=count(),
     show_default="the sampler's, else 50",
     help="Denoising steps.",
 )
 @click.option(
     "--guidance",
-    type=click.FloatRange(0),
+    type=NumberType(0),
     show_default="the sampler's, else the model's",
     help="Guidance scale.",
 )
@@ -53,7 +52,7 @@ log = logging.getLogger("i2am")
 )
 @click.option(
     "--time-groups",
-    type=click.IntRange(1),
+    type=count(),
     show_default="5",
     help="Groups of steps kept apart in the maps, at most one per step.",
 )
@@ -72,7 +71,7 @@ log = logging.getLogger("i2am")
 )
 @click.option(
     "--batch",
-    type=click.IntRange(1),
+    type=count(),
     show_default="8, or the shard if that is less",
     help="Samples per call.",
 )
@@ -84,7 +83,7 @@ log = logging.getLogger("i2am")
 )
 @click.option(
     "--shard",
-    type=click.IntRange(1),
+    type=count(),
     show_default="16, or the batch if that is more",
     help="Samples committed together.",
 )
@@ -126,7 +125,7 @@ log = logging.getLogger("i2am")
 )
 @click.option(
     "--threads",
-    type=click.IntRange(1),
+    type=count(most=AT_ONCE),
     show_default="torch's",
     help="Of torch on the CPU; they decide last bits.",
 )
@@ -138,7 +137,10 @@ log = logging.getLogger("i2am")
     "that Ray keeps alive.",
 )
 @click.option(
-    "--workers", type=click.IntRange(1), show_default="one per GPU, else one", help="Of Ray."
+    "--workers",
+    type=count(most=AT_ONCE),
+    show_default="one per GPU, else one",
+    help="Of Ray.",
 )
 @click.option("--retry-failed", is_flag=True, help="Compute shards with failed samples again.")
 @flags.dry_run
@@ -165,5 +167,5 @@ def evaluate(ctx: click.Context, as_json: bool, verbose: bool, **options: Any) -
     from i2am.cli.evaluating import run
 
     result = run(options)
-    click.echo(json.dumps(result.as_dict(), allow_nan=False) if as_json else str(result))
+    echo(*[json.dumps(result.as_dict(), allow_nan=False)] if as_json else result.lines)
     return result.code

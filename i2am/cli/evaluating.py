@@ -73,15 +73,16 @@ class Result:
         """JSON values."""
         return {**asdict(self), "out": str(self.out)}
 
-    def __str__(self) -> str:
+    @property
+    def lines(self) -> list[str]:
+        """What to tell people."""
         made = f"{counted(self.samples, 'sample')} in {self.seconds:.0f} s"
         if not self.samples:
             made = "no sample was computed" if self.remaining else "all samples were there already"
         lines = [f"{self.out}: {made}"]
         if self.failed:
             lines.append(f"{self.failed} failed, i2am status {self.out} says why")
-        lines += self.problems
-        return "\n".join(lines)
+        return [*lines, *self.problems]
 
 
 @dataclass(frozen=True)
@@ -115,20 +116,20 @@ class DryRun:
         """JSON values, in bytes and seconds."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    @property
+    def lines(self) -> list[str]:
+        """What to tell people."""
         pairs = ", ".join(f"{count} {name}" for name, count in self.pairs.items())
         available = "unknown" if self.available is None else readable(self.available)
-        return "\n".join(
-            [
-                f"samples             {pairs}",
-                f"shards to compute   {self.shards[0]} of {self.shards[1]}",
-                f"batch               {self.batch}",
-                f"memory              {readable(self.memory)}, {available} available",
-                f"disk                {readable(self.disk)} at most",
-                f"time                about {_duration(self.seconds)} in one process",
-                "nothing was written",
-            ]
-        )
+        return [
+            f"samples             {pairs}",
+            f"shards to compute   {self.shards[0]} of {self.shards[1]}",
+            f"batch               {self.batch}",
+            f"memory              {readable(self.memory)}, {available} available",
+            f"disk                {readable(self.disk)} at most",
+            f"time                about {_duration(self.seconds)} in one process",
+            "nothing was written",
+        ]
 
 
 def run(options: dict[str, Any]) -> Result | DryRun:

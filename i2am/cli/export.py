@@ -9,10 +9,11 @@ import click
 
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode, InputRejected
+from i2am.cli.output import echo
 from i2am.cli.runs import open_run
+from i2am.cli.types import FILE
 from i2am.wording import counted
 
-FILE = click.Path(path_type=Path)
 log = logging.getLogger("i2am")
 
 
@@ -57,8 +58,8 @@ def export(
     ok, samples = sum(s.ok for s in summaries), sum(s.samples for s in summaries)
     out = str(zarr or parquet)
     if as_json:
-        click.echo(json.dumps({"run": str(run), "out": out, "ok": ok, "samples": samples}))
+        echo(json.dumps({"run": str(run), "out": out, "ok": ok, "samples": samples}))
     else:
         rest = "" if ok == samples else "; the others failed or are not committed"
-        click.echo(f"{out}: {ok} of {counted(samples, 'sample')}{rest}")
+        echo(f"{out}: {ok} of {counted(samples, 'sample')}{rest}")
     return ExitCode.DONE if ok == samples else ExitCode.INCOMPLETE

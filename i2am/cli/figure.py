@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from i2am.cli import flags
+from i2am.cli.output import echo
+from i2am.cli.types import FILE, NumberType
 
-FILE = click.Path(path_type=Path)
 log = logging.getLogger("i2am")
 
 # known without importing numpy; a test compares them with i2am.plots.recorded
@@ -53,7 +54,7 @@ WHICH = (
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=NumberType(0, 1, max_open=True),
     default=0.4,
     help="Values up to this, of 1, are left out.",
 )
@@ -102,7 +103,6 @@ def figure(
     drawing = Drawing(runs=runs, which=which, out=out, overwrite=overwrite, **options)
     files = draw(drawing)
     if as_json:
-        click.echo(json.dumps({"out": str(out), "files": files}))
-        return
-    for name in files:
-        click.echo(out / name)
+        echo(json.dumps({"out": str(out), "files": files}))
+    else:
+        echo(*(str(out / name) for name in files))

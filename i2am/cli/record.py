@@ -2,15 +2,15 @@
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import click
 
 from i2am.cli import flags
-from i2am.cli.settings import BoxType, Settings, SizeType
+from i2am.cli.output import echo
+from i2am.cli.settings import Settings
+from i2am.cli.types import FILE, NAME, BoxType, NumberType, SizeType, count
 
-FILE = click.Path(path_type=Path)
 log = logging.getLogger("i2am")
 
 
@@ -18,7 +18,7 @@ log = logging.getLogger("i2am")
     short_help="Record one image, its attribution maps, pictures and scores.",
     context_settings={"show_default": True},
 )
-@click.argument("model")
+@click.argument("model", type=NAME)
 @click.option("--person", type=FILE, required=True, help="Image of the person or scene.")
 @click.option("--mask", type=FILE, required=True, help="White where it is to be painted anew.")
 @click.option("--reference", type=FILE, required=True, help="Image to paint after.")
@@ -46,13 +46,13 @@ log = logging.getLogger("i2am")
 )
 @click.option(
     "--steps",
-    type=click.IntRange(1),
+    type=count(),
     show_default="the sampler's, else 50",
     help="Denoising steps.",
 )
 @click.option(
     "--guidance",
-    type=click.FloatRange(0),
+    type=NumberType(0),
     show_default="the sampler's, else 5; DCI-VTON: 1",
     help="Guidance scale.",
 )
@@ -64,7 +64,7 @@ log = logging.getLogger("i2am")
 )
 @click.option(
     "--time-groups",
-    type=click.IntRange(1),
+    type=count(),
     default=Settings.time_groups,
     help="Groups of steps kept apart, at most one per step.",
 )
@@ -141,8 +141,8 @@ def record(
 
     if dry_run:
         estimate = dry_record(settings)
-        click.echo(json.dumps(estimate.as_dict()) if as_json else str(estimate))
+        echo(*[json.dumps(estimate.as_dict())] if as_json else estimate.lines)
         return None
     result = full_record(settings)
-    click.echo(json.dumps(result.as_dict()) if as_json else str(result))
+    echo(*[json.dumps(result.as_dict())] if as_json else result.lines)
     return result.code

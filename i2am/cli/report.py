@@ -9,10 +9,11 @@ import click
 
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode
+from i2am.cli.output import echo
+from i2am.cli.types import FILE, count
 
 log = logging.getLogger("i2am")
 
-FILE = click.Path(path_type=Path)
 LARGE = 50_000_000
 """Bytes of a page from which on a folder serves its reader better."""
 NAMED = 3
@@ -39,9 +40,7 @@ NAMED = 3
     show_default="both",
     help="Samples of an evaluation to show.",
 )
-@click.option(
-    "--limit", type=click.IntRange(1), help="Show the first samples of each RUN and setting only."
-)
+@click.option("--limit", type=count(), help="Show the first samples of each RUN and setting only.")
 @click.option(
     "--data", type=FILE, show_default="that of the run", help="Data set of an evaluation."
 )
@@ -95,9 +94,9 @@ def report(
         )
     if as_json:
         left_out = [{"id": id, "reason": reason} for id, reason in wanted.left_out.items()]
-        click.echo(json.dumps({"page": str(page), "files": files, "left_out": left_out}))
+        echo(json.dumps({"page": str(page), "files": files, "left_out": left_out}))
     else:
-        click.echo(page)
+        echo(str(page))
     return ExitCode.INCOMPLETE if wanted.left_out else ExitCode.DONE
 
 

@@ -71,7 +71,9 @@ class Result:
             "trained": self.trained,
         }
 
-    def __str__(self) -> str:
+    @property
+    def lines(self) -> list[str]:
+        """What to tell people."""
         pictures = [name for name in self.files if name.endswith(".png")]
         data = [name for name in self.files if name not in (*pictures, REPORT)]
         lines = [
@@ -83,11 +85,13 @@ class Result:
         for name, entry in self.scores.items():
             value = entry["reason"] if entry["value"] is None else f"{entry['value']:+.4f}"
             lines.append(f"{name}: {value}")
-        return "\n".join(lines)
+        return lines
 
 
 def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
     """Write every file of a result; a half of guidance with NaN in its maps is not drawn or scored.
+
+    With NaN in its joint maps alone there is no page.
 
     Args:
         folder: An empty folder.
@@ -112,11 +116,12 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
         maps.save(folder / f"maps{suffix}.safetensors")
         files.append(f"maps{suffix}.safetensors")
         broken = nonfinite(maps.layer_sums)
-        if broken:
+        if everywhere := maps.nonfinite():
             code = ExitCode.INCOMPLETE
-            notes.append(f"no pictures and scores of the {branch} half: NaN or Inf in {broken[0]}")
+            lacking = "pictures and scores" if broken else "page"
+            notes.append(f"no {lacking} of the {branch} half: NaN or Inf in {everywhere[0]}")
             log.warning("%s", notes[-1])
-        else:
+        if not broken:
             scene = Scene(
                 inputs=inputs,
                 generated=run.image,

@@ -11,7 +11,9 @@ import click
 
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode, Stopped, Terminated
+from i2am.cli.output import echo
 from i2am.cli.runs import open_run
+from i2am.cli.types import FILE, count
 from i2am.wording import Footnotes, counted
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("i2am")
 
-_PATH = click.Path(path_type=Path)
 # as in i2am.evaluation.scores, whose import would make every command slow
 _METRICS = ("imacs", "ssim", "lpips", "fid", "kid")
 _PROTOCOLS = ("i2am", "ladi", "hr-viton", "catvton")
@@ -39,7 +40,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
 
 
 @click.command(short_help="Compute the scores of runs of `i2am evaluate`, or of a part of one.")
-@click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, type=_PATH)
+@click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, type=FILE)
 @click.option(
     "--metrics", type=_Names(), default=_METRICS, help=f"Any of {','.join(_METRICS)}; all of them."
 )
@@ -50,21 +51,21 @@ class _Names(click.ParamType[tuple[str, ...]]):
     show_default=True,
     help="Whose convention the image metrics follow.",
 )
-@click.option("--real", type=_PATH, help="Folder of the real pictures; that of the data set.")
-@click.option("--lpips", metavar="WEIGHTS", type=_PATH, help="Backbone of LPIPS, by torchvision.")
+@click.option("--real", type=FILE, help="Folder of the real pictures; that of the data set.")
+@click.option("--lpips", metavar="WEIGHTS", type=FILE, help="Backbone of LPIPS, by torchvision.")
 @click.option(
-    "--inception", metavar="WEIGHTS", type=_PATH, help="Inception of FID, by torch-fidelity."
+    "--inception", metavar="WEIGHTS", type=FILE, help="Inception of FID, by torch-fidelity."
 )
 @click.option(
     "--bootstrap",
     "replicates",
-    type=click.IntRange(0),
+    type=count(0),
     default=1000,
     show_default=True,
     help="Resamples of the confidence intervals; 0 for none.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the resamples.")
-@click.option("-o", "--out", type=_PATH, help="Folder for the table and correlations of all runs.")
+@click.option("-o", "--out", type=FILE, help="Folder for the table and correlations of all runs.")
 @flags.as_json
 @flags.quiet
 @flags.verbose
@@ -157,14 +158,14 @@ def _report(
         log.warning("%s", obstacle)
     if as_json:
         document = documents[0] if len(documents) == 1 else comparison.document
-        click.echo(json.dumps(document, allow_nan=False))
+        echo(json.dumps(document, allow_nan=False))
         return not comparison.obstacles
-    click.echo(paper_table(documents, names))
+    echo(*paper_table(documents, names))
     footnotes = Footnotes()
     for name, document in zip(names, documents, strict=True):
-        click.echo(f"\n{name}\n{detail_table(document, footnotes)}")
+        echo("", name, *detail_table(document, footnotes))
     if comparison.correlations:
-        click.echo(f"\n{correlation_table(comparison.correlations, footnotes)}")
+        echo("", *correlation_table(comparison.correlations, footnotes))
     if footnotes.lines:
-        click.echo("\n" + "\n".join(footnotes.lines))
+        echo("", *footnotes.lines)
     return not comparison.obstacles

@@ -2,13 +2,10 @@
 
 import logging
 import math
-import re
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-import click
 
 from i2am.cli.errors import InputRejected
 
@@ -17,9 +14,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("i2am")
 
-_REGION = re.compile(r"([A-Za-z0-9_-]+)=(\d+),(\d+),(\d+),(\d+)")
-_BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])(i)?B", re.IGNORECASE)
-_RESERVED = ("uniform", "mask")
 FILES = (
     "person",
     "mask",
@@ -47,64 +41,6 @@ class NamedBox:
 
     def __str__(self) -> str:
         return f"{self.name}={self.top},{self.left},{self.height},{self.width}"
-
-
-class BoxType(click.ParamType):
-    """``NAME=top,left,height,width`` on the command line."""
-
-    name = "NAME=top,left,height,width"
-
-    def convert(
-        self, value: str | NamedBox, param: click.Parameter | None, ctx: click.Context | None
-    ) -> NamedBox:
-        if isinstance(value, NamedBox):
-            return value
-        found = _REGION.fullmatch(value)
-        if found is None:
-            self.fail(
-                f"{value!r} must be NAME=top,left,height,width in whole pixels, the name of "
-                "letters, digits, _ and -.",
-                param,
-                ctx,
-            )
-        if found[1] in _RESERVED:
-            self.fail(f"the name {found[1]!r} is taken by maps of its own.", param, ctx)
-        top, left, height, width = map(int, found.groups()[1:])
-        return NamedBox(found[1], top, left, height, width)
-
-
-class SizeType(click.ParamType):
-    """``HEIGHTxWIDTH`` on the command line."""
-
-    name = "HEIGHTxWIDTH"
-
-    def convert(
-        self, value: str | tuple[int, int], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        height, cross, width = value.partition("x")
-        if not (cross and height.isdecimal() and width.isdecimal()):
-            self.fail(f"{value!r} must be HEIGHTxWIDTH in pixels, 512x384 for example.", param, ctx)
-        return int(height), int(width)
-
-
-class BytesType(click.ParamType):
-    """``12GiB`` on the command line: a number of bytes with a unit."""
-
-    name = "BYTES"
-
-    def convert(
-        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        if isinstance(value, int):
-            return value
-        found = _BYTES.fullmatch(value)
-        if found is None:
-            self.fail(f"{value!r} must be a number with a unit, 12GiB or 800MB for example.")
-        number, prefix, binary = found.groups()
-        power = " KMGT".index(prefix.upper())
-        return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ import click
 
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode
+from i2am.cli.output import echo
 from i2am.cli.runs import open_run
+from i2am.cli.types import FILE
 from i2am.wording import Footnotes, counted
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ _LISTED = 20
 
 
 @click.command(short_help="Say how far an evaluation is.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=FILE)
 @flags.as_json
 @flags.verbose
 def status(run: Path, as_json: bool, verbose: bool) -> int:
@@ -50,13 +52,13 @@ def status(run: Path, as_json: bool, verbose: bool) -> int:
             "complete": complete,
             "settings": {setting: summary.as_dict() for setting, summary in summaries.items()},
         }
-        click.echo(json.dumps(result, allow_nan=False))
+        echo(json.dumps(result, allow_nan=False))
     else:
         footnotes = Footnotes()
         for setting, summary in summaries.items():
-            click.echo("\n".join(_lines(setting, summary, footnotes)))
-        for line in footnotes.lines:
-            click.echo(line)
+            echo(*_lines(setting, summary, footnotes))
+        if footnotes.lines:
+            echo(*footnotes.lines)
     return ExitCode.DONE if complete else ExitCode.INCOMPLETE
 
 

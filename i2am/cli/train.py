@@ -10,6 +10,8 @@ import click
 
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode, InputRejected, Stopped, Terminated
+from i2am.cli.output import echo
+from i2am.cli.types import AT_ONCE, FILE, NAME, NumberType, count
 
 log = logging.getLogger("i2am")
 
@@ -20,43 +22,46 @@ POCKET = "pocket"
 @click.command(short_help="Train the custom model; stopped at any moment, it resumes.")
 @click.option(
     "--model",
+    type=NAME,
     default=POCKET,
     show_default=True,
     help="pocket, trained from nothing, or a folder of a custom model in diffusers layout.",
 )
 @click.option(
-    "--data", default=DATA, show_default=True, help="paper-doll, or a folder in VITON-HD layout."
+    "--data",
+    type=NAME,
+    default=DATA,
+    show_default=True,
+    help="paper-doll, or a folder in VITON-HD layout.",
 )
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the run."
-)
-@click.option("--scenes", type=click.IntRange(1), help="Training scenes; all of a folder.")
-@click.option("--steps", type=click.IntRange(1), help="Optimiser steps of the denoiser.")
-@click.option("--batch", type=click.IntRange(1), help="Scenes per process and backward pass.")
-@click.option("--accumulate", type=click.IntRange(1), help="Backward passes per step.")
+@click.option("-o", "--out", type=FILE, required=True, help="Folder of the run.")
+@click.option("--scenes", type=count(), help="Training scenes; all of a folder.")
+@click.option("--steps", type=count(), help="Optimiser steps of the denoiser.")
+@click.option("--batch", type=count(), help="Scenes per process and backward pass.")
+@click.option("--accumulate", type=count(), help="Backward passes per step.")
 @click.option(
     "--autoencoder-steps",
-    type=click.IntRange(1),
+    type=count(),
     help="Optimiser steps of the autoencoder, for a model trained from nothing.",
 )
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Its peak.")
-@click.option("--dropout", type=click.FloatRange(0, 1), help="How often no garment is shown.")
+@click.option("--learning-rate", type=NumberType(0, 1, min_open=True), help="Its peak.")
+@click.option("--dropout", type=NumberType(0, 1), help="How often no garment is shown.")
 @click.option("--trainable", type=click.Choice(["all", "paper", "lite"]), help="What learns.")
 @click.option(
     "--attention-tv",
-    type=click.FloatRange(0),
+    type=NumberType(0),
     help="Weight of the total variation of attention centres.",
 )
 @click.option("--ema/--no-ema", default=None, help="Average the weights.")
 @click.option("--mixed-precision", "precision", type=click.Choice(["no", "bf16", "fp16"]))
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Of weights, order and noise.")
-@click.option("--checkpoint-every", type=click.IntRange(1), default=500, show_default=True)
-@click.option("--validate-every", type=click.IntRange(0), default=1000, show_default=True)
-@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Checkpoints.")
-@click.option("--max-steps", type=click.IntRange(1), help="Stop a stage after so many, to resume.")
-@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Readers.")
+@click.option("--checkpoint-every", type=count(), default=500, show_default=True)
+@click.option("--validate-every", type=count(0), default=1000, show_default=True)
+@click.option("--keep", type=count(), default=2, show_default=True, help="Checkpoints.")
+@click.option("--max-steps", type=count(), help="Stop a stage after so many, to resume.")
+@click.option("--workers", type=count(0, AT_ONCE), default=2, show_default=True, help="Readers.")
 @click.option(
-    "--threads", type=click.IntRange(1), help="Of torch on the CPU; they decide last bits."
+    "--threads", type=count(most=AT_ONCE), help="Of torch on the CPU; they decide last bits."
 )
 @flags.quiet
 @flags.verbose
@@ -135,5 +140,5 @@ def train(
     except (KeyboardInterrupt, Terminated) as stop:
         message = f"stopped; the same command goes on from the last checkpoint in {out}"
         raise Stopped(message, stop) from None
-    click.echo(json.dumps({"pipeline": None if pipeline is None else str(pipeline)}))
+    echo(json.dumps({"pipeline": None if pipeline is None else str(pipeline)}))
     return ExitCode.INCOMPLETE if pipeline is None else ExitCode.DONE

@@ -9,14 +9,16 @@ import click
 
 from i2am.cli import flags
 from i2am.cli.errors import ExitCode
+from i2am.cli.output import echo
 from i2am.cli.runs import open_run
+from i2am.cli.types import FILE
 from i2am.wording import counted
 
 log = logging.getLogger("i2am")
 
 
 @click.command(short_help="Check every checksum of an evaluation.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=FILE)
 @flags.quiet
 @flags.as_json
 @flags.verbose
@@ -36,12 +38,10 @@ def verify(run: Path, quiet: bool, as_json: bool, verbose: bool) -> int:
         problems = store.verify(progress=not quiet and sys.stderr.isatty())
         shards = sum(len(store.committed(setting)) for setting in store.settings())
     if as_json:
-        click.echo(json.dumps({"run": str(run), "shards": shards, "problems": problems}))
+        echo(json.dumps({"run": str(run), "shards": shards, "problems": problems}))
     else:
-        for problem in problems:
-            click.echo(problem)
-        if not problems:
-            click.echo(f"{run}: {counted(shards, 'shard')} and all images are as they were written")
+        good = f"{run}: {counted(shards, 'shard')} and all images are as they were written"
+        echo(*(problems or [good]))
     if problems:
         log.warning(
             "%s; delete the shards concerned, then i2am evaluate computes them again",

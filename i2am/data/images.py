@@ -9,8 +9,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from i2am import files
+from i2am.files import FileRejected, FileTooLarge
+
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 512 * 2**20  # twice MAX_PIXELS uncompressed; keeps a checkpoint from being read whole
@@ -19,7 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _BLACK, _WHITE = 64, 191  # what JPEG or an interpolation leaves of black and white is within
 _GREY_SHARE = 0.1  # soft edges of a mask are less
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
-_DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...: more than 8 bits in one channel
+_BITS_PER_SAMPLE = 258  # the TIFF tag: bits of each channel
 
 log = logging.getLogger(__name__)
 _told: set[str] = set()
@@ -54,29 +58,21 @@ def read_bytes(path: str | Path, *, name: str = "image") -> bytes:
     Raises:
         ImageRejected: The file is missing, a folder, a pipe or device, or larger than 512 MiB.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ImageRejected(f"{name} {path} does not exist", "missing")
-    if path.is_dir():
-        raise ImageRejected(f"{name} {path} is a folder, not an image file", "unidentified_image")
-    if not path.is_file():
-        raise ImageRejected(
-            f"{name} {path} must be a regular file, it is a pipe or a device", "unidentified_image"
-        )
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ImageRejected(
-            f"{name} {path} must have at most {MAX_BYTES // 2**20} MiB, it has {size} bytes",
-            "too_large",
-        )
-    return path.read_bytes()
+    try:
+        return files.read_bytes(path, what=f"{name} {path}", limit=MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageRejected(f"{name} {path} does not exist", "missing") from None
+    except FileTooLarge as error:
+        raise ImageRejected(str(error), "too_large") from error
+    except FileRejected as error:
+        raise ImageRejected(str(error), "unidentified_image") from error
 
 
 def read_image(path: str | Path, *, name: str = "image", content: bytes | None = None) -> "Image":
     """Read an image file as RGB, upright (EXIF), with transparency laid over white.
 
     Args:
-        path: The file: PNG, JPEG, WEBP, BMP, TIFF or GIF, of 8 bits per channel.
+        path: The file: PNG, JPEG, WEBP, BMP, TIFF or GIF, of at most 8 bits per channel.
         name: What the caller calls this input; it begins the error message.
         content: What `read_bytes` returned for it; None reads the file.
 
@@ -85,7 +81,7 @@ def read_image(path: str | Path, *, name: str = "image", content: bytes | None =
 
     Raises:
         ImageRejected: As for `read_bytes`; or the content is no image of these formats, damaged,
-            larger than 50 megapixels or of 16 bits or more per channel.
+            larger than 50 megapixels or of more than 8 bits per channel.
     """
     image = _load(Path(path), name, content)
     if image.mode != "RGB":
@@ -173,10 +169,9 @@ def _load(path: Path, name: str, content: bytes | None) -> "Image":
                     f"its header says {_pixels(image.size)}",
                     "too_large",
                 )
-            if image.mode.startswith(_DEEP_MODES):
+            if (bits := _bits(image)) > 8:
                 raise ImageRejected(
-                    f"{name} {path} must have 8 bits per channel, it is of mode {image.mode}",
-                    "deep",
+                    f"{name} {path} must have at most 8 bits per channel, it has {bits}", "deep"
                 )
             image.load()
             if image.getexif().get(_ORIENTATION, 1) != 1:
@@ -199,6 +194,17 @@ def _load(path: Path, name: str, content: bytes | None) -> "Image":
         reason = str(error).strip().rstrip(".") or type(error).__name__
         code = "truncated" if "truncated" in reason else "damaged"
         raise ImageRejected(f"{name} {path} is damaged: {reason}", code) from error
+
+
+def _bits(image: "ImageFile") -> int:
+    """Bits of a channel in the file; its mode does not tell, Pillow cuts RGB of 16 bits to 8."""
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    if isinstance(image, TiffImageFile):
+        return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+    # as the decoder is told: "RGB;16B"; in other formats than PNG such a number is of a pixel
+    deep = image.format == "PNG" and any(";16" in str(tile[3]) for tile in image.tile)
+    return 16 if deep else 8
 
 
 def _over(image: "Image", *, background: str) -> "Image":

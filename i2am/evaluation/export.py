@@ -14,6 +14,7 @@ from torch import Tensor
 from i2am.evaluation.shard import FAILED, OK, SAMPLE, Shard
 from i2am.evaluation.store import Store
 from i2am.files import OutputRefused, check_place, fresh_folder, write
+from i2am.wording import printable
 
 AXES = ("sample", "time", "head", "height", "width")
 """Of a map in zarr."""
@@ -209,7 +210,7 @@ def _shards(
 
     total = len(store.committed(setting))
     shards = store.shards(setting, tensors=tensors)
-    return iter(tqdm(shards, setting, total=total, unit="shard", disable=not progress))
+    return iter(tqdm(shards, printable(setting), total=total, unit="shard", disable=not progress))
 
 
 def _require(package: str) -> Any:

@@ -89,6 +89,7 @@ def open_run(sources: Sources, options: Mapping[str, Any], *, contents: bool = F
         asked["time_groups"] = asked["steps"]
     settings = Settings(**asked)
     pipe.size_arguments(settings.size)
+    pipe.check_steps(settings.steps)
     data = _open_data(pipe, sources, settings)
     for pairs in data.values():
         first_whole(pairs)

@@ -24,6 +24,7 @@ from i2am.files import (
 )
 from i2am.files.atomic import is_temporary
 from i2am.files.container import Container
+from i2am.wording import printable
 
 __all__ = ["Store", "StoreConflict", "StoreDamaged", "StoreError"]
 
@@ -278,7 +279,7 @@ class Store:
                 for name in sorted(strange)
             ]
             numbers = sorted(self._found(setting))
-            for number in tqdm(numbers, setting, unit="shard", disable=not progress):
+            for number in tqdm(numbers, printable(setting), unit="shard", disable=not progress):
                 try:
                     shard = self.read(setting, number)
                 except StoreError as error:

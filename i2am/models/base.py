@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from i2am.models.inputs import ImageInput, per_sample, resize_antialiased
 from i2am.models.latents import LatentSpace
 from i2am.models.samplers import Samplers
 from i2am.models.sampling import HALVES, Sampling
+from i2am.wording import counted
 
 if TYPE_CHECKING:
     from i2am.layouts import TokenLayout
@@ -167,6 +169,25 @@ class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
         parameters = signature(type(self).__call__).parameters
         names = ("num_inference_steps", "guidance_scale", "eta")
         return {name: parameters[name].default for name in names if name in parameters}
+
+    def check_steps(self, steps: int) -> int:
+        """The number of denoising steps, if the scheduler can make so many.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        refused = f"{type(self.scheduler).__name__} cannot make {counted(steps, 'step')}"
+        trained = self.scheduler.config.get("num_train_timesteps", steps)
+        # some would make the last steps twice
+        if steps > trained:
+            raise ValueError(f"{refused}: the training had {trained}")
+        try:
+            # a copy: a recorder may follow the scheduler itself
+            deepcopy(self.scheduler).set_timesteps(steps)
+        except Exception as error:
+            # each scheduler has its own way to fail
+            raise ValueError(f"{refused}: {error}") from error
+        return steps
 
     def size_arguments(self, size: tuple[int, int]) -> dict[str, Any]:
         """The arguments of a call whose images are to have a size.

@@ -1,5 +1,6 @@
 """Everything that decides what a training computes, as plain numbers with their units."""
 
+import math
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Self
 
@@ -47,12 +48,11 @@ class Optimisation:
         for name in ("steps", "batch", "accumulate"):
             _whole(name, getattr(self, name), least=1)
         _whole("warmup", self.warmup, least=0)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         _share("final_rate", self.final_rate)
         for name in ("weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            _weight(name, getattr(self, name))
         for name, pair in (("betas", self.betas), ("ema", self.ema)):
             if pair is None:
                 continue
@@ -86,8 +86,7 @@ class Autoencoder:
 
     def __post_init__(self) -> None:
         for name in ("squared", "edges", "kl"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            _weight(name, getattr(self, name))
         _choice("precision", self.precision, ("no", "bf16"))
 
 
@@ -123,8 +122,7 @@ class Denoiser:
         for name in ("noisy", "dropout"):
             _share(name, getattr(self, name))
         for name in ("outside", "inside", "attention_tv"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            _weight(name, getattr(self, name))
         _choice("dropout_of", self.dropout_of, DROPOUTS)
         _choice("trainable", self.trainable, TRAINABLE)
         _choice("precision", self.precision, PRECISIONS)
@@ -214,6 +212,11 @@ def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
 def _whole(name: str, value: Any, *, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+
+
+def _weight(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be 0 or more and finite, got {value}")
 
 
 def _share(name: str, value: float) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from i2am.attribution.direction import Direction
 from i2am.attribution.joint import JointMaps
-from i2am.attribution.layers import nonfinite
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import layers_of
@@ -70,7 +69,8 @@ class Sample:
         normalizations, invert: How the preset draws maps.
 
     Raises:
-        ValueError: A score is neither a finite number nor None with a reason.
+        ValueError: Maps hold NaN or Inf, or a score is neither a finite number nor None with a
+            reason.
     """
 
     id: str
@@ -91,6 +91,9 @@ class Sample:
     invert: bool = False
 
     def __post_init__(self) -> None:
+        for stack in self.stacks:
+            if not bool(stack.maps.isfinite().all()):
+                raise ValueError(f"maps must be finite, got NaN or Inf in {stack.name}")
         for name, score in self.scores.items():
             value, reason = score["value"], score["reason"]
             if reason is None if value is None else not math.isfinite(value):
@@ -182,9 +185,8 @@ def sample(
         IndexError: There is no such sample.
     """
     preset = get_preset(preset)
-    joint = maps.joint
     maps = maps.select(samples=[index])
-    if broken := nonfinite(maps.layer_sums):
+    if broken := maps.nonfinite():
         raise ValueError(f"maps must be finite, got NaN or Inf in {broken[0]}")
     counted = [layer.site for layer in layers_of(maps.layer_sums, preset)]
     single = all(site.reference_tokens == 1 for site in counted)
@@ -226,8 +228,8 @@ def sample(
             place = (truths or {}).get(region)
             box = _fractions(described.get(region, region))
             regions.append({"name": region, "box": box, "truth": place and list(place)})
-    if joint is not None:
-        stacks += _joint(joint, index)
+    if maps.joint is not None:
+        stacks += _joint(maps.joint)
 
     told = [maps.provenance["note"]] if maps.provenance.get("note") else []
     if not maps.causal:
@@ -252,7 +254,7 @@ def sample(
     )
 
 
-def _joint(joint: JointMaps, index: int) -> list[Stack]:
+def _joint(joint: JointMaps) -> list[Stack]:
     names = ("all", *(f"t{n}" for n in range(joint.time_groups)))
     names += tuple(f"h{n}" for n in range(joint.heads))
     choices: list[dict[str, int]] = [{}]
@@ -264,7 +266,7 @@ def _joint(joint: JointMaps, index: int) -> list[Stack]:
         ("joint_r2g", joint.reference_to_generated, joint.reference_grid),
     ):
         # [slices, queries, height, width]
-        maps = torch.stack([read(**choice)[index].flatten(0, 1) for choice in choices])
+        maps = torch.stack([read(**choice)[0].flatten(0, 1) for choice in choices])
         stacks.append(Stack(name, maps, names, asked))
     return stacks
 

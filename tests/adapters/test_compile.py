@@ -1,5 +1,7 @@
 """Compiled denoisers: every step recorded, one compilation, the same maps."""
 
+import gc
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -68,6 +70,26 @@ def test_whole_graph(tiny, way):
     assert backend.frame_count == 2 * graphs
     assert tiny.state(loop) == before
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", [wrap, in_place, regionally], ids=lambda way: way.__name__)
+def test_a_lost_recorder_frees_a_compiled_model(tiny, way):
+    loop = tiny.loop(1, **ONE_LEVEL)
+    backend = CompileCounterWithBackend("aot_eager")
+    way(loop, backend)
+    before, plain = tiny.state(loop), loop(tiny.reference())
+    graphs = backend.frame_count
+    recorder = i2am.record(loop, layout=PATCHES)
+    recorder.attach()
+    assert torch.equal(loop(tiny.reference()), plain)
+    del recorder
+    gc.collect()
+    assert tiny.state(loop) == before
+    with i2am.record(loop, layout=PATCHES) as recorder:
+        assert torch.equal(loop(tiny.reference()), plain)
+    assert recorder.maps().n_samples == 1
+    assert torch.equal(loop(tiny.reference()), plain)
+    assert backend.frame_count == 2 * graphs
 
 
 def test_watched_processors_break_the_graph_and_are_recorded(tiny):

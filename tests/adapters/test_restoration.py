@@ -1,6 +1,7 @@
 """Whatever happens in the block, model and scheduler come back as they were."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -13,7 +14,10 @@ from diffusers.models.attention_processor import (
 )
 
 import i2am
+from i2am.adapters import attending
 from i2am.adapters.processors import RecordingAttnProcessor
+from i2am.adapters.sites import LISTENERS
+from i2am.attribution.accumulator import Accumulator
 from i2am.layouts import TokenLayout
 
 PATCHES = TokenLayout.cross_attention((4, 3))
@@ -341,3 +345,93 @@ def test_a_recorder_and_its_model_can_be_forgotten(tiny):
     gc.collect()
     assert unet() is None
     assert maps.n_samples == 1
+
+
+@pytest.mark.parametrize("collector", [False, True], ids=["references", "collector"])
+def test_a_lost_recorder_frees_its_model(tiny, pipeline, collector):
+    """Nobody can detach it any more, or ask it for maps."""
+    made, run, layout = pipeline
+    plain, before, listeners = run(), tiny.state(made), dict(LISTENERS)
+    recorder = i2am.record(made, layout=layout)
+    recorder.attach()
+    assert torch.equal(torch.as_tensor(run()), torch.as_tensor(plain))
+    assert tiny.state(made) != before
+    if collector:
+        recorder.itself = recorder
+    gc.disable()
+    try:
+        del recorder
+        assert (tiny.state(made) == before) != collector
+    finally:
+        gc.enable()
+    gc.collect()
+    assert tiny.state(made) == before
+    assert listeners == LISTENERS
+    assert torch.equal(torch.as_tensor(run()), torch.as_tensor(plain))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with i2am.record(made, layout=layout) as second:
+            assert torch.equal(torch.as_tensor(run()), torch.as_tensor(plain))
+    assert second.maps().n_samples == 1
+    assert tiny.state(made) == before
+
+
+def test_a_lost_block_frees_its_model(tiny):
+    """As a notebook loses one that it entered by hand."""
+    loop = tiny.loop()
+    before = tiny.state(loop)
+    i2am.record(loop, layout=PATCHES).__enter__()
+    gc.collect()
+    assert tiny.state(loop) == before
+    with i2am.record(loop, layout=PATCHES) as recorder:
+        loop(tiny.reference())
+    assert recorder.maps().n_samples == 1
+
+
+def test_a_block_without_a_name_records_to_its_end(tiny):
+    loop = tiny.loop()
+    before = tiny.state(loop)
+    with i2am.record(loop, layout=PATCHES):
+        gc.collect()
+        assert tiny.state(loop) != before
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_recorder_lost_in_the_middle_of_a_run(tiny, pipeline, step):
+    made, run, layout = pipeline
+    plain, before = run(), tiny.state(made)
+    held = [i2am.record(made, layout=layout)]
+    held[0].attach()
+
+    def lose(index):
+        if index == step:
+            held.clear()
+            gc.collect()
+            assert tiny.state(made) == before
+
+    assert torch.equal(torch.as_tensor(run(on_step=lose)), torch.as_tensor(plain))
+    assert held == []
+    assert tiny.state(made) == before
+
+
+@pytest.mark.parametrize("place", ["attending", "recording"])
+def test_a_recorder_lost_in_the_middle_of_a_call(tiny, monkeypatch, place):
+    """As the garbage collector does it: between any two lines of ours."""
+    loop = tiny.loop()
+    plain, before = loop(tiny.reference()), tiny.state(loop)
+    held = []
+
+    def lose(*args, **kwargs):
+        held.clear()
+        return original(*args, **kwargs)
+
+    owner, name = {
+        "attending": (attending, "attention_with_lse"),
+        "recording": (Accumulator, "add"),
+    }[place]
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lose)
+    held.append(i2am.record(loop, layout=PATCHES))
+    held[0].attach()
+    assert torch.equal(loop(tiny.reference()), plain)
+    assert tiny.state(loop) == before

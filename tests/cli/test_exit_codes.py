@@ -87,6 +87,14 @@ REJECTED = {
     ),
     "region-empty": (lambda f: {"region": "sky=0,0,0,10"}, "and not be empty"),
     "size": (lambda f: {"size": "127x96"}, "size 127x96 does not suit pocket"),
+    "steps": (
+        lambda f: {"steps": 1001},
+        "steps 1001 do not suit pocket: DDIMScheduler cannot make 1001 steps",
+    ),
+    "steps-of-a-sampler": (
+        lambda f: {"steps": 501, "sampler": "paper"},
+        "steps 501 do not suit pocket: CustomModelDDIMScheduler cannot make 501 steps",
+    ),
 }
 
 
@@ -151,7 +159,7 @@ def test_regions_are_refused_by_a_model_without_reference_patches(
             "guidance-branch both needs a guidance above 1, got 1",
             id="branch-without-guidance",
         ),
-        pytest.param({"guidance": "nan"}, "guidance must be a finite number", id="guidance-nan"),
+        pytest.param({"guidance": "nan"}, "nan is not a finite number", id="guidance-nan"),
         pytest.param({"colour": "jet"}, "No such option '--colour'", id="unknown-option"),
     ],
 )
@@ -284,6 +292,31 @@ def test_3_incomplete(run_apart, record_line, tmp_path):
     assert "NaN or Inf in" in done.err
 
 
+def test_joint_maps_with_nan_cost_the_page_alone(run_here, record_line, monkeypatch, tmp_path):
+    from i2am.cli import recording
+
+    run = recording._run
+
+    def ill(*args, **kwargs):
+        made = run(*args, **kwargs)
+        made.maps["conditional"].joint.g2r[0, 0, 3, 2] = torch.inf
+        return made
+
+    monkeypatch.setattr(recording, "_run", ill)
+    done = run_here(record_line())
+    assert done.code == ExitCode.INCOMPLETE, done.err
+    note = "no page of the conditional half: NaN or Inf in generated_to_reference of the joint maps"
+    assert note in done.err
+    found = names(tmp_path / "out")
+    assert {"image.png", "maps.safetensors", "overview.png", "run.json", "scores.json"} <= set(
+        found
+    )
+    assert "report.html" not in found
+    assert note in json.loads((tmp_path / "out" / "run.json").read_text())["notes"]
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["imacs_g"]["value"] is not None
+
+
 def test_4_rejected(run_apart, record_line, tmp_path):
     done = run_apart(record_line(mask=tmp_path / "no.png"))
     assert done.code == 4
@@ -324,7 +357,7 @@ def test_74_disk_full_while_writing(run_apart, record_line, tmp_path):
 )
 def test_stopping_leaves_nothing(number, code, word, start, record_line, tmp_path):
     before = names(tmp_path)
-    process = start(record_line(steps=20_000))
+    process = start(record_line(steps=1000))
     try:
         line = ""
         while not line.startswith("recording"):

@@ -91,6 +91,20 @@ def headings(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("which", ["all", *FIGURES])
+def test_maps_that_are_not_finite_are_refused(recorded, run_here, tmp_path, which):
+    out = recorded()
+    maps = read_run(out).maps
+    maps.layer_sums[0].generated_to_reference[0, 0, 0] = torch.nan
+    maps.layer_sums[0].reference_to_generated[0, 0, 0] = torch.nan
+    maps.save(out / "maps.safetensors")
+    other = recorded("other")
+    done = run_here(["figure", str(out), str(other), "--which", which, "-o", str(tmp_path / "f")])
+    assert done.code == ExitCode.REJECTED, done.err
+    assert "NaN" in done.err.splitlines()[-1]
+    assert not (tmp_path / "f").exists()
+
+
 def test_all_that_one_run_allows(recorded, run_here, tmp_path):
     out = tmp_path / "figures"
     done = run_here(["figure", str(recorded()), "-o", str(out), "--dpi", "50"])

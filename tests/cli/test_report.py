@@ -42,7 +42,7 @@ def run(run_here):
 def recorded(files, tmp_path):
     """Writes the output folder of a recording without running a model."""
 
-    def record(name="run", halves=("conditional",)):
+    def record(name="run", halves=("conditional",), change=lambda maps: None):
         out = tmp_path / name
         settings = Settings(
             model="pocket",
@@ -77,6 +77,8 @@ def recorded(files, tmp_path):
             )
             for number, half in enumerate(halves)
         }
+        for of in maps.values():
+            change(of)
         image = Image.fromarray(np.full((128, 96, 3), 90, np.uint8))
         out.mkdir()
         inputs = read_inputs(settings)
@@ -106,6 +108,21 @@ def test_a_recorded_run_becomes_a_page(recorded, run, tmp_path):
     assert document["generated"]["outline"]
     assert document["reference"]["outline"]
     assert document["facts"]["Guidance"] == "2, conditional half recorded"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("direction", ["g2r", "r2g"])
+def test_joint_maps_that_are_not_finite_are_refused(recorded, run, tmp_path, direction, value):
+    def change(maps):
+        getattr(maps.joint, direction)[0, -1, 2, 1] = value
+
+    out = recorded(change=change)
+    for page in ("page.html", "page"):
+        done = run("report", out, "-o", tmp_path / page)
+        assert done.code == ExitCode.REJECTED, done.err
+        assert "cannot be shown: maps must be finite, got NaN or Inf in" in done.err
+        assert "of the joint maps" in done.err
+        assert not (tmp_path / page).exists()
 
 
 def test_both_halves_and_several_runs_are_samples(recorded, run, tmp_path):
@@ -242,6 +259,23 @@ def test_the_maps_of_a_shard_are_read_as_recordings_are(evaluated, tmp_path):
     # an unpaired sample shows the garment of the other person
     garment = Image.open(tmp_path / "data" / "test" / "cloth" / "00001_00.jpg").convert("RGB")
     assert np.array_equal(np.asarray(samples[0].reference), np.asarray(garment))
+
+
+def test_a_sample_whose_kept_maps_are_not_finite_is_left_out(evaluated, run, tmp_path):
+    shard = evaluated.read("unpaired", 0)
+    shard.maps["g2r_uniform"][1, 0, 0, 0, 0] = torch.nan
+    path = evaluated.shard_path("unpaired", 0)
+    path.unlink()
+    images = {id: evaluated.image_path("unpaired", id).read_bytes() for id in shard.ids}
+    Store.create(evaluated.folder, evaluated.plan).commit(shard, images)
+    done = run("report", tmp_path / "run", "-o", tmp_path / "r", "--setting", "unpaired", "--json")
+    assert done.code == ExitCode.INCOMPLETE, done.err
+    assert json.loads(done.out)["left_out"] == [
+        {
+            "id": f"unpaired/{shard.ids[1]}",
+            "reason": "maps must be finite, got NaN or Inf in g2r",
+        }
+    ]
 
 
 def test_a_data_set_that_moved_is_named(evaluated, run, tmp_path):

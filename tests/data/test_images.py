@@ -31,16 +31,54 @@ def save(path, array, mode=None, **options):
     return path
 
 
-def png_header(width, height):
-    """A PNG of a few bytes that claims a size; its pixels are not there."""
+def png(width, height, *, bits=8, colour=2, data=b"", palette=None):
+    """A PNG written by hand."""
 
     def chunk(name, body=b""):
         return (
             struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
         )
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT") + chunk(b"IEND")
+    chunks = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    if palette is not None:
+        chunks += chunk(b"PLTE", palette)
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IDAT", data) + chunk(b"IEND")
+
+
+def png_header(width, height):
+    """A PNG of a few bytes that claims a size; its pixels are not there."""
+    return png(width, height)
+
+
+def tiff(data, *, bits, photometric, order="<", planes=1, deflated=False, extra=None, kind=1):
+    """A TIFF of 4 x 4 pixels written by hand: one strip, or one for each of several planes."""
+    strips = [zlib.compress(data) if deflated else data] * planes
+    lists = {258: bits, 339: (kind,) * len(bits)}
+    if extra is not None:
+        lists[338] = (extra,)
+    if photometric == 3:
+        lists[320] = tuple(range(0, 65536, 65536 // 2 ** bits[0])) * 3
+    single = {256: 4, 257: 4, 259: 8 if deflated else 1, 262: photometric, 277: len(bits), 278: 4}
+    single[284] = 2 if planes > 1 else 1
+    tags = {tag: (value,) for tag, value in single.items()} | lists
+    offsets, sizes = [], [len(strip) for strip in strips]
+    body = b""
+    for strip in strips:
+        offsets.append(8 + len(body))
+        body += strip + b"\0" * (len(strip) % 2)
+    entries = b""
+    shorts = {tag: ("H", 3, values) for tag, values in tags.items()}
+    for tag, (code, number, values) in sorted(
+        (shorts | {273: ("I", 4, offsets), 279: ("I", 4, sizes)}).items()
+    ):
+        packed = struct.pack(f"{order}{len(values)}{code}", *values)
+        if len(packed) > 4:
+            at, body = 8 + len(body), body + packed
+            packed = struct.pack(f"{order}I", at)
+        entries += struct.pack(f"{order}HHI", tag, number, len(values)) + packed.ljust(4, b"\0")
+    magic = b"II" if order == "<" else b"MM"
+    header = magic + struct.pack(f"{order}HI", 42, 8 + len(body))
+    return header + body + struct.pack(f"{order}H", len(entries) // 12) + entries + b"\0" * 4
 
 
 @pytest.fixture
@@ -57,6 +95,139 @@ def test_every_common_mode_becomes_rgb(tmp_path, mode):
     image = read_image(path)
     assert (image.mode, image.size) == ("RGB", (6, 4))
     assert (np.asarray(image) == 255).all()
+
+
+# colour type, its samples per pixel, and the depths that PNG has for it
+PNGS = [
+    *((0, 1, bits) for bits in (1, 2, 4, 8, 16)),
+    *((3, 1, bits) for bits in (1, 2, 4, 8)),
+    *((kind, samples, bits) for kind, samples in ((2, 3), (4, 2), (6, 4)) for bits in (8, 16)),
+]
+
+
+@pytest.mark.parametrize(("colour", "samples", "bits"), PNGS)
+def test_png_of_every_colour_type_and_depth(tmp_path, colour, samples, bits):
+    row = b"\0" + b"\xff" * (4 * samples * bits // 8 or 1)
+    palette = b"\xff" * 3 * 2**bits if colour == 3 else None
+    path = tmp_path / "x.png"
+    path.write_bytes(
+        png(4, 4, bits=bits, colour=colour, data=zlib.compress(row * 4), palette=palette)
+    )
+    if bits <= 8:
+        assert (np.asarray(read_image(path)) == 255).all()
+        return
+    for read in (read_image, read_mask):
+        with pytest.raises(ImageRejected, match="at most 8 bits per channel, it has 16") as caught:
+            read(path)
+        assert caught.value.code == "deep"
+
+
+# photometric interpretation, samples per pixel, extra samples
+TIFFS = {
+    "white-is-zero": (0, 1, None),
+    "grey": (1, 1, None),
+    "grey-alpha": (1, 2, 2),
+    "rgb": (2, 3, None),
+    "rgbx": (2, 4, 0),
+    "rgba-premultiplied": (2, 4, 1),
+    "rgba": (2, 4, 2),
+    "palette": (3, 1, None),
+    "cmyk": (5, 4, None),
+    "ycbcr": (6, 3, None),
+    "lab": (8, 3, None),
+}
+SHALLOW = [
+    *((name, 8) for name in TIFFS),
+    *((name, bits) for name in ("white-is-zero", "grey", "palette") for bits in (1, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little", "big"])
+@pytest.mark.parametrize("deflated", [False, True], ids=["plain", "deflated"])
+@pytest.mark.parametrize(("name", "bits"), SHALLOW)
+def test_tiff_of_up_to_8_bits_is_read(tmp_path, name, bits, deflated, order):
+    photometric, samples, extra = TIFFS[name]
+    path = tmp_path / "x.tif"
+    content = tiff(
+        b"\xff" * (4 * max(1, 4 * samples * bits // 8)),
+        bits=(bits,) * samples,
+        photometric=photometric,
+        extra=extra,
+        deflated=deflated,
+        order=order,
+    )
+    path.write_bytes(content)
+    assert read_image(path).size == (4, 4)
+
+
+DEEP = [
+    *((name, bits, 1) for name in TIFFS for bits in (10, 12, 16, 32)),
+    # signed and floating numbers
+    *(("grey", bits, kind) for bits, kind in ((16, 2), (32, 2), (32, 3), (64, 3))),
+    *(("rgb", bits, 3) for bits in (16, 32)),
+]
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little", "big"])
+@pytest.mark.parametrize("planes", ["one", "deflated", "planes"])
+@pytest.mark.parametrize(("name", "bits", "kind"), DEEP)
+def test_no_tiff_of_more_bits_is_cut(tmp_path, name, bits, kind, planes, order):
+    """Some of these Pillow cannot read at all; none may come out as an image."""
+    photometric, samples, extra = TIFFS[name]
+    path = tmp_path / "x.tif"
+    apart = samples if planes == "planes" else 1
+    content = tiff(
+        b"\x12" * (4 * 4 * samples * bits // 8 // apart),
+        bits=(bits,) * samples,
+        photometric=1 if photometric == 3 else photometric,
+        extra=extra,
+        planes=apart,
+        deflated=planes == "deflated",
+        order=order,
+        kind=kind,
+    )
+    path.write_bytes(content)
+    with pytest.raises(ImageRejected) as caught:
+        read_image(path)
+    assert caught.value.code in ("deep", "unidentified_image")
+    try:
+        Image.open(path)
+    except OSError:
+        return
+    assert caught.value.code == "deep"
+    assert f"8 bits per channel, it has {bits}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rgb", "rgba", "rgbx", "cmyk", "grey"])
+def test_tiff_of_16_bits_is_what_pillow_would_have_read(tmp_path, name):
+    """Else the test before were of files that are refused in any case."""
+    photometric, samples, extra = TIFFS[name]
+    path = tmp_path / "x.tif"
+    data = b"\x12" * 32 * samples
+    path.write_bytes(tiff(data, bits=(16,) * samples, photometric=photometric, extra=extra))
+    with Image.open(path) as image:
+        image.load()
+    with pytest.raises(ImageRejected, match="it has 16"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8, 16, 24, 32])
+def test_bits_of_a_pixel_of_a_bmp_are_not_those_of_a_channel(tmp_path, bits):
+    colours = b"\xff" * 4 * (2**bits if bits <= 8 else 0)
+    row = b"\xff" * (4 * -(-4 * bits // 32))
+    head = struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, bits, 0, len(row) * 4, 0, 0, 0, 0)
+    start = 14 + len(head) + len(colours)
+    content = struct.pack("<2sIHHI", b"BM", start + len(row) * 4, 0, 0, start) + head + colours
+    path = tmp_path / "x.bmp"
+    path.write_bytes(content + row * 4)
+    assert (np.asarray(read_image(path)) >= 248).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "YCbCr", "CMYK", "L"])
+def test_jpeg_of_every_mode_is_read(tmp_path, mode):
+    path = tmp_path / "x.jpg"
+    Image.new(mode, (4, 4)).save(path)
+    assert read_image(path).size == (4, 4)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -227,8 +398,8 @@ def huge(folder):
         pytest.param(empty, "unidentified_image", "is not an image", id="empty"),
         pytest.param(truncated("jpg"), "truncated", "is damaged: .*truncated", id="truncated-jpg"),
         pytest.param(truncated("png"), "truncated", "is damaged", id="truncated-png"),
-        pytest.param(sixteen_bits, "deep", "8 bits per channel, it is of mode I;16", id="16-bit"),
-        pytest.param(floats, "deep", "8 bits per channel, it is of mode F", id="float"),
+        pytest.param(sixteen_bits, "deep", "at most 8 bits per channel, it has 16", id="16-bit"),
+        pytest.param(floats, "deep", "at most 8 bits per channel, it has 32", id="float"),
         pytest.param(huge, "too_large", "at most 50 megapixels", id="bomb"),
     ],
 )

@@ -193,7 +193,7 @@ def test_tables_print_dashes_and_parts():
     part = document("b", paired={"imacs_g": 0.25}, unpaired={"fid": None})
     made = part["settings"]["paired"]["metrics"]["imacs_g"]
     made |= {"n_ok": 1, "n_expected": 4}
-    lines = paper_table([whole, part], ["a", "b"]).splitlines()
+    lines = paper_table([whole, part], ["a", "b"])
     assert lines[0].split() == ["paired", "paired", "unpaired"]
     assert lines[1].split() == ["model", "n", "IMACS_g", "IMACS_r", "FID"]
     assert lines[2].split() == ["a", "1+1", "0.5000", "-", "3.2500"]
@@ -209,4 +209,4 @@ def test_models_of_one_name_are_told_apart_by_their_folders():
 def test_the_printed_correlations_leave_out_what_nothing_has():
     found = across_models(models([1, 2, 3], [None] * 3))
     assert len(found) == 1
-    assert correlation_table(found, Footnotes()).count("\n") == 0
+    assert len(correlation_table(found, Footnotes())) == 1

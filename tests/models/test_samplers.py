@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from i2am.models import CustomModelDDIMScheduler, samplers
+from i2am.models import CustomModelDDIMScheduler, pocket_pipeline, samplers
 from i2am.models.configuration import STABLE_DIFFUSION_BETAS
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -98,3 +98,25 @@ def test_an_unknown_sampler_is_refused(pipeline) -> None:
     with pytest.raises(ValueError, match="sampler must be one of paper, official, got 'fast'"):
         pipeline.use_sampler("fast")
     assert pipeline.scheduler is before
+
+
+@pytest.mark.parametrize(
+    ("sampler", "most"), [(None, 1000), ("paper", 500), ("official", 500)], ids=str
+)
+def test_steps_that_a_scheduler_cannot_make_are_refused(sampler, most) -> None:
+    pipe = pocket_pipeline()
+    pipe.sampling_defaults(sampler)
+    before = dict(vars(pipe.scheduler))
+    assert [pipe.check_steps(steps) for steps in (1, 2, most)] == [1, 2, most]
+    for steps in (0, most + 1, 1001, 10**12):
+        with pytest.raises(ValueError, match=f"Scheduler cannot make {steps} steps: "):
+            pipe.check_steps(steps)
+    assert {name: vars(pipe.scheduler)[name] for name in before} == before
+
+
+def test_plms_makes_no_step_twice() -> None:
+    pipe = pocket_pipeline()
+    pipe.register_modules(scheduler=samplers.STABLEVITON["official"].build(pipe.scheduler))
+    assert pipe.check_steps(1000) == 1000
+    with pytest.raises(ValueError, match="PNDMScheduler cannot make 1001 steps: the training had"):
+        pipe.check_steps(1001)

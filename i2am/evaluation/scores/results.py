@@ -50,7 +50,8 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    return text.getvalue()
+    # a name may hold bytes that are no text
+    return text.getvalue().encode(errors="backslashreplace").decode()
 
 
 def _rows(samples: Samples, names: Sequence[str]) -> Iterable[list[Any]]:

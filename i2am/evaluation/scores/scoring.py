@@ -23,6 +23,7 @@ from i2am.evaluation.scores.summary import (
     not_computed,
 )
 from i2am.evaluation.store import Store
+from i2am.wording import printable
 
 log = logging.getLogger("i2am")
 
@@ -199,7 +200,7 @@ class _Run:
         pictures = PictureMeasures(
             self._store, self._scoring.protocol, self._real, list(measures.values())
         )
-        bar = tqdm(samples.shards, samples.setting, unit="shard", disable=not progress)
+        bar = tqdm(samples.shards, printable(samples.setting), unit="shard", disable=not progress)
         for shard, result in pictures.over(samples.setting, bar):
             positions = shard.index.tolist()
             at = dict(zip(shard.ids, positions, strict=True))

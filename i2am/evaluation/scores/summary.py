@@ -126,7 +126,7 @@ def to_json(document: Mapping[str, Any]) -> str:
     Raises:
         ValueError: If a number is NaN or infinite.
     """
-    return json.dumps(document, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    return json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
 
 
 def _commonest(counts: Counter[str], messages: Mapping[str, str]) -> str:

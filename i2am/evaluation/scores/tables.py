@@ -1,4 +1,4 @@
-"""Printed tables: the paper's, and every number with its interval."""
+"""Tables as lines to print: the paper's, and every number with its interval."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def labels(documents: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> li
     ]
 
 
-def paper_table(documents: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+def paper_table(documents: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """One row per run: IMACS and the image metrics of each setting.
 
     A dash stands for what is undefined or not computed, an asterisk marks numbers of a part of the
@@ -60,10 +60,10 @@ def paper_table(documents: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         notes.append(f"{_NONE} undefined or not computed")
     if any(cell.endswith(_PART) for cell in cells):
         notes.append(f"{_PART} of a part of the samples")
-    return "\n".join([*_aligned([*header, *rows]), "; ".join(notes)])
+    return [*_aligned([*header, *rows]), "; ".join(notes)]
 
 
-def detail_table(document: Mapping[str, Any], footnotes: Footnotes) -> str:
+def detail_table(document: Mapping[str, Any], footnotes: Footnotes) -> list[str]:
     """Every metric of a run with its interval and counts, and the reasons for what is not there.
 
     Args:
@@ -84,10 +84,10 @@ def detail_table(document: Mapping[str, Any], footnotes: Footnotes) -> str:
                     _note(made, footnotes),
                 ]
             )
-    return "\n".join(_aligned(rows))
+    return _aligned(rows)
 
 
-def correlation_table(found: Iterable[Correlation], footnotes: Footnotes) -> str:
+def correlation_table(found: Iterable[Correlation], footnotes: Footnotes) -> list[str]:
     """One row per pair of metrics that something has both of.
 
     Args:
@@ -108,7 +108,7 @@ def correlation_table(found: Iterable[Correlation], footnotes: Footnotes) -> str
         for of in found
         if of.n
     ]
-    return "\n".join(_aligned(rows))
+    return _aligned(rows)
 
 
 def _progress(document: Mapping[str, Any]) -> str:
