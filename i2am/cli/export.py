@@ -47,6 +47,8 @@ def export(
 
     progress = not quiet and sys.stderr.isatty()
     with open_run(run) as store:
+        # what is damaged counts as not committed
+        store.check_headers()
         try:
             if zarr is not None:
                 to_zarr(store, zarr, progress=progress)

@@ -33,9 +33,9 @@ def check_place(out: Path, *, kind: Literal["file", "folder"]) -> None:
         raise OutputRefused(f"output {out} must have a name in UTF-8") from None
     if out.is_symlink() and not out.exists():
         raise OutputRefused(f"output {out} is a link to nothing")
-    above = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
-    if not above.is_dir():
-        raise OutputRefused(f"output {out} cannot be made, because {above} is no folder")
+    above = [parent for parent in out.absolute().parents if os.path.lexists(parent)]
+    if above and not above[0].is_dir():
+        raise OutputRefused(f"output {out} cannot be made, because {above[0]} is no folder")
     if kind == "file" and out.is_dir():
         raise OutputRefused(f"output {out} is a folder, a file was expected")
     if kind == "folder" and out.exists() and not out.is_dir():

@@ -74,6 +74,7 @@ def train(
         ValueError: Model and data do not fit.
     """
     intervals = intervals or Intervals()
+    check_place(out, kind="folder")
     accelerator = Accelerator(mixed_precision=recipe.denoiser.precision)
     pipeline = starting_pipeline(recipe)
     scenes = open_scenes(recipe, pipeline.configured_size)
@@ -243,7 +244,6 @@ def _panels(
 
 def _claim(out: Path, recipe: Recipe) -> FolderLock:
     """Make the folder this training's, and remove what a killed one left; held until it ends."""
-    check_place(out, kind="folder")
     make_folder(out)
     refuse_links(out)
     path = out / RECIPE

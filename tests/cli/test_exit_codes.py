@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import termios
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 from i2am.cli.errors import ExitCode
+from i2am.evaluation.store import Store
+from i2am.evaluation.testing import make_plan
 
 
 def names(folder):
@@ -330,6 +333,88 @@ def test_5_conflict(run_apart, record_line, tmp_path):
     assert done.code == 5
     assert "was not written by i2am" in one_sentence(done.err)
     assert names(tmp_path / "out") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: Path(), "is the current folder or holds it"),
+        (lambda folder: Path(".."), "is the current folder or holds it"),
+        (lambda folder: Path("/"), "is the current folder or holds it"),
+        (lambda folder: linked(folder / "out", folder / "none"), "is a link to nothing"),
+        (lambda folder: linked(folder / "out", folder / "files"), "is a link; name the folder"),
+        (lambda folder: folder / os.fsdecode(b"out\xff"), "must have a name in UTF-8"),
+        (lambda folder: folder / "files" / "person.png", "is a file, a folder was expected"),
+    ],
+    ids=["here", "above", "root", "dangling", "link", "no-utf8", "file"],
+)
+@pytest.mark.parametrize("command", ["record", "convert", "figure", "report", "demo", "export"])
+def test_5_no_place_for_an_output(
+    run_here, record_line, tmp_path, monkeypatch, command, make, said
+):
+    def forbidden(*_, **__):
+        raise AssertionError("work was done before the output was looked at")
+
+    for work in (
+        "i2am.models.loading.load_pipeline",
+        "i2am.models.conversion.converting.read_checkpoint",
+        "i2am.cli.drawing.read_run",
+        "i2am.cli.reporting.read_run",
+        "i2am.cli.demo.make_inputs",
+    ):
+        monkeypatch.setattr(work, forbidden)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    out = make(tmp_path)
+    run = tmp_path / "run"
+    Store.create(run, make_plan())
+    lines = {
+        "record": record_line(out=out),
+        "convert": ["convert", "x.ckpt", "--system", "custom", "-o", str(out)],
+        "figure": ["figure", str(run), "-o", str(out)],
+        "report": ["report", str(run), "-o", str(out)],
+        "demo": ["demo", "-o", str(out)],
+        "export": ["export", str(run), "--zarr", str(out)],
+    }
+    before = names(tmp_path)
+    done = run_here(lines[command])
+    assert done.code == 5, done.err
+    assert said in done.err
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train", "score"])
+@pytest.mark.parametrize("kind", ["dangling", "no-utf8", "file", "below-a-file"])
+def test_5_no_place_for_a_run(run_here, tmp_path, monkeypatch, command, kind):
+    def forbidden(*_, **__):
+        raise AssertionError("work was done before the output was looked at")
+
+    monkeypatch.setattr("i2am.models.loading.load_pipeline", forbidden)
+    monkeypatch.setattr("i2am.training.run.starting_pipeline", forbidden)
+    monkeypatch.setattr("i2am.evaluation.scores.scoring.score_run", forbidden)
+    (tmp_path / "file").touch()
+    out = {
+        "dangling": linked(tmp_path / "out", tmp_path / "none"),
+        "no-utf8": tmp_path / os.fsdecode(b"out\xff"),
+        "file": tmp_path / "file",
+        "below-a-file": tmp_path / "file" / "out",
+    }[kind]
+    run = tmp_path / "run"
+    Store.create(run, make_plan())
+    lines = {
+        "evaluate": ["evaluate", "pocket", "--data", "data", "-o", str(out)],
+        "train": ["train", "-o", str(out)],
+        "score": ["score", str(run), "-o", str(out)],
+    }
+    done = run_here(lines[command])
+    assert done.code == 5, done.err
+    assert re.search("link to nothing|UTF-8|is a file, a folder|cannot be made", done.err)
+
+
+def linked(path, target):
+    path.symlink_to(target)
+    return path
 
 
 def test_5_output_cannot_be_made(run_apart, record_line, files, tmp_path):

@@ -1,6 +1,7 @@
 """`i2am figure`: runs read again, files, refusals. The runs are written by what records write."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from i2am.cli.figure import figure as command
 from i2am.cli.recorded import read_run
 from i2am.cli.result import Run, write
 from i2am.cli.settings import NamedBox, Settings, read_inputs
+from i2am.files import digests_of
 from i2am.plots.recorded import FIGURES, NUMBERS
 from i2am.testing import make_maps, make_site
 
@@ -91,6 +93,13 @@ def headings(monkeypatch):
     return seen
 
 
+def listed(run):
+    """Makes run.json list the files as they are."""
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["files"] = digests_of(run, manifest["files"])
+    (run / "run.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize("which", ["all", *FIGURES])
 def test_maps_that_are_not_finite_are_refused(recorded, run_here, tmp_path, which):
     out = recorded()
@@ -98,6 +107,7 @@ def test_maps_that_are_not_finite_are_refused(recorded, run_here, tmp_path, whic
     maps.layer_sums[0].generated_to_reference[0, 0, 0] = torch.nan
     maps.layer_sums[0].reference_to_generated[0, 0, 0] = torch.nan
     maps.save(out / "maps.safetensors")
+    listed(out)
     other = recorded("other")
     done = run_here(["figure", str(out), str(other), "--which", which, "-o", str(tmp_path / "f")])
     assert done.code == ExitCode.REJECTED, done.err
@@ -267,11 +277,86 @@ def _other_reference(run):
     return "it has changed since"
 
 
+def _other_maps(run):
+    make_maps(SITES, samples=1, steps=4, seed=9).save(run / "maps.safetensors")
+    return "maps.safetensors must be the one of run"
+
+
+def _other_image(run):
+    Image.new("RGB", (96, 128)).save(run / "image.png")
+    return "image.png must be the one of run"
+
+
+def _pipe(name):
+    def damage(run):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        return f"{name} must be a regular file, it is a pipe or a device"
+
+    damage.__name__ = f"pipe_{name}"
+    return damage
+
+
+def _endless_manifest(run):
+    (run / "run.json").unlink()
+    (run / "run.json").symlink_to("/dev/zero")
+    return "run.json must be a regular file"
+
+
+def _folder_of_maps(run):
+    (run / "maps.safetensors").unlink()
+    (run / "maps.safetensors").mkdir()
+    return "maps.safetensors is a folder, a file was expected"
+
+
+def _large_manifest(run):
+    with (run / "run.json").open("ab") as file:
+        file.truncate(6 * 10**9)
+    return "run.json must have at most"
+
+
+def _manifest_with(said, **fields):
+    def damage(run):
+        manifest = json.loads((run / "run.json").read_text())
+        for path, value in fields.items():
+            *above, last = path.split("__")
+            holder = manifest
+            for name in above:
+                holder = holder[name]
+            holder[last] = value
+        (run / "run.json").write_text(json.dumps(manifest))
+        return said
+
+    damage.__name__ = "_".join(fields)
+    return damage
+
+
+def _deep_manifest(run):
+    (run / "run.json").write_text(
+        '{"command": "record", "deep": ' + "[" * 10**5 + "]" * 10**5 + "}"
+    )
+    return "run.json is damaged: it is nested too deeply"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         *(_no_manifest, _other_command, _no_json, _no_settings, _no_maps, _cut_maps),
-        *(_no_image, _no_reference, _other_reference),
+        *(_no_image, _no_reference, _other_reference, _other_maps, _other_image),
+        *map(_pipe, ("run.json", "maps.safetensors", "image.png")),
+        *(_endless_manifest, _folder_of_maps, _large_manifest, _deep_manifest),
+        _manifest_with('settings.steps must be an integer, got "50"', settings__steps="50"),
+        _manifest_with("settings.guidance must be a finite number", settings__guidance=None),
+        _manifest_with("NaN is no JSON value", settings__guidance=float("nan")),
+        _manifest_with("settings.regions is damaged: it has no name", settings__regions=[{}]),
+        _manifest_with("truth of region a", settings__regions=[{"name": "a", "truth": "xy"}]),
+        _manifest_with(
+            "inputs.reference is damaged: it has no sha256", inputs__reference={"file": "x"}
+        ),
+        _manifest_with("does not list it", files={}),
+        _manifest_with("files must be an object", files=["image.png"]),
+        _manifest_with("files.image.png is damaged: it has no sha256", files={"image.png": {}}),
+        _manifest_with("it has no image.width", image={"height": 3}),
     ],
     ids=lambda damage: damage.__name__.strip("_"),
 )

@@ -17,6 +17,7 @@ from i2am.cli import main
 from i2am.cli.app import app
 from i2am.cli.errors import ExitCode
 from i2am.cli.output import echo
+from i2am.evaluation import plan_file
 from i2am.evaluation.store import Store
 from i2am.evaluation.testing import make_plan, make_shard
 
@@ -133,9 +134,10 @@ def evaluated(tmp_path):
     plan["data"]["split"] = "test"
     for number, pair in enumerate(plan["data"]["pairs"]["paired"]):
         pair[0] = f"{number}{HOSTILE[:-1]}"
-    run = tmp_path / HOSTILE
-    store = Store.create(run, plan)
+    plan["fingerprint"] = plan_file.fingerprint_of(plan)
+    store = Store.create(tmp_path / "run", plan)
     store.commit(*make_shard(plan, failed=0))
+    run = store.folder.rename(tmp_path / HOSTILE)
     (run / "shards" / "paired" / HOSTILE).touch()
     return run
 
@@ -172,17 +174,19 @@ def test_a_recording_with_hostile_names_is_told_and_read_again(
         (files / f"{name}.png").rename(files / f"{name}{HOSTILE}.png")
     options = {name: files / f"{name}{HOSTILE}.png" for name in ("person", "mask", "reference")}
     options["reference_mask"] = files / f"reference_mask{HOSTILE}.png"
-    out = tmp_path / HOSTILE
+    # outputs have names in UTF-8
+    out, shown = tmp_path / HOSTILE[:-1], i2am.wording.printable(HOSTILE[:-1])
     done = run_here(record_line(out=out, **options))
     assert done.code == ExitCode.DONE, done.err
     assert clean(done.out + done.err)
-    assert f"{SHOWN}/" in done.out
+    assert f"{shown}/" in done.out
+    assert run_here([*record_line(out=out, **options), "--overwrite", "--json"]).code == 0
+    run = out.rename(tmp_path / HOSTILE)
     for command in ("figure", "report"):
-        again = run_here([command, str(out), "-o", f"{out}.{command}"])
+        again = run_here([command, str(run), "-o", f"{out}.{command}"])
         assert again.code == ExitCode.DONE, again.err
         assert clean(again.out + again.err)
-        assert f"{SHOWN}.{command}/" in again.out
-    assert run_here([*record_line(out=out, **options), "--overwrite", "--json"]).code == 0
+        assert f"{shown}.{command}/" in again.out
 
 
 def test_a_model_with_a_hostile_name(run_here, record_line, paint_by_example_folder, tmp_path):

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import shutil
 import sys
 import zlib
 from dataclasses import replace
@@ -22,6 +24,7 @@ from i2am.cli.settings import NamedBox, Settings, read_inputs
 from i2am.data import write_viton_hd
 from i2am.evaluation.store import Store
 from i2am.evaluation.testing import make_plan, make_shard
+from i2am.files import digests_of
 from i2am.testing import make_maps, make_site
 
 SITES = (make_site("down_blocks.0", (4, 3), (5, 5)), make_site("up_blocks.0", (8, 6), (5, 5)))
@@ -191,6 +194,63 @@ def test_a_folder_in_use_is_a_conflict(recorded, run, tmp_path):
 # i2am evaluate
 
 
+def _other_maps(path):
+    make_maps(SITES, samples=1, steps=4, seed=9, joint=True).save(path)
+
+
+def _other_image(path):
+    Image.new("RGB", (96, 128), (9, 0, 0)).save(path)
+
+
+def _other_scores(path):
+    path.write_text('{"imacs_r": {"value": 0.875, "reason": null}}')
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("maps.safetensors", _other_maps),
+        ("image.png", _other_image),
+        ("scores.json", _other_scores),
+    ],
+)
+def test_a_file_of_another_run_is_refused(recorded, run, tmp_path, name, write):
+    out = recorded()
+    write(out / name)
+    done = run("report", out, "-o", tmp_path / "page.html")
+    assert done.code == ExitCode.REJECTED
+    assert f"{name} must be the one of run {out}" in done.err
+    assert not (tmp_path / "page.html").exists()
+
+
+def _listed(out, name, content):
+    (out / name).write_text(content)
+    manifest = json.loads((out / "run.json").read_text())
+    manifest["files"] = digests_of(out, manifest["files"])
+    (out / "run.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "scores.json is damaged"),
+        ('{"imacs_g": 1}', "scores.json is damaged"),
+        ('{"imacs_g": {"value": "1", "reason": null}}', "value must be a finite number"),
+        ('{"imacs_g": {"value": true, "reason": null}}', "value must be a finite number"),
+        ('{"imacs_g": {"value": NaN, "reason": null}}', "NaN is no JSON value"),
+        ('{"imacs_g": {"value": 1e999, "reason": null}}', "value must be a finite number"),
+        ('{"imacs_g": {"value": null, "reason": 3}}', "reason must be a string"),
+        ("[" * 10**5, "nested too deeply"),
+    ],
+)
+def test_scores_that_are_none(recorded, run, tmp_path, content, said):
+    out = recorded()
+    _listed(out, "scores.json", content)
+    done = run("report", out, "-o", tmp_path / "page.html")
+    assert done.code == ExitCode.REJECTED
+    assert said in done.err
+
+
 @pytest.fixture
 def evaluated(tmp_path):
     """Four people in each setting, of whom one failed and one has an undefined score."""
@@ -276,6 +336,30 @@ def test_a_sample_whose_kept_maps_are_not_finite_is_left_out(evaluated, run, tmp
             "reason": "maps must be finite, got NaN or Inf in g2r",
         }
     ]
+
+
+@pytest.mark.parametrize("damage", ["swapped", "missing", "pipe", "folder"])
+def test_an_image_that_its_shard_does_not_list_is_left_out(evaluated, run, tmp_path, damage):
+    path = evaluated.image_path("paired", "00000_00")
+    path.unlink()
+    if damage == "swapped":
+        shutil.copy(evaluated.image_path("paired", "00003_00"), path)
+    elif damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "folder":
+        path.mkdir()
+    done = run("report", tmp_path / "run", "-o", tmp_path / "report", "--json")
+    assert done.code == ExitCode.INCOMPLETE
+    left_out = json.loads(done.out)["left_out"]
+    assert [entry["id"] for entry in left_out] == ["paired/00000_00", "paired/00002_00"]
+    said = {
+        "swapped": "does not match its checksum",
+        "missing": "is missing",
+        "pipe": "must be a regular file",
+        "folder": "is a folder",
+    }
+    assert left_out[0]["reason"].startswith(str(path))
+    assert said[damage] in left_out[0]["reason"]
 
 
 def test_a_data_set_that_moved_is_named(evaluated, run, tmp_path):

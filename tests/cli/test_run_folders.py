@@ -157,6 +157,7 @@ def test_status_as_json(run, run_here):
 
 def test_status_is_complete_only_without_failures(run, run_here):
     store = commit(run)
+    store.shard_path("paired", 0).unlink()
     store.commit(*make_shard(PLAN, "paired", 0, failed=1))
     done = run_here(["status", str(run), "--json"])
     assert done.code == ExitCode.INCOMPLETE
@@ -254,7 +255,7 @@ def test_export_of_nothing(run, run_here, kind):
     Store.create(run, PLAN)
     done = run_here(COMMANDS[kind](run))
     assert done.code == ExitCode.REJECTED
-    assert sentence(done) == f"error: run {run} has no committed shard, so nothing can be exported"
+    assert sentence(done) == f"error: {run} has no committed shard, so nothing can be exported"
     assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 

@@ -372,7 +372,9 @@ def huge(folder):
     ("make", "code", "match"),
     [
         pytest.param(missing, "missing", "does not exist", id="missing"),
-        pytest.param(a_folder, "unidentified_image", "is a folder, not an image file", id="folder"),
+        pytest.param(
+            a_folder, "unidentified_image", "is a folder, a file was expected", id="folder"
+        ),
         pytest.param(
             a_pipe,
             "unidentified_image",
@@ -386,7 +388,7 @@ def huge(folder):
             id="device",
         ),
         pytest.param(
-            many_bytes, "too_large", "at most 512 MiB, it has 536870913 bytes", id="bytes"
+            many_bytes, "too_large", "at most 536,870,912 bytes, it has 536,870,913", id="bytes"
         ),
         pytest.param(
             postscript,
