@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from i2am.attribution import AttributionMaps, load_maps
 from i2am.cli.errors import InputRejected
 from i2am.data.images import ImageRejected, read_bytes, read_image
-from i2am.files import MANIFEST, FileRejected, read_json, require, sha256_of_file
+from i2am.files import MANIFEST, FileRejected, is_listed, read_json, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,7 +102,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for name, entry in manifest["inputs"].items():
             require(entry, f"{path}: inputs.{name}", {"file": str, "sha256": str})
         for name, entry in manifest["files"].items():
-            require(entry, f"{path}: files.{name}", {"sha256": str})
+            require(entry, f"{path}: files.{name}", {"bytes": int, "sha256": str})
         for region in manifest["settings"]["regions"]:
             require(region, f"{path}: settings.regions", {"name": str})
             if not _is_place(region.get("truth")):
@@ -192,12 +192,12 @@ def _listed(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
     if name not in manifest["files"]:
         raise InputRejected(f"run {folder} must hold {name}, its {MANIFEST} does not list it")
     try:
-        digest = sha256_of_file(path)
+        same = is_listed(path, manifest["files"][name])
     except FileNotFoundError:
         raise InputRejected(f"run {folder} must hold {name}, it is not there") from None
     except FileRejected as error:
         raise InputRejected(str(error)) from error
-    if digest != manifest["files"][name]["sha256"]:
+    if not same:
         raise InputRejected(
             f"{path} must be the one of run {folder}: it has changed since, or is of another run"
         )

@@ -1,6 +1,5 @@
 """How much memory a batch takes, measured on a short run, and the largest batch for a budget."""
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 import i2am
+from i2am.files import read_json
 
 if TYPE_CHECKING:
     from i2am.evaluation.opening import Opened
@@ -98,7 +98,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        events = read_json(trace, limit=2**34)["traceEvents"]
     live = peak = 0
     for event in events:
         if event.get("name") == "[memory]":

@@ -78,7 +78,8 @@ class Worker:
     ) -> None:
         self.store, self.pipe, self.data, self.settings = store, pipe, data, settings
         # a name of its own: containers have the same process numbers
-        self._log = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+        name = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+        self._log = inner_folder(store.folder, "logs") / name
         # scores are computed on the CPU also where the model is not
         torch.set_num_threads(settings.threads)
         pipe.set_progress_bar_config(disable=True)
@@ -200,7 +201,7 @@ class Worker:
     def _note(self, entry: dict[str, Any]) -> None:
         if torch.cuda.is_available() and self.settings.device == "cuda":
             entry["peak_bytes"] = torch.cuda.max_memory_allocated()
-        append(inner_folder(self.store.folder, "logs") / self._log, json.dumps(entry) + "\n")
+        append(self._log, json.dumps(entry) + "\n")
 
 
 def _read_ahead(data: VitonHD, partition: Sequence[range]) -> Iterator[_Read]:

@@ -4,7 +4,7 @@
 """
 
 from i2am.files.atomic import append, publish, write, write_together
-from i2am.files.digests import digests_of, sha256_of_file, sha256_of_folder
+from i2am.files.digests import digests_of, is_listed, sha256_of_file, sha256_of_folder
 from i2am.files.folders import (
     MANIFEST,
     OutputRefused,
@@ -33,6 +33,7 @@ __all__ = [
     "digests_of",
     "fresh_folder",
     "inner_folder",
+    "is_listed",
     "make_folder",
     "open_regular",
     "parse_json",

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,15 @@ def digests_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
         for name in names
     }
+
+
+def is_listed(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a file is the one of an entry of `digests_of`; errors as for `sha256_of_file`."""
+    with open_regular(path) as file:
+        # the size first: the file may be anything
+        if os.fstat(file.fileno()).st_size != entry["bytes"]:
+            return False
+    return sha256_of_file(path) == entry["sha256"]
 
 
 def _files_in(folder: Path, above: tuple[os.stat_result, ...] = ()) -> Iterator[Path]:

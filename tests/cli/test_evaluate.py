@@ -8,12 +8,14 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from i2am.cli import main
 from i2am.data import write_viton_hd
 from i2am.evaluation import store
 from i2am.evaluation.memory import Need
 from i2am.evaluation.store import Store
+from i2am.models import pocket_pipeline
 
 FEW = ("--steps=2", "--time-groups=2", "--batch=2", "--shard=2", "--threads=1", "--pairs=paired")
 
@@ -38,6 +40,43 @@ def evaluate(dolls, tmp_path, capsys):
 
     yield run
     torch.set_num_threads(threads)
+
+
+def test_weights_behind_a_link_belong_to_the_run(evaluate, tmp_path):
+    model, shared = tmp_path / "model", tmp_path / "shared"
+    pocket_pipeline().save_pretrained(model)
+    (model / "unet").rename(shared)
+    (model / "unet").symlink_to(shared)
+    assert evaluate(model=str(model))[0] == 0
+    (tmp_path / "run/shards/paired/000001.safetensors").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (weights,) = shared.glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: tensor * 0 for name, tensor in tensors.items()}, weights)
+    code, _, error = evaluate(model=str(model))
+    assert code == 5
+    assert "model.weights_sha256" in error
+    assert before == {
+        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    }
+
+
+def test_nothing_is_written_through_a_link_in_a_run(evaluate, tmp_path):
+    assert evaluate()[0] == 0
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (run / "shards/paired/000001.safetensors").unlink()
+    for name in ("shards", "images/paired", "logs"):
+        path = run / name
+        path.rename(elsewhere)
+        path.symlink_to(elsewhere)
+        before = sorted(elsewhere.rglob("*"))
+        code, _, error = evaluate()
+        assert code == 5
+        assert f"{path} is a link, and nothing is written through it" in error
+        assert sorted(elsewhere.rglob("*")) == before
+        path.unlink()
+        elsewhere.rename(path)
+    assert evaluate()[0] == 0
 
 
 def test_a_run_goes_on_with_its_own_settings(evaluate, tmp_path):

@@ -355,7 +355,7 @@ def _deep_manifest(run):
         ),
         _manifest_with("does not list it", files={}),
         _manifest_with("files must be an object", files=["image.png"]),
-        _manifest_with("files.image.png is damaged: it has no sha256", files={"image.png": {}}),
+        _manifest_with("files.image.png is damaged: it has no bytes", files={"image.png": {}}),
         _manifest_with("it has no image.width", image={"height": 3}),
     ],
     ids=lambda damage: damage.__name__.strip("_"),

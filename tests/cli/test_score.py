@@ -11,6 +11,7 @@ import pytest
 
 from i2am.cli import main
 from i2am.cli.errors import Terminated
+from i2am.evaluation.scores import scoring
 from i2am.evaluation.scores.protocols import PROTOCOLS
 from i2am.evaluation.scores.ssim import SSIM
 from i2am.evaluation.scores.testing import make_run
@@ -46,6 +47,34 @@ def test_json_is_the_document_that_is_written(run, run_here):
     done = run_here(["score", str(run.folder), "--metrics", "imacs,ssim", "--json", *QUICK])
     assert done.code == 0
     assert json.loads(done.out) == without_files(json.loads(written(run)["metrics.json"]))
+
+
+def test_a_shard_that_is_deleted_while_scoring(run, run_here, monkeypatch):
+    path = run.shard_path("paired", 1)
+
+    def read(*arguments):
+        samples = scoring_samples(*arguments)
+        path.unlink(missing_ok=True)
+        return samples
+
+    scoring_samples = scoring.read_samples
+    monkeypatch.setattr(scoring, "read_samples", read)
+    done = run_here(["score", str(run.folder), "--metrics", "imacs,ssim", *QUICK])
+    assert done.code == 5
+    assert "error: shard 1 of paired is not in" in done.err
+    assert "or was removed" in done.err
+    assert not [*(run.folder / "results").iterdir()]
+
+
+def test_results_that_cannot_be_written_are_refused_before(run, run_here, monkeypatch, tmp_path):
+    def forbidden(*_, **__):
+        raise AssertionError("scored before")
+
+    monkeypatch.setattr(scoring, "score_run", forbidden)
+    (run.folder / "results").symlink_to(tmp_path)
+    done = run_here(["score", str(run.folder), *QUICK])
+    assert done.code == 5
+    assert "results is a link, and nothing is written through it" in done.err
 
 
 def test_the_same_command_writes_the_same_bytes(run, run_here):

@@ -107,6 +107,35 @@ def test_one_of_two_ranks_killed(uninterrupted, start, tmp_path, digest):
     assert digest(out) == uninterrupted
 
 
+def test_a_rank_that_stands_still_for_a_while(uninterrupted, start, tmp_path, digest):
+    out = tmp_path / "run"
+    ranks = [start(out, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    wait_for(1, out, ranks[0])
+    ranks[1].send_signal(signal.SIGSTOP)
+    finish(ranks[0])
+    # what the sleeping one has begun stays, also while others come and go
+    before = sorted(path for path in out.rglob(".i2am-*"))
+    finish(start(out, RANK="0", WORLD_SIZE="2"))
+    assert sorted(path for path in out.rglob(".i2am-*")) == before
+    ranks[1].send_signal(signal.SIGCONT)
+    finish(ranks[1])
+    assert digest(out) == uninterrupted
+    assert not [*out.rglob(".i2am-*")]
+
+
+JUMPS = """
+import itertools, time
+jumps, real = itertools.cycle([0, -3600, 10**6, -(10**8)]), time.time
+time.time = lambda: real() + next(jumps)
+time.strftime = lambda form, *_: "1970-01-01T00:00:00+0000"
+"""
+
+
+def test_a_clock_that_jumps(uninterrupted, fork, command, tmp_path, digest):
+    finish(fork(JUMPS + COMMAND, *command(tmp_path / "run")))
+    assert digest(tmp_path / "run") == uninterrupted
+
+
 def test_torchrun(uninterrupted, command, tmp_path, digest):
     out = tmp_path / "run"
     line = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node=2"]
@@ -194,6 +223,24 @@ def test_ray_with_a_killed_worker(uninterrupted, start, tmp_path, digest):
     assert digest(out) == uninterrupted
     # the worker that took its place wrote a log of its own, unless nothing was left to do
     assert len([*out.glob("logs/*.jsonl")]) >= 2
+
+
+def test_ray_with_a_worker_that_stands_still_for_a_while(uninterrupted, start, tmp_path, digest):
+    pytest.importorskip("ray")
+    out = tmp_path / "run"
+    process = start(out, "--engine=ray", "--workers=2")
+    wait_for(1, out, process)
+    worker = next(
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "_RayWorker" in " ".join(child.cmdline())
+    )
+    worker.suspend()
+    # the other one takes all shards but the one that the sleeping one holds
+    wait_for(SHARDS - 1, out, process)
+    worker.resume()
+    finish(process)
+    assert digest(out) == uninterrupted
 
 
 POISON = """
