@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from i2am.attribution import Accumulator, AttentionSite, AttributionMaps, Grid
-from i2am.evaluation.memory import peak_bytes as peak_bytes
+from i2am.memory import peak_bytes as peak_bytes
 
 
 def make_qkv(

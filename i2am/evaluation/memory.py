@@ -1,16 +1,13 @@
 """How much memory a batch takes, measured on a short run, and the largest batch for a budget."""
 
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 import i2am
-from i2am.files import read_json
+from i2am.memory import peak_bytes
 
 if TYPE_CHECKING:
     from i2am.evaluation.opening import Opened
@@ -88,20 +85,3 @@ def need(opened: "Opened") -> Need:
     """Memory over the batch, from a batch of one and of two."""
     one, two = (measure(opened, batch).bytes for batch in (1, 2))
     return Need(2 * one - two, two - one)
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that a call held at once, of all that PyTorch's CPU allocator gave it."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = read_json(trace, limit=2**34)["traceEvents"]
-    live = peak = 0
-    for event in events:
-        if event.get("name") == "[memory]":
-            live += event["args"]["Bytes"]
-            peak = max(peak, live)
-    return peak

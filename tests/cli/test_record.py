@@ -1,7 +1,6 @@
 """`i2am record` end to end on the real pipelines, with few steps."""
 
 import json
-import math
 from hashlib import sha256
 from pathlib import Path
 
@@ -370,35 +369,6 @@ def test_too_little_memory_is_refused_with_the_estimate(
     assert "not enough memory: the maps need about" in done.err
     assert "97.7 KiB are available; ask for fewer regions" in done.err
     assert names(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    ("limit", "free"),
-    [("1000000", 1_000_000 - 700_000 + 5_000), ("600000", 0), ("max", None)],
-    ids=["limited", "exceeded", "unlimited"],
-)
-def test_the_limit_of_a_container_counts(limit, free, tmp_path, monkeypatch):
-    from i2am.cli import estimate
-
-    monkeypatch.setattr(estimate, "_CGROUP", tmp_path)
-    without = estimate.available_memory(torch.device("cpu"))
-    (tmp_path / "memory.max").write_text(limit + "\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 695000\ninactive_file 5000\n")
-    found = estimate.available_memory(torch.device("cpu"))
-    if free is None:
-        assert found == pytest.approx(without, rel=0.5)
-    else:
-        assert found == free
-
-
-def test_available_memory_is_plausible():
-    from i2am.cli.estimate import available_memory
-
-    available = available_memory(torch.device("cpu"))
-    assert available is not None
-    assert 1 << 24 < available < 1 << 46
-    assert not math.isnan(available)
 
 
 def test_paste_back_keeps_the_person_outside_the_mask(run_here, record_line, files, out):
