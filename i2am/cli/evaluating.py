@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from i2am.cli.calling import warn_of_size
 from i2am.cli.errors import CommandError, ExitCode, InputRejected, Stopped, Terminated
-from i2am.cli.estimate import available_memory, readable
 from i2am.cli.runs import run_errors
 from i2am.data.vitonhd import DataRejected
 from i2am.evaluation.engines import Outcome, Share, open_jobs, run_here, run_on_ray, share_of
@@ -30,6 +29,7 @@ from i2am.evaluation.opening import (
 from i2am.evaluation.plan import Settings
 from i2am.evaluation.store import Store
 from i2am.evaluation.worker import Worker
+from i2am.memory import available_memory, readable
 from i2am.models.loading import ModelRejected
 from i2am.wording import counted
 

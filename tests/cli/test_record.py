@@ -375,14 +375,14 @@ def test_too_little_memory_is_refused_with_the_estimate(
     ids=["limited", "exceeded", "unlimited"],
 )
 def test_the_limit_of_a_container_counts(limit, free, tmp_path, monkeypatch):
-    from i2am.cli import estimate
+    from i2am import memory
 
-    monkeypatch.setattr(estimate, "_CGROUP", tmp_path)
-    without = estimate.available_memory(torch.device("cpu"))
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    without = memory.available_memory(torch.device("cpu"))
     (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text("700000\n")
     (tmp_path / "memory.stat").write_text("anon 695000\ninactive_file 5000\n")
-    found = estimate.available_memory(torch.device("cpu"))
+    found = memory.available_memory(torch.device("cpu"))
     if free is None:
         assert found == pytest.approx(without, rel=0.5)
     else:
@@ -390,7 +390,7 @@ def test_the_limit_of_a_container_counts(limit, free, tmp_path, monkeypatch):
 
 
 def test_available_memory_is_plausible():
-    from i2am.cli.estimate import available_memory
+    from i2am.memory import available_memory
 
     available = available_memory(torch.device("cpu"))
     assert available is not None
