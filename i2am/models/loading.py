@@ -82,8 +82,6 @@ def load_offline(
         OSError: The disk failed.
         MemoryError: There is too little memory.
     """
-    # read when diffusers is imported: whatever a folder says, no hub is asked
-    os.environ["HF_HUB_OFFLINE"] = "1"
     import diffusers
     import transformers
 

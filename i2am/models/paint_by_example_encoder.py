@@ -1,5 +1,6 @@
 """Paint-by-Example's image encoder: one CLIP vector of the reference becomes one context token."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 
+from i2am.models.building import build_empty, configuration_of
 from i2am.models.weights import in_one_sentence, load_strictly, read_state_dict
 
 
@@ -94,13 +96,18 @@ class PaintByExampleImageEncoder(PreTrainedModel):
             ValueError: A file is damaged, the configuration makes no encoder, or tensors are
                 missing, left over or misshapen.
         """
-        with in_one_sentence(f"{Path(folder, 'config.json')} cannot be loaded as {cls.__name__}"):
-            model = cls(CLIPVisionConfig.from_pretrained(folder, local_files_only=True))
-        found = read_state_dict(folder, variant)
+        dtype = dtype or torch.float32
+        found = read_state_dict(folder, variant, dtype=dtype)
         state = {_current_name(key): values for key, values in found.items()}
         state.pop("model.embeddings.position_ids", None)
-        load_strictly(model, state, what=f"image encoder in {os.fspath(folder)}")
-        return model.to(dtype or torch.float32).eval()
+        file = Path(folder, "config.json")
+        with in_one_sentence(f"{file} cannot be loaded as {cls.__name__}"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            content = content.get("vision_config", content)  # of CLIP's both encoders
+            config = configuration_of(CLIPVisionConfig, content, state)
+            model = build_empty(lambda: cls(config), state)
+        load_strictly(model, state, what=f"image encoder in {os.fspath(folder)}", dtype=dtype)
+        return model.eval()
 
 
 def _current_name(key: str) -> str:

@@ -1,6 +1,7 @@
 """Weight files read strictly: damaged files are named, and so is every tensor that does not fit."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def weight_files(folder: str | os.PathLike[str], variant: str | None = None) -> 
     Raises:
         FileNotFoundError: There is no weight file, or a shard is missing.
         ValueError: A file is truncated or otherwise no weight file, or of another format than its
-            name says.
+            name says; there is an index beside one file of all weights.
     """
     folder = Path(folder)
     names = [_with_variant(name, variant) for name in WEIGHT_NAMES]
@@ -42,6 +43,8 @@ def weight_files(folder: str | os.PathLike[str], variant: str | None = None) -> 
     }
     for name in names:
         index = folder / indices[name]
+        if (folder / name).is_file() and index.is_file():
+            raise ValueError(f"{folder} holds {name} and an index of others, {index.name}")
         if (folder / name).is_file():
             files = [folder / name]
         elif index.is_file():
@@ -57,48 +60,120 @@ def weight_files(folder: str | os.PathLike[str], variant: str | None = None) -> 
 
 
 def read_state_dict(
-    folder: str | os.PathLike[str], variant: str | None = None
+    folder: str | os.PathLike[str],
+    variant: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """All tensors of a component's folder, on the CPU.
+    """All tensors of a component's folder, on the CPU, in the dtypes of the files.
+
+    Args:
+        folder: Folder of one component.
+        variant: Middle part of the names, as in model.fp16.safetensors.
+        dtype: What they are for; None is their own.
 
     Raises:
         FileNotFoundError: There is no weight file, or a shard is missing.
-        ValueError: A file is damaged or holds something other than tensors.
+        ValueError: A file is damaged or holds something other than tensors, two hold one tensor,
+            or values are NaN, infinite or beyond the range of `dtype`.
     """
     state: dict[str, Tensor] = {}
     for file in weight_files(folder, variant):
-        state |= read_weight_file(file)[0]
+        found, _ = read_weight_file(file, dtype=dtype)
+        if twice := sorted(state.keys() & found.keys()):
+            raise ValueError(f"{file} holds tensors that another shard has: {some_of(twice)}")
+        state |= found
     return state
 
 
-def read_weight_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weight_file(
+    file: Path, *, dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one file on the CPU, and a safetensors file's metadata.
 
-    Pickles are read with ``weights_only``, so nothing in them is executed.
+    Files of torch are read by `read_checkpoint`, so nothing in them is executed.
+
+    Args:
+        file: Its name ends in .safetensors, or it is a file of torch.
+        dtype: What the tensors are for; None is their own.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged or holds something other than tensors.
+        ValueError: It is damaged or holds something other than tensors, or values are NaN, infinite
+            or beyond the range of `dtype`.
     """
+    # it needs this module
+    from i2am.models.conversion.reading import read_checkpoint
+
     _check_file(file)
+    metadata: dict[str, str] = {}
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-            return tensors, opened.metadata() or {}
-    with in_one_sentence(f"{file} is not a file of plain tensors"):
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise ValueError(f"{file} must hold named tensors and nothing else")
-    return content, {}
+        with in_one_sentence(f"{file} is truncated or no safetensors file"):
+            with safe_open(file, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+                metadata = opened.metadata() or {}
+    else:
+        tensors = read_checkpoint(file)
+    check_finite(
+        ((name, values, dtype or values.dtype) for name, values in tensors.items()), what=str(file)
+    )
+    return tensors, metadata
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:
+def is_finite(values: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether no value is NaN or infinite, nor would be in a floating dtype."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    # the smallest and the largest: a NaN is both. isfinite() takes fifty times as long
+    ends = (values.float() if values.itemsize == 1 else values).aminmax()
+    return all(math.isfinite(end.to(dtype or end.dtype)) for end in ends)
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor, torch.dtype]], *, what: str) -> None:
+    """Raises a ValueError that names weights which are not finite: images would be black.
+
+    Args:
+        weights: Name, values, and the dtype that they are for.
+        what: How to call their source in an error.
+    """
+    broken, beyond, dtypes = [], [], set()
+    for name, values, dtype in weights:
+        if is_finite(values, dtype):
+            continue
+        among = f"of {values.numel()}"
+        if is_finite(values):
+            count = int((~values.to(dtype).isfinite()).sum())
+            beyond.append(f"{name} ({count} {among}, up to {values.abs().max():g})")
+            dtypes.add(str(dtype))
+        else:
+            broken.append(f"{name} ({int((~values.isfinite()).sum())} {among})")
+    problems = []
+    if broken:
+        problems.append(f"weights of {what} are NaN or infinite: {some_of(broken)}")
+    if beyond:
+        problems.append(
+            f"weights are beyond the range of {', '.join(sorted(dtypes))}, "
+            f"choose another dtype for {what}: {some_of(beyond)}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def load_strictly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    what: str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Copies `state` into `module`.
 
     Args:
         module: Its parameters and persistent buffers must be exactly those of `state`.
         state: Tensors by name.
         what: How to call it in an error.
+        dtype: Floating dtype of what the module has without values, on torch's meta; other
+            parameters keep theirs.
 
     Raises:
         ValueError: Tensors are missing, left over or misshapen; all are counted, some named.
@@ -115,7 +190,14 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, what: str) 
         unexpected=[key for key in state if key not in expected],
         misshapen=misshapen,
     )
-    module.load_state_dict(dict(state))
+    empty = {
+        # copied, for what is read from a file may be mapped
+        key: state[key].to(dtype if values.is_floating_point() else values.dtype, copy=True)
+        for key, values in expected.items()
+        if values.is_meta
+    }
+    module.load_state_dict(empty, strict=False, assign=True)
+    module.load_state_dict({key: state[key] for key in expected if key not in empty}, strict=False)
 
 
 def check_keys(

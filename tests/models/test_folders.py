@@ -220,17 +220,17 @@ BROKEN = {
     "unet of a wrong type": (
         lambda f: edit_json(f / "unet/config.json", block_out_channels=3, down_block_types=5),
         ValueError,
-        r"unet.config\.json and .* cannot be loaded as UNet2DConditionModel: TypeError",
+        r"unet.config\.json cannot be loaded as UNet2DConditionModel: TypeError",
     ),
     "unknown block": (
         lambda f: edit_json(f / "unet/config.json", down_block_types=["NoBlock2D"] * 2),
         ValueError,
-        r"unet.config\.json and .* cannot be loaded as UNet2DC.*: .*NoBlock2D does not exist",
+        r"unet.config\.json cannot be loaded as UNet2DC.*: .*NoBlock2D does not exist",
     ),
     "vae of a wrong type": (
         lambda f: edit_json(f / "vae/config.json", block_out_channels=3),
         ValueError,
-        r"vae.config\.json and .* cannot be loaded as AutoencoderKL: TypeError",
+        r"vae.config\.json cannot be loaded as AutoencoderKL: TypeError",
     ),
     "encoder of a wrong type": (
         lambda f: edit_json(f / "image_encoder/config.json", hidden_size="wide"),
@@ -288,8 +288,16 @@ BROKEN = {
         ValueError,
         r"model\.bin is a safetensors file; its name has to end in \.safetensors",
     ),
-    "malicious": (malicious_bin, ValueError, r"pytorch_model\.bin is not a file of plain tensors"),
-    "not tensors": (not_tensors, ValueError, "must hold named tensors and nothing else"),
+    "malicious": (
+        malicious_bin,
+        ValueError,
+        r"pytorch_model\.bin is a pickle but no checkpoint of torch",
+    ),
+    "not tensors": (
+        not_tensors,
+        ValueError,
+        "must hold plain tensors by name .*, 'epoch' is a int",
+    ),
     "shard index": (damaged_shard_index, ValueError, "is not an index of weight files"),
     "shard list": (
         lambda f: damaged_shard_index(f, '{"weight_map": {"conv_in.bias": 3}}'),
@@ -354,7 +362,7 @@ def test_broken_configurations_of_a_custom_model(
 ) -> None:
     custom.save_pretrained(tmp_path)
     edit_json(tmp_path / component / "config.json", **change)
-    found = rf"{component}.config\.json and .*\.safetensors cannot be loaded as \w+: {message}"
+    found = rf"{component}.config\.json cannot be loaded as \w+: {message}"
     with pytest.raises(ValueError, match=found) as caught:
         load_pipeline(tmp_path)
     assert "\n" not in str(caught.value)
