@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
+from inspect import formatannotation, signature
 from typing import Any, TypeVar
 
 import torch
@@ -118,13 +118,35 @@ def settings_of(
         cls: The class.
         content: The file's.
         but: Arguments that this class has are left out too.
+
+    Raises:
+        ValueError: A value is of none of the types that the class asks for, or negative.
     """
     left_out = signature(but).parameters if but is not None else ()
-    return {
-        name: content[name]
-        for name in signature(cls).parameters
-        if name in content and name not in left_out and not name.startswith("_")
-    }
+    settings = {}
+    for name, parameter in signature(cls).parameters.items():
+        if name in content and name not in left_out and not name.startswith("_"):
+            if parameter.annotation is not parameter.empty:
+                _check_setting(name, content[name], formatannotation(parameter.annotation))
+            settings[name] = content[name]
+    return settings
+
+
+def _check_setting(name: str, value: Any, types: str) -> None:
+    for leaf in _leaves(value):
+        if isinstance(leaf, int) and leaf < 0:
+            raise ValueError(f"{name} must not be negative, got {leaf}")
+        kind = type(leaf).__name__
+        if leaf is not None and kind not in types and not (kind == "int" and "float" in types):
+            raise ValueError(f"{name} must be {types}, got {repr(leaf)[:100]}")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
 
 
 def _values(state: Mapping[str, Tensor]) -> int:

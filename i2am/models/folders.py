@@ -114,8 +114,8 @@ def _load_model(
     what = f"{model_class.__name__} in {folder}"
     cannot = f"{folder / 'config.json'} cannot be loaded as {model_class.__name__}"
     if issubclass(model_class, ModelMixin):
-        settings = settings_of(model_class, content)
         with in_one_sentence(cannot):
+            settings = settings_of(model_class, content)
             model = build_empty(lambda: model_class(**settings), state)
         state = {_current_name(key): values for key, values in state.items()}
         load_strictly(model, state, what=what, dtype=dtype)
