@@ -16,7 +16,13 @@ from i2am.models import schedulers
 from i2am.models.base import ReferencePipeline
 from i2am.models.building import build_empty, configuration_of, no_larger_than, settings_of
 from i2am.models.offline import no_hub
-from i2am.models.weights import check_keys, in_one_sentence, load_strictly, read_state_dict
+from i2am.models.weights import (
+    check_keys,
+    in_one_sentence,
+    load_strictly,
+    own_copy,
+    read_state_dict,
+)
 
 Pipeline = TypeVar("Pipeline", bound=ReferencePipeline)
 INDEX = "model_index.json"
@@ -125,7 +131,7 @@ def _load_model(
         model, report = model_class.from_pretrained(
             None,
             config=configuration_of(model_class.config_class, content, state),
-            state_dict=state,
+            state_dict={key: own_copy(values, dtype) for key, values in state.items()},
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

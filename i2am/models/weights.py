@@ -176,13 +176,19 @@ def load_strictly(
             parameters keep theirs.
 
     Raises:
-        ValueError: Tensors are missing, left over or misshapen; all are counted, some named.
+        ValueError: Tensors are missing, left over or misshapen, or whole numbers in place of
+            floating ones; all are counted, some named.
     """
     expected = module.state_dict()
+    both = [(key, state[key], expected[key]) for key in expected if key in state]
     misshapen = [
-        f"{key} ({list(state[key].shape)} for {list(expected[key].shape)})"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
+        f"{key} ({list(found.shape)} for {list(wanted.shape)})"
+        for key, found, wanted in both
+        if found.shape != wanted.shape
+    ] + [
+        f"{key} ({found.dtype} for {wanted.dtype})"
+        for key, found, wanted in both
+        if found.is_floating_point() != wanted.is_floating_point()
     ]
     check_keys(
         what,
@@ -190,14 +196,14 @@ def load_strictly(
         unexpected=[key for key in state if key not in expected],
         misshapen=misshapen,
     )
-    empty = {
-        # copied, for what is read from a file may be mapped
-        key: state[key].to(dtype if values.is_floating_point() else values.dtype, copy=True)
-        for key, values in expected.items()
-        if values.is_meta
-    }
+    empty = {key: own_copy(state[key], dtype) for key, values in expected.items() if values.is_meta}
     module.load_state_dict(empty, strict=False, assign=True)
     module.load_state_dict({key: state[key] for key in expected if key not in empty}, strict=False)
+
+
+def own_copy(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in memory, in a dtype if they are floating: what is read from a file may be mapped."""
+    return values.to(dtype if values.is_floating_point() else values.dtype, copy=True)
 
 
 def check_keys(

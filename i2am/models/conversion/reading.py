@@ -27,6 +27,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 LARGEST_PICKLE = 1 << 24
 """Bytes that describe all tensors; a checkpoint of Stable Diffusion with its optimizer's state has
 less than a tenth of that."""
+_SHARED, _REPEATED = 4, 1 << 20
 
 
 def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -124,7 +125,7 @@ def _read_zip(path: Path) -> dict[str, Tensor]:
         found = _cut(path, stored, storages)
         _check_memory(sum(place.size for place in packed.values()))
         found |= {key: _copied(archive.unpacked(place)) for key, place in packed.items()}
-    return {name: _tensor(record, found) for name, record in wanted.items()}
+    return _tensors(wanted, found)
 
 
 def _root(names: list[str]) -> str:
@@ -169,7 +170,7 @@ def _read_legacy(path: Path) -> dict[str, Tensor]:
         if record.storage.key not in places:
             raise ValueError(f"storage {record.storage.key} is missing")
     found = _cut(path, places, storages)
-    return {name: _tensor(record, found) for name, record in wanted.items()}
+    return _tensors(wanted, found)
 
 
 def _cut(
@@ -228,10 +229,25 @@ def _records(content: Any) -> dict[str, TensorRecord]:
     return content
 
 
-def _tensor(record: TensorRecord, storages: Mapping[str, UntypedStorage]) -> Tensor:
+def _tensors(
+    wanted: Mapping[str, TensorRecord], found: Mapping[str, UntypedStorage]
+) -> dict[str, Tensor]:
+    """All tensors, each over its storage."""
+    tensors = {name: _tensor(record, found[record.storage.key]) for name, record in wanted.items()}
+    values = sum(tensor.numel() for tensor in tensors.values())
+    stored = sum(
+        found[record.storage.key].nbytes() // record.dtype.itemsize
+        for record in {record.storage.key: record for record in wanted.values()}.values()
+    )
+    # some share a storage; but a small file must not keep all that read it busy for ever
+    if values > _SHARED * stored + _REPEATED:
+        raise ValueError(f"its tensors have {values} values, of which {stored} are stored")
+    return tensors
+
+
+def _tensor(record: TensorRecord, found: UntypedStorage) -> Tensor:
     """A tensor over its storage. torch itself would enlarge a storage that is too small."""
     storage, size, stride, offset = record.storage, record.size, record.stride, record.offset
-    found = storages[storage.key]
     steps = [(n - 1) * step for n, step in zip(size, stride, strict=True)]
     begin = storage.begin * storage.dtype.itemsize
     last = begin + (offset + sum(steps) + 1) * record.dtype.itemsize
