@@ -125,8 +125,12 @@ def is_finite(values: Tensor, dtype: torch.dtype | None = None) -> bool:
     if not values.is_floating_point() or not values.numel():
         return True
     # the smallest and the largest: a NaN is both. isfinite() takes fifty times as long
-    ends = (values.float() if values.itemsize == 1 else values).aminmax()
+    ends = _computable(values).aminmax()
     return all(math.isfinite(end.to(dtype or end.dtype)) for end in ends)
+
+
+def _computable(values: Tensor) -> Tensor:
+    return values.float() if values.itemsize == 1 else values  # torch has little for 8 bits
 
 
 def check_finite(weights: Iterable[tuple[str, Tensor, torch.dtype]], *, what: str) -> None:
@@ -146,7 +150,8 @@ def check_finite(weights: Iterable[tuple[str, Tensor, torch.dtype]], *, what: st
             beyond.append(f"{name} ({count} {among}, up to {values.abs().max():g})")
             dtypes.add(str(dtype))
         else:
-            broken.append(f"{name} ({int((~values.isfinite()).sum())} {among})")
+            count = int((~_computable(values).isfinite()).sum())
+            broken.append(f"{name} ({count} {among})")
     problems = []
     if broken:
         problems.append(f"weights of {what} are NaN or infinite: {some_of(broken)}")

@@ -115,9 +115,19 @@ def test_much_random_damage(kind, damage):
     check(kind, damage)
 
 
+def check_bits(kind, places):
+    for at in places:
+        for bit in range(8):
+            check(kind, lambda data: data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", CHECKED)
+def test_every_bit_of_an_archive_s_end(kind):
+    size = len(written(kind))
+    check_bits(kind, range(size - 110, size))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_bit(kind):
-    for at in range(len(written(kind))):
-        for bit in range(8):
-            check(kind, lambda data: data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])  # noqa: B023
+    check_bits(kind, range(len(written(kind))))
