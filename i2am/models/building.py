@@ -168,7 +168,8 @@ def _building(build: _Build) -> Iterator[None]:
         _now.build = before
 
 
-def _registered(module: nn.Module, name: str, tensor: Tensor | None) -> nn.Parameter | None:
+def _registered(module: nn.Module, name: str, tensor: Tensor | None) -> Any:
+    """torch calls it before a module gets a parameter or buffer, and takes what it returns."""
     build: _Build | None = getattr(_now, "build", None)
     if build is None or tensor is None:
         return None

@@ -31,8 +31,8 @@ def format_of(path: Path, *, what: str) -> Format:
         pickle, as torch wrote before.
 
     Raises:
-        ValueError: It is empty, truncated, damaged, or no weights: a Git LFS pointer, a web page, other
-            text, an archive of another kind.
+        ValueError: It is empty, truncated, damaged, or no weights: a Git LFS pointer, a web page,
+            other text, an archive of another kind.
         OSError: It cannot be read.
     """
     with path.open("rb") as file:

@@ -7,7 +7,7 @@ text, tuples, lists and dictionaries. Whatever else a pickle makes is a `Thing` 
 import io
 import pickletools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,10 +173,10 @@ class _Machine:
             case "EMPTY_SET":
                 stack.append(Thing("builtins.set"))
             case name if name in _TUPLES:
-                items = tuple(stack[-_TUPLES[name] :])
-                if len(items) < _TUPLES[name]:
+                last = tuple(stack[-_TUPLES[name] :])
+                if len(last) < _TUPLES[name]:
                     raise ValueError("a tuple lacks items")
-                stack[-len(items) :] = [items]
+                stack[-len(last) :] = [last]
             case "TUPLE":
                 stack.append(tuple(self._behind_mark()))
             case "LIST":
@@ -340,7 +340,7 @@ def _tensor_with_attributes(rebuild: Any, kind: Any, arguments: Any, *_rest: Any
     return _REBUILD[rebuild.full](*arguments)
 
 
-_REBUILD = {
+_REBUILD: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_with_dtype,
