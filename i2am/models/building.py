@@ -57,7 +57,8 @@ def no_larger_than(state: Mapping[str, Tensor]) -> Iterator[None]:
         state: The weights.
 
     Raises:
-        ValueError: The network has more than twice as many values or tensors, and some.
+        ValueError: The network has more than twice as many values or tensors, beyond an allowance
+            for small ones.
     """
     build = _Build(_values(state), len(state))
     with _building(build):

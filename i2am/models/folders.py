@@ -166,7 +166,7 @@ def _load_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
         if isinstance(value, int) and abs(value) > _MOST_STEPS:
             raise ValueError(
                 f"{name} in {folder / 'scheduler_config.json'} must be at most {_MOST_STEPS:,}, "
-                f"got {value:,}"
+                f"got {f'{value:,}'[:40]}"
             )
     scheduler_class: Any = found
     with in_one_sentence(f"{folder / 'scheduler_config.json'} cannot be loaded as {class_name}"):

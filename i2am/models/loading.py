@@ -70,7 +70,7 @@ class ModelRejected(ValueError):
 def load_offline(
     name_or_folder: str | os.PathLike[str], *, dtype: str = "float32", messages: bool = False
 ) -> "ReferencePipeline":
-    """`load_pipeline` for programs: asks no hub, says nothing by itself, fails in one way.
+    """`load_pipeline` for programs: says nothing by itself, fails in one way.
 
     Args:
         name_or_folder: As for `load_pipeline`.
