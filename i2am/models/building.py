@@ -15,6 +15,8 @@ from torch.nn.modules.module import (
 )
 from transformers import PreTrainedConfig
 
+from i2am.models.weights import stored_values
+
 Network = TypeVar("Network", bound=nn.Module)
 
 # a few weights may be missing, which is said by name later, and some are made again while loading
@@ -60,7 +62,7 @@ def no_larger_than(state: Mapping[str, Tensor]) -> Iterator[None]:
         ValueError: The network has more than twice as many values or tensors, beyond an allowance
             for small ones.
     """
-    build = _Build(_values(state), len(state))
+    build = _Build(stored_values(state), len(state))
     with _building(build):
         yield
         # again, for what builds it may catch what is raised in it
@@ -148,15 +150,6 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     else:
         yield value
-
-
-def _values(state: Mapping[str, Tensor]) -> int:
-    """How many numbers are stored: tensors may share them, or repeat one along an axis."""
-    storages = {}
-    for tensor in state.values():
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes() // tensor.itemsize
-    return sum(storages.values())
 
 
 @contextmanager

@@ -21,6 +21,8 @@ WEIGHT_NAMES = (
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
 )
+# tensors may share what is stored; but a small file must not keep its reader busy for ever
+_SHARED, _REPEATED = 4, 1 << 20
 
 
 def weight_files(folder: str | os.PathLike[str], variant: str | None = None) -> list[Path]:
@@ -114,10 +116,22 @@ def read_weight_file(
                 metadata = opened.metadata() or {}
     else:
         tensors = read_checkpoint(file)
+        values, stored = sum(x.numel() for x in tensors.values()), stored_values(tensors)
+        if values > _SHARED * stored + _REPEATED:
+            raise ValueError(f"{file} holds tensors of {values} values and stores {stored}")
     check_finite(
         ((name, values, dtype or values.dtype) for name, values in tensors.items()), what=str(file)
     )
     return tensors, metadata
+
+
+def stored_values(state: Mapping[str, Tensor]) -> int:
+    """How many numbers are stored: tensors may share them, or repeat one along an axis."""
+    storages = {}
+    for tensor in state.values():
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes() // tensor.itemsize
+    return sum(storages.values())
 
 
 def is_finite(values: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -11,6 +11,7 @@ import torch
 from i2am.models.conversion import read_checkpoint
 from i2am.models.conversion.pickles import MOST_INSTRUCTIONS, read_pickle
 from i2am.models.conversion.reading import LARGEST_PICKLE
+from i2am.models.weights import read_weight_file
 
 START = b"\x80\x02"
 MANY = MOST_INSTRUCTIONS + 10
@@ -74,17 +75,16 @@ def test_small_files_with_a_large_pickle(tmp_path):
 
 def test_tensors_that_repeat_what_little_is_stored(tmp_path):
     large = torch.zeros(1).expand(1 << 40)
-    torch.save({"state_dict": {"a": large}}, tmp_path / "x.ckpt")
-    sentence = "its tensors have 1099511627776 values, of which 1 are stored"
+    torch.save({"a": large}, tmp_path / "x.bin")
+    sentence = "holds tensors of 1099511627776 values and stores 1"
     with pytest.raises(ValueError, match=sentence):
-        read_checkpoint(tmp_path / "x.ckpt")
+        read_weight_file(tmp_path / "x.bin")
     shared = torch.zeros(1 << 20)
-    for count in (5, 6):  # 4 times what is stored, and as much again
-        torch.save({f"a{number}": shared for number in range(count)}, tmp_path / "y.ckpt")
-        if count == 5:
-            assert len(read_checkpoint(tmp_path / "y.ckpt")) == 5
-    with pytest.raises(ValueError, match="its tensors have 6291456 values, of which 1048576 are"):
-        read_checkpoint(tmp_path / "y.ckpt")
+    torch.save({f"a{number}": shared for number in range(5)}, tmp_path / "x.bin")
+    assert len(read_weight_file(tmp_path / "x.bin")[0]) == 5
+    torch.save({f"a{number}": shared for number in range(6)}, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="holds tensors of 6291456 values and stores 1048576"):
+        read_weight_file(tmp_path / "x.bin")
 
 
 PLAIN = [
