@@ -1,5 +1,8 @@
 """How numbers, names and remarks are told to people."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def counted(number: int, noun: str) -> str:
     """``"1 step"``, ``"0 steps"``, ``"2 steps"``."""
@@ -34,3 +37,21 @@ class Footnotes:
     def lines(self) -> list[str]:
         """``"[1] sentence"``, one line for each sentence that was marked."""
         return [f"[{number}] {sentence}" for sentence, number in self._numbers.items()]
+
+
+@contextmanager
+def in_one_sentence(what: str) -> Iterator[None]:
+    """Turns what libraries raise over bad files into one ValueError that begins with `what`.
+
+    The disk's own faults (an OSError with an errno) and a lack of memory stay what they are.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        # they raise what they like: TypeError, KeyError, OSError without errno, classes of a hub
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{what}: {type(error).__name__} {reason}") from error

@@ -24,6 +24,8 @@ LAW = {
     "testing": {"attribution", "kernels"},
 }
 LAW["cli"] = {*LAW} - {"testing"}
+# names of the package itself
+PUBLIC = {"AttributionMaps", "Recorder", "__version__", "record"}
 EXCEPTIONS = {
     # AttributionMaps.plot and its picture in a notebook
     ("attribution", "plots"),
@@ -59,13 +61,7 @@ def arrows() -> dict[tuple[str, str], list[str]]:
     """From which room to which, and the modules that import so."""
     found: dict[tuple[str, str], list[str]] = {}
     for room, path in modules():
-        for other in imported(path) - {
-            room,
-            "record",
-            "AttributionMaps",
-            "Recorder",
-            "__version__",
-        }:
+        for other in imported(path) - {room, *PUBLIC}:
             found.setdefault((room, other), []).append(str(path.relative_to(ROOT)))
     return found
 

@@ -77,8 +77,9 @@ class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
         Raises:
             FileNotFoundError: The folder, or a file in it, is missing.
             TypeError: An option this pipeline does not have.
-            ValueError: A file is damaged, a component has another class or a configuration that
-                cannot be, or its weights lack keys, have extra ones or other shapes.
+            ValueError: A file is damaged; a component has another class, or a configuration that
+                cannot be or is of a network much larger than its weights; the weights lack keys,
+                have extra ones or other shapes, or are NaN, infinite or beyond `torch_dtype`.
         """
         from i2am.models.folders import load_folder
 

@@ -31,8 +31,8 @@ def format_of(path: Path, *, what: str) -> Format:
         pickle, as torch wrote before.
 
     Raises:
-        ValueError: It is empty, truncated, or no weights: a Git LFS pointer, a web page, other
-            text, an archive of another kind.
+        ValueError: It is empty, truncated, damaged, or no weights: a Git LFS pointer, a web page,
+            other text, an archive of another kind.
         OSError: It cannot be read.
     """
     with path.open("rb") as file:
@@ -42,7 +42,11 @@ def format_of(path: Path, *, what: str) -> Format:
         return "safetensors"
     if start.startswith(b"PK"):
         # the directory of a zip archive is at its end
-        if not zipfile.is_zipfile(path):
+        try:
+            whole = zipfile.is_zipfile(path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{what} is damaged: {error}") from error
+        if not whole:
             raise ValueError(f"{what} is truncated")
         return "zip"
     if start.startswith(b"\x80"):

@@ -1,7 +1,8 @@
 """Pipelines from folders in diffusers layout: offline, strict, no module imported on their word."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +14,20 @@ from diffusers import ModelMixin, SchedulerMixin
 from i2am.files import read_json
 from i2am.models import schedulers
 from i2am.models.base import ReferencePipeline
-from i2am.models.weights import check_keys, in_one_sentence, weight_files
+from i2am.models.building import build_empty, configuration_of, no_larger_than, settings_of
+from i2am.models.offline import no_hub
+from i2am.models.weights import (
+    check_keys,
+    load_strictly,
+    own_copy,
+    read_state_dict,
+)
+from i2am.wording import in_one_sentence
 
 Pipeline = TypeVar("Pipeline", bound=ReferencePipeline)
 INDEX = "model_index.json"
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_MOST_STEPS = 1_000_000  # of a scheduler, which makes arrays of them
 
 
 def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -57,15 +68,35 @@ def load_folder(
         raise ValueError(f"{path} holds a {index['_class_name']}, not a {cls.__name__}")
 
     settings: dict[str, Any] = {name: index[name] for name in options if name in index}
+    with no_hub():
+        settings |= _load_components(
+            cls, path, index, replacements, torch_dtype or torch.float32, variant
+        )
+        with in_one_sentence(f"{path} cannot be loaded as {cls.__name__}"):
+            pipeline = cls(**{**settings, **replacements})
+    pipeline.register_to_config(_name_or_path=str(path))
+    return pipeline
+
+
+def _load_components(
+    cls: type[Pipeline],
+    path: Path,
+    index: Mapping[str, Any],
+    replaced: Container[str],
+    dtype: torch.dtype,
+    variant: str | None,
+) -> dict[str, Any]:
+    """All components of a folder that are not replaced."""
+    components: dict[str, Any] = {}
     component_class: Any
     for name, component_class in cls.component_classes.items():
-        if name in replacements:
+        if name in replaced:
             continue
         declared = index.get(name)
         if not (isinstance(declared, list) and len(declared) == 2 and isinstance(declared[1], str)):
             raise ValueError(f"{path / INDEX} does not declare the component {name}")
         if component_class is SchedulerMixin:
-            settings[name] = _load_scheduler(path / name, declared[1])
+            components[name] = _load_scheduler(path / name, declared[1])
             continue
         choices = component_class if isinstance(component_class, tuple) else (component_class,)
         chosen = [choice for choice in choices if choice.__name__ == declared[1]]
@@ -75,36 +106,38 @@ def load_folder(
                 f"{name} of a {cls.__name__} must be a {known}, "
                 f"{path / INDEX} declares a {declared[1]}"
             )
-        settings[name] = _load_model(chosen[0], path / name, torch_dtype, variant)
-    with in_one_sentence(f"{path} cannot be loaded as {cls.__name__}"):
-        pipeline = cls(**{**settings, **replacements})
-    pipeline.register_to_config(_name_or_path=str(path))
-    return pipeline
+        components[name] = _load_model(chosen[0], path / name, dtype, variant)
+    return components
 
 
 def _load_model(
-    model_class: Any, folder: Path, dtype: torch.dtype | None, variant: str | None
+    model_class: Any, folder: Path, dtype: torch.dtype, variant: str | None
 ) -> torch.nn.Module:
-    _read_json(folder / "config.json")
-    files = weight_files(folder, variant)
+    content = _read_json(folder / "config.json")
     if "from_pretrained" in vars(model_class):  # one of ours, strict by itself
         return model_class.from_pretrained(folder, dtype=dtype, variant=variant)
-    dtype_name = "torch_dtype" if issubclass(model_class, ModelMixin) else "dtype"
-    what = (
-        f"{folder / 'config.json'} and {files[0].name} cannot be loaded as {model_class.__name__}"
-    )
-    with in_one_sentence(what):
+    state = read_state_dict(folder, variant, dtype=dtype)
+    what = f"{model_class.__name__} in {folder}"
+    cannot = f"{folder / 'config.json'} cannot be loaded as {model_class.__name__}"
+    if issubclass(model_class, ModelMixin):
+        with in_one_sentence(cannot):
+            settings = settings_of(model_class, content)
+            model = build_empty(lambda: model_class(**settings), state)
+        state = {_current_name(key): values for key, values in state.items()}
+        load_strictly(model, state, what=what, dtype=dtype)
+        return model.eval()
+    with in_one_sentence(cannot), no_larger_than(state):
+        # the tensors, not the folder: transformers reads no file, and knows their older names
         model, report = model_class.from_pretrained(
-            folder,
-            variant=variant,
-            local_files_only=True,
-            use_safetensors=files[0].suffix == ".safetensors",
+            None,
+            config=configuration_of(model_class.config_class, content, state),
+            state_dict={key: own_copy(values, dtype) for key, values in state.items()},
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **{dtype_name: dtype or torch.float32},
         )
     check_keys(
-        f"{model_class.__name__} in {folder}",
+        what,
         missing=report["missing_keys"],
         unexpected=report["unexpected_keys"],
         misshapen=[
@@ -115,14 +148,29 @@ def _load_model(
     return model.eval()
 
 
+def _current_name(key: str) -> str:
+    """Of a tensor; diffusers called those of attention otherwise before 0.18."""
+    found = re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)
+    if not found:
+        return key
+    block, layer, leaf = found.groups()
+    return f"{block}.{_ATTENTION[layer]}.{leaf}"
+
+
 def _load_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
-    _read_json(folder / "scheduler_config.json")
+    content = _read_json(folder / "scheduler_config.json")
     found = getattr(schedulers, class_name, None) or getattr(diffusers, class_name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ValueError(f"{folder.parent / INDEX} declares an unknown scheduler, {class_name}")
+    for name, value in content.items():
+        if isinstance(value, int) and abs(value) > _MOST_STEPS:
+            raise ValueError(
+                f"{name} in {folder / 'scheduler_config.json'} must be at most {_MOST_STEPS:,}, "
+                f"got {f'{value:,}'[:40]}"
+            )
     scheduler_class: Any = found
     with in_one_sentence(f"{folder / 'scheduler_config.json'} cannot be loaded as {class_name}"):
-        return scheduler_class.from_pretrained(folder, local_files_only=True)
+        return scheduler_class.from_config(content)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class ModelRejected(ValueError):
 def load_offline(
     name_or_folder: str | os.PathLike[str], *, dtype: str = "float32", messages: bool = False
 ) -> "ReferencePipeline":
-    """`load_pipeline` for programs: asks no hub, says nothing by itself, fails in one way.
+    """`load_pipeline` for programs: says nothing by itself, fails in one way.
 
     Args:
         name_or_folder: As for `load_pipeline`.
@@ -82,8 +82,6 @@ def load_offline(
         OSError: The disk failed.
         MemoryError: There is too little memory.
     """
-    # read when diffusers is imported: whatever a folder says, no hub is asked
-    os.environ["HF_HUB_OFFLINE"] = "1"
     import diffusers
     import transformers
 

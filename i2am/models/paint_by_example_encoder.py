@@ -9,7 +9,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 
-from i2am.models.weights import in_one_sentence, load_strictly, read_state_dict
+from i2am.files import read_json
+from i2am.models.building import build_empty, configuration_of
+from i2am.models.weights import load_strictly, read_state_dict
+from i2am.wording import in_one_sentence
 
 
 class PaintByExampleMapper(nn.Module):
@@ -94,13 +97,18 @@ class PaintByExampleImageEncoder(PreTrainedModel):
             ValueError: A file is damaged, the configuration makes no encoder, or tensors are
                 missing, left over or misshapen.
         """
-        with in_one_sentence(f"{Path(folder, 'config.json')} cannot be loaded as {cls.__name__}"):
-            model = cls(CLIPVisionConfig.from_pretrained(folder, local_files_only=True))
-        found = read_state_dict(folder, variant)
+        dtype = dtype or torch.float32
+        found = read_state_dict(folder, variant, dtype=dtype)
         state = {_current_name(key): values for key, values in found.items()}
         state.pop("model.embeddings.position_ids", None)
-        load_strictly(model, state, what=f"image encoder in {os.fspath(folder)}")
-        return model.to(dtype or torch.float32).eval()
+        file = Path(folder, "config.json")
+        with in_one_sentence(f"{file} cannot be loaded as {cls.__name__}"):
+            content = read_json(file)
+            content = content.get("vision_config", content)  # of CLIP's both encoders
+            config = configuration_of(CLIPVisionConfig, content, state)
+            model = build_empty(lambda: cls(config), state)
+        load_strictly(model, state, what=f"image encoder in {os.fspath(folder)}", dtype=dtype)
+        return model.eval()
 
 
 def _current_name(key: str) -> str:

@@ -296,6 +296,14 @@ def test_weights_that_are_none_are_named_and_never_executed(torchvision, torch_f
     assert not marker.exists()
 
 
+def test_weights_that_are_no_numbers_are_named(torchvision, torch_fidelity, tmp_path):
+    values = torch.tensor([1.0, float("nan"), float("inf")])
+    torch.save({"features.0.bias": values}, tmp_path / "x.pth")
+    for make in (LPIPS, inception):
+        with pytest.raises(NotComputable, match=r"NaN or infinite: .*features\.0\.bias \(2 of 3\)"):
+            make(PROTOCOLS["i2am"], tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

@@ -300,7 +300,8 @@ def damaged(values):
         (
             [7e4, -1e5, 65504.0],
             torch.float16,
-            r"^weights are beyond the range of torch\.float16, choose another dtype: 1 tensor, "
+            r"^weights are beyond the range of torch\.float16, choose another dtype for the "
+            r"checkpoint: 1 tensor, "
             r"unet\.conv_out\.weight \(2 of 1152, up to 100000\)$",
         ),
         (
@@ -330,7 +331,9 @@ def test_the_largest_number_of_a_dtype(dtype, tmp_path):
     done = entries(dtype, a=ends, b=torch.ones(0))
     write_safetensors(tmp_path / "done", done, progress=lambda size: None)
     assert load_file(tmp_path / "done")["a"].tolist() == [largest, -largest]
-    sentence = rf"the range of {dtype}, choose another dtype: 1 tensor, unet\.a \(2 of 2, up to "
+    sentence = (
+        rf"the range of {dtype}, choose .* the checkpoint: 1 tensor, unet\.a \(2 of 2, up to "
+    )
     beyond = entries(dtype, a=ends * 1.01)
     with pytest.raises(ValueError, match=sentence):
         write_safetensors(tmp_path / "beyond", beyond, progress=lambda size: None)
@@ -349,7 +352,8 @@ def test_tensors_that_are_not_finite_are_counted(tmp_path):
     )
     sentence = (
         r"^weights of the checkpoint are NaN or infinite: 1 tensor, unet\.a \(3 of 6291456\); "
-        r"weights are beyond the range of torch\.float16, choose another dtype: 2 tensors, "
+        r"weights are beyond the range of torch\.float16, choose another dtype for the checkpoint: "
+        r"2 tensors, "
         r"unet\.b \(1 of 1, up to 1e\+06\), unet\.d \(4 of 4, up to 70000\)$"
     )
     with pytest.raises(ValueError, match=sentence):

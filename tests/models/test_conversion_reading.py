@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import contextlib
 import datetime
 import enum
 import functools
@@ -24,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from i2am.models.conversion import read_checkpoint
-from i2am.models.conversion.pickles import Placeholder, Unpickler
+from i2am.models.conversion.pickles import Name, read_pickle
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}
 OLD = {"_use_new_zipfile_serialization": False}
@@ -303,17 +302,11 @@ def test_a_pickle_changes_nothing_that_it_names(named):
     pickler.write(pickle.PROTO + b"\x02" + f"c{module}\n{name}\n".encode())
     pickler.save((None, {"__defaults__": (1,), "__new__": 1, "harm": 1}))
     pickler.write(pickle.BUILD + pickle.STOP)
-    unpickler = Unpickler(io.BytesIO(stream.getvalue()))
-    found = unpickler.find_class(module, name)
-    before = dict(vars(found)) if isinstance(found, type) else None
-    with contextlib.suppress(AttributeError):
-        unpickler.load()
+    before = set(sys.modules)
+    found, _ = read_pickle(io.BytesIO(stream.getvalue()))
+    assert isinstance(found, torch.dtype) or found == Name(f"{module}.{name}")
     assert not hasattr(found, "harm")
-    if isinstance(found, type):
-        assert dict(vars(found)) == before
-        assert issubclass(found, Placeholder | dict)
-    else:
-        assert isinstance(found, torch.dtype)
+    assert set(sys.modules) == before
 
 
 # Tensors
@@ -381,8 +374,8 @@ def packed_again(source, target, method, replaced=()):
 
 @pytest.mark.parametrize(
     "method",
-    [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA],
-    ids=["stored", "deflated", "lzma"],
+    [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED],
+    ids=["stored", "deflated"],
 )
 def test_archives_that_were_packed_again(tmp_path, method):
     torch.save({"state_dict": TENSORS}, tmp_path / "x.ckpt")
@@ -460,10 +453,13 @@ CONTENTS = {
     "list": ([torch.ones(1)], "must hold tensors by name, got a list"),
     "number": ({"state_dict": {"a": 3}}, "and nothing else, 'a' is a int"),
     "nested": ({"a": {"b": torch.ones(1)}}, "'a' is a dict"),
-    "keys": ({3: torch.ones(1)}, "and nothing else, 3 is a tensor"),
+    "keys": ({3: torch.ones(1)}, "and nothing else, a name is an object of int"),
     "sparse": ({"a": torch.eye(2).to_sparse()}, "'a' is an object of torch._utils._rebuild_sp"),
-    "conjugated": ({"a": torch.tensor([1j]).conj()}, r"'a' is an object of \S+\.Marked"),
-    "negated": ({"a": torch.tensor([1j]).conj().imag}, r"'a' is an object of \S+\.Marked"),
+    "conjugated": ({"a": torch.tensor([1j]).conj()}, "'a' is an object of a conjugated or negated"),
+    "negated": (
+        {"a": torch.tensor([1j]).conj().imag},
+        "'a' is an object of a conjugated or negated",
+    ),
     "module": (torch.nn.ReLU(), r"by name, got an object of torch\.nn\.modules\.activation\.ReLU"),
     "object": ({"state_dict": Options(a=1)}, r"'state_dict' is an object of \S+\.Options"),
 }

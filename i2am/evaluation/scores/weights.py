@@ -27,7 +27,8 @@ class Weights:
         published: Whether that is the published file's.
 
     Raises:
-        NotComputable: If it is missing, or not a file of plain tensors.
+        NotComputable: If it is missing, damaged, not a file of plain tensors, or holds values that
+            are NaN or infinite.
     """
 
     def __init__(

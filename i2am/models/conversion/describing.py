@@ -13,7 +13,7 @@ from i2am.models.base import ReferencePipeline
 from i2am.models.configuration import STABLE_DIFFUSION_BETAS
 from i2am.models.conversion.ldm import LAYERS, LEVELS
 from i2am.models.projection import ReferenceProjection
-from i2am.models.weights import in_one_sentence
+from i2am.wording import in_one_sentence
 
 Shapes = Mapping[str, tuple[int, ...]]
 

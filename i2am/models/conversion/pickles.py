@@ -1,16 +1,22 @@
 """Pickles of torch read as descriptions of tensors: nothing that they name is imported or called.
 
-A pickle is a program that builds objects by calling what it names. Here every name stands for a
-class of this module. Those for torch's functions that rebuild tensors keep their arguments; all
-others keep nothing.
+A pickle is a program for a machine with a stack. The machine here knows tensors, storages, numbers,
+text, tuples, lists and dictionaries. Whatever else a pickle makes is a `Thing` that keeps nothing.
 """
 
-import pickle
+import io
+import pickletools
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import torch
+
+MOST_INSTRUCTIONS = 2_000_000
+"""Of one pickle; Stable Diffusion with averaged weights and its optimizer takes 300 thousand."""
+_LONGEST_NAME = 1000
+_MOST_ARGUMENTS = 16
 
 _DTYPES = {
     "DoubleStorage": torch.float64,
@@ -37,26 +43,28 @@ _ATTACKS = re.compile(
     r"|shutil\.(rmtree|move|copy\w*|unpack_archive)"
     r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|__import__)"
 )
+_TENSOR, _PARAMETER = "torch.Tensor", "torch.nn.parameter.Parameter"
+_DICTIONARIES = ("collections.OrderedDict", "collections.defaultdict")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Attack(Exception):
     """A pickle names a function that runs commands or code; the message is the name."""
 
 
-class Placeholder:
-    """Stands for an object that a pickle describes: takes all that is done to it, keeps nothing."""
+@dataclass(frozen=True)
+class Name:
+    """A class or function that a pickle names, such as collections.OrderedDict."""
 
-    def __new__(cls, *args: Any, **options: Any) -> Any:
-        return super().__new__(cls)
+    full: str
 
-    def _ignore(self, *args: Any, **options: Any) -> None:
-        pass
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self
+@dataclass(frozen=True, eq=False, slots=True)
+class Thing:
+    """Stands for an object of another class, or what a function of that name would return."""
 
-    # unpickling calls no other methods. With __setstate__ it sets no attributes, of classes neither
-    __init__ = __setstate__ = __setitem__ = append = extend = add = _ignore
+    full: str
 
 
 @dataclass(frozen=True)
@@ -76,146 +84,268 @@ class Storage:
     count: int
 
 
-class TensorRecord(Placeholder):
-    """What a file says about a tensor; nothing of it is checked."""
+@dataclass(frozen=True, eq=False)
+class TensorRecord:
+    """What a file says about a tensor; it may reach beyond its storage."""
 
-    storage: Any
-    dtype: Any
-    offset: Any
-    size: Any
-    stride: Any
-
-    # of torch's _rebuild_tensor and _rebuild_tensor_v2: the rest is whether gradients are wanted,
-    # hooks, and marks of tensors whose values are not what is stored
-    def __new__(
-        cls, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any, dtype: Any = None
-    ) -> Any:
-        if any(rest[2:]):
-            return Marked()
-        self = super().__new__(cls)
-        self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
-        self.dtype = dtype or storage.dtype
-        return self
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
-class Marked(Placeholder):
-    """A tensor whose stored values have to be conjugated or negated."""
-
-
-class _TypedTensor(Placeholder):
-    """torch's _rebuild_tensor_v3, for dtypes that no storage is named after."""
-
-    def __new__(
-        cls,
-        storage: Any,
-        offset: Any,
-        size: Any,
-        stride: Any,
-        grad: Any,
-        hooks: Any,
-        dtype: Any,
-        *metadata: Any,
-    ) -> Any:
-        return TensorRecord(storage, offset, size, stride, grad, hooks, *metadata, dtype=dtype)
-
-
-class _Parameter(Placeholder):
-    """torch's _rebuild_parameter, with or without attributes: the tensor itself."""
-
-    def __new__(cls, tensor: Any, *rest: Any) -> Any:
-        return tensor
-
-
-class _WithAttributes(Placeholder):
-    """torch's _rebuild_from_type_v2: a tensor with attributes of its own."""
-
-    def __new__(cls, rebuild: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
-        plain = kind in (_Tensor, _Parameter) and rebuild in _REBUILD.values()
-        return rebuild(*arguments) if plain else super().__new__(cls)
-
-
-class _Tensor(Placeholder):
-    """torch.Tensor as a name; a tensor is never described by it alone."""
-
-
-class _Attribute(Placeholder):
-    """getattr, by which pickles ask for classes inside of classes, and for methods."""
-
-    def __new__(cls, *args: Any) -> Any:
-        return Placeholder
-
-
-class _Items(dict[Any, Any]):
-    """A dictionary of the collections module without what is special about it."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*(pairs for pairs in args if isinstance(pairs, list)))
-
-    def __setstate__(self, *state: Any) -> None:
-        pass
-
-
-_REBUILD = {
-    "torch._utils._rebuild_tensor": TensorRecord,
-    "torch._utils._rebuild_tensor_v2": TensorRecord,
-    "torch._utils._rebuild_tensor_v3": _TypedTensor,
-    "torch._utils._rebuild_parameter": _Parameter,
-    "torch._utils._rebuild_parameter_with_state": _Parameter,
-    "torch._tensor._rebuild_from_type_v2": _WithAttributes,
-}
-_KNOWN = _REBUILD | {
-    "torch.Tensor": _Tensor,
-    "torch.nn.parameter.Parameter": _Parameter,
-    "collections.OrderedDict": _Items,
-    "collections.defaultdict": _Items,
-    "builtins.getattr": _Attribute,
-    "__builtin__.getattr": _Attribute,
-}
-
-
-class Unpickler(pickle.Unpickler):
-    """Reads one pickle.
+def read_pickle(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
+    """What one pickle describes.
 
     Args:
-        stream: Begins with it.
+        stream: Begins with it; is left behind it.
 
-    Attributes:
-        storages: All storages that it names, by key.
+    Returns:
+        The content, and all storages that it names, by key.
+
+    Raises:
+        Attack: It names a function that is known to run commands or code.
+        Exception: It is damaged, or has more than `MOST_INSTRUCTIONS`.
     """
+    machine = _Machine()
+    for opcode, argument, _ in pickletools.genops(stream):
+        machine.work(1)
+        machine.run(opcode, argument)
+    return machine.stack[-1], machine.storages
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        # text of Python 2 has no encoding of its own
-        super().__init__(stream, encoding="utf-8", errors="replace")
+
+def kind_of(value: Any) -> str:
+    """What a value of `read_pickle` is, for an error."""
+    if isinstance(value, Mapping) and not value:
+        return "nothing"
+    if isinstance(value, TensorRecord):
+        return "a tensor"
+    if isinstance(value, Thing):
+        return f"an object of {value.full}"
+    if isinstance(value, Name):
+        return f"the name {value.full}"
+    return f"a {type(value).__name__}"
+
+
+class _Machine:
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
         self.storages: dict[str, Storage] = {}
-        self._placeholders: dict[str, type[Placeholder]] = {}
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+        self._instructions = 0
 
-    def find_class(self, module: str, name: str) -> Any:
-        """A class of this module or a dtype, in place of what the pickle names.
+    def work(self, amount: int) -> None:
+        self._instructions += amount
+        if self._instructions > MOST_INSTRUCTIONS:
+            raise ValueError(f"a pickle has more than {MOST_INSTRUCTIONS} instructions")
 
-        Raises:
-            Attack: It is known to run commands or code.
-        """
-        full = f"{module}.{name}"
-        if _ATTACKS.fullmatch(full):
-            raise Attack(full)
-        if full in _KNOWN:
-            return _KNOWN[full]
-        if module in ("torch", "torch.cuda", "torch.storage") and name in _DTYPES:
-            return _DTYPES[name]
-        # not getattr, for which torch imports modules
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
-            return vars(torch)[name]
-        if full not in self._placeholders:
-            self._placeholders[full] = type(name, (Placeholder,), {"__module__": module})
-        return self._placeholders[full]
+    def run(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        stack, pop = self.stack, self.stack.pop
+        match opcode.name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case name if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            case "MARK":
+                self._marks.append(len(stack))
+            case "POP_MARK":
+                self._behind_mark()
+            case "POP" if self._marks and self._marks[-1] == len(stack):
+                self._marks.pop()
+            case "POP":
+                pop()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                if argument >= 1 << 32:
+                    raise ValueError("a number of the memo is too large")
+                self._memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[argument])
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_SET":
+                stack.append(Thing("builtins.set"))
+            case name if name in _TUPLES:
+                last = tuple(stack[-_TUPLES[name] :])
+                if len(last) < _TUPLES[name]:
+                    raise ValueError("a tuple lacks items")
+                stack[-len(last) :] = [last]
+            case "TUPLE":
+                stack.append(tuple(self._behind_mark()))
+            case "LIST":
+                stack.append(self._behind_mark())
+            case "DICT":
+                items = self._behind_mark()
+                stack.append({})
+                self._fill(items)
+            case "FROZENSET":
+                self._behind_mark()
+                stack.append(Thing("builtins.frozenset"))
+            case "APPEND":
+                self._fill([pop()])
+            case "SETITEM":
+                self._fill([pop(), pop()][::-1])
+            case "APPENDS" | "SETITEMS" | "ADDITEMS":
+                self._fill(self._behind_mark())
+            case "BUILD":
+                pop()  # attributes
+            case "GLOBAL":
+                stack.append(_named(*argument.rsplit(" ", 1)))
+            case "STACK_GLOBAL":
+                name, module = pop(), pop()
+                stack.append(_named(module, name))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = pop(), pop()
+                stack.append(self._called(function, arguments))
+            case "NEWOBJ_EX":
+                _options, arguments, function = pop(), pop(), pop()
+                stack.append(self._called(function, arguments))
+            case "OBJ":
+                function, *rest = self._behind_mark()
+                stack.append(self._called(function, tuple(rest)))
+            case "INST":
+                rest = self._behind_mark()
+                stack.append(self._called(_named(*argument.rsplit(" ", 1)), tuple(rest)))
+            case "PERSID":
+                stack.append(Thing("a persistent object"))
+            case "BINPERSID":
+                stack.append(self._persistent(pop()))
+            # numbers and text
+            case name if opcode.arg is not None and not name.startswith("EXT"):
+                stack.append(argument)
+            case name:
+                raise ValueError(f"a pickle has the instruction {name}")
 
-    def persistent_load(self, pid: Any) -> Any:
+    def _behind_mark(self) -> list[Any]:
+        mark = self._marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+    def _fill(self, items: list[Any]) -> None:
+        """Puts items into the list or dictionary on the stack; other things keep nothing."""
+        container = self.stack[-1]
+        if isinstance(container, list):
+            container.extend(items)
+        elif isinstance(container, dict):
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                # other keys are not hashed: that may take for ever, or all of C's stack
+                container[key if isinstance(key, str) else Thing(type(key).__name__)] = value
+
+    def _called(self, function: Any, arguments: Any) -> Any:
+        """What a function returns, or an object of a class."""
+        if not isinstance(function, Name | Thing):
+            raise ValueError(f"a pickle calls {kind_of(function)}")
+        if isinstance(arguments, tuple) and len(arguments) <= _MOST_ARGUMENTS:
+            if function.full in _REBUILD:
+                return _REBUILD[function.full](*arguments)
+            if function.full in _DICTIONARIES:
+                return self._dictionary(arguments)
+        return Thing(function.full)
+
+    def _dictionary(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+        """Empty, as it is filled later; Python 2 gave it a list of pairs."""
+        self.stack.append({})
+        for pairs in arguments:
+            if isinstance(pairs, list):
+                self.work(len(pairs))
+                for key, value in pairs:
+                    self._fill([key, value])
+        return self.stack.pop()
+
+    def _persistent(self, pid: Any) -> Any:
         """Storages are named by what torch calls persistent ids, and modules were before 1.6."""
         if pid[0] != "storage":
-            return Placeholder
-        _, dtype, key, _, count, *view = pid
-        whole = self.storages.setdefault(key, Storage(key, dtype, 0, count))
+            return Thing("a persistent object")
+        _, dtype, key, _, count, *view = pid[:6]
+        whole = _storage(key, dtype, 0, count)
+        if self.storages.setdefault(whole.key, whole) != whole:
+            raise ValueError(f"storage {whole.key} is described in two ways")
         if any(view):
             _, begin, count = view[0]
-            return Storage(key, dtype, begin, count)
+            return _storage(key, dtype, begin, count)
         return whole
+
+
+def _named(module: Any, name: Any) -> Any:
+    if not (isinstance(module, str) and isinstance(name, str)):
+        raise ValueError("a name is not text")
+    if len(module) + len(name) > _LONGEST_NAME:
+        raise ValueError(f"a name is longer than {_LONGEST_NAME} characters")
+    full = f"{module}.{name}"
+    if _ATTACKS.fullmatch(full):
+        raise Attack(full)
+    if module in ("torch", "torch.cuda", "torch.storage") and name in _DTYPES:
+        return _DTYPES[name]
+    # not getattr, for which torch imports modules
+    if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+        return vars(torch)[name]
+    return Name(full)
+
+
+def _storage(key: Any, dtype: Any, begin: Any, count: Any) -> Storage:
+    if not (isinstance(key, str) and isinstance(dtype, torch.dtype)):
+        raise ValueError("a storage has no name or no dtype")
+    if not (_is_size(begin) and _is_size(count)):
+        raise ValueError(f"storage {key[:100]} has no size")
+    return Storage(key, dtype, begin, count)
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 1 << 63
+
+
+# torch's functions that rebuild tensors; the last arguments are whether gradients are wanted,
+# hooks, and marks of tensors whose values are not what is stored
+
+
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, *rest: Any, dtype: Any = None
+) -> TensorRecord | Thing:
+    if any(rest[2:]):
+        return Thing("a conjugated or negated tensor")
+    if not isinstance(storage, Storage):
+        raise ValueError(f"a tensor has {kind_of(storage)} in place of a storage")
+    dtype = dtype or storage.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"a tensor has {kind_of(dtype)} in place of a dtype")
+    if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)):
+        raise ValueError("the size of a tensor does not fit its stride")
+    if not all(type(number) is int for number in (offset, *size, *stride)):
+        raise ValueError("a tensor's place in its storage is no number")
+    return TensorRecord(storage, dtype, offset, size, stride)
+
+
+def _tensor_with_dtype(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
+) -> TensorRecord | Thing:
+    return _tensor(storage, offset, size, stride, grad, hooks, *rest, dtype=dtype)
+
+
+def _parameter(tensor: Any, *_rest: Any) -> Any:
+    return tensor
+
+
+def _tensor_with_attributes(rebuild: Any, kind: Any, arguments: Any, *_rest: Any) -> Any:
+    plain = isinstance(kind, Name) and kind.full in (_TENSOR, _PARAMETER)
+    if not plain or not isinstance(rebuild, Name) or rebuild.full not in _REBUILD:
+        return Thing(kind.full if isinstance(kind, Name) else "a class of tensors")
+    return _REBUILD[rebuild.full](*arguments)
+
+
+_REBUILD: Mapping[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_with_dtype,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
+    _PARAMETER: _parameter,
+}

@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import math
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from i2am.files.container import header_of
 from i2am.models.conversion.rules import Target
-from i2am.models.weights import some_of
+from i2am.models.weights import check_finite, is_finite
 
 CHUNK = 1 << 22
 MADV_PAGEOUT = 21  # of Linux; Python's mmap has no name for it
@@ -86,45 +85,19 @@ def write_safetensors(
         put(memoryview(header))
         for entry in (by_name[name] for name in names):
             for piece in _pieces(entry):
-                if not _is_finite(piece):
+                if not is_finite(piece):
                     not_finite[entry.target.key] = entry
                 data = piece.view(torch.uint8).numpy().data
                 put(data)
                 progress(len(data))
-    _check_finite(list(not_finite.values()))
+    check_finite(
+        (
+            (f"{at.target.component}.{at.target.key}", at.target.of(at.source), at.dtype)
+            for at in not_finite.values()
+        ),
+        what="the checkpoint",
+    )
     return {"sha256": digest.hexdigest(), "bytes": size}
-
-
-def _is_finite(values: Tensor) -> bool:
-    # a NaN is both the smallest and the largest; isfinite() takes fifty times as long
-    return not values.numel() or all(math.isfinite(end) for end in values.aminmax())
-
-
-def _check_finite(entries: Sequence[Entry]) -> None:
-    """Raises a ValueError about the entries, which are not finite as written, if there are any.
-
-    Images made with them would be black.
-    """
-    broken, beyond = [], []
-    for entry in entries:
-        values = entry.target.of(entry.source)
-        among = f"of {values.numel()}"
-        name = f"{entry.target.component}.{entry.target.key}"
-        if _is_finite(values):
-            count = int((~values.to(entry.dtype).isfinite()).sum())
-            beyond.append(f"{name} ({count} {among}, up to {values.abs().max():g})")
-        else:
-            broken.append(f"{name} ({int((~values.isfinite()).sum())} {among})")
-    problems = []
-    if broken:
-        problems.append(f"weights of the checkpoint are NaN or infinite: {some_of(broken)}")
-    if beyond:
-        dtypes = ", ".join(sorted({str(entry.dtype) for entry in entries}))
-        problems.append(
-            f"weights are beyond the range of {dtypes}, choose another dtype: {some_of(beyond)}"
-        )
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 def _pieces(entry: Entry) -> Iterator[Tensor]:
