@@ -1,5 +1,6 @@
 """SSIM, LPIPS and features of single pictures: protocols, libraries, weight files."""
 
+import importlib
 import os
 import re
 import sys
@@ -164,6 +165,8 @@ class AlexNet(nn.Module):
 @pytest.fixture
 def torchvision(monkeypatch):
     """A module like torchvision, which can only make an AlexNet without weights."""
+    # looks for torchvision when it is imported, and must not find this one
+    importlib.import_module("transformers")
     module = ModuleType("torchvision")
     module.__version__ = "0.0"
     module.models = ModuleType("torchvision.models")
