@@ -165,8 +165,9 @@ class AlexNet(nn.Module):
 @pytest.fixture
 def torchvision(monkeypatch):
     """A module like torchvision, which can only make an AlexNet without weights."""
-    # looks for torchvision when it is imported, and must not find this one
-    importlib.import_module("transformers")
+    # these look for torchvision when they are imported, and must not find this one
+    for package in ("transformers", "torchmetrics"):
+        importlib.import_module(package)
     module = ModuleType("torchvision")
     module.__version__ = "0.0"
     module.models = ModuleType("torchvision.models")
