@@ -2,7 +2,6 @@
 
 import json
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import i2am
 from i2am.attribution import Box, picture
 from i2am.attribution.layers import tensors
 from i2am.cli.errors import ExitCode
+from i2am.data import images
 from i2am.models import load_pipeline
 
 
@@ -208,17 +208,17 @@ def test_every_input_is_read_once_so_that_its_hash_is_that_of_what_was_used(
     run_here, record_line, files, out, monkeypatch
 ):
     read = []
-    read_bytes = Path.read_bytes
+    read_bytes = images.read_bytes
 
-    def watch(path):
-        content = read_bytes(path)
+    def watch(path, **options):
+        content = read_bytes(path, **options)
         if path.parent == files:
             read.append(path.stem)
             path.unlink()
         return content
 
     expected = {path.stem: sha256(path.read_bytes()).hexdigest() for path in files.iterdir()}
-    monkeypatch.setattr(Path, "read_bytes", watch)
+    monkeypatch.setattr(images, "read_bytes", watch)
     given = {name: files / f"{name}.png" for name in ("pose", "reference_mask")}
     assert run_here(record_line(**given)).code == ExitCode.DONE
     assert sorted(read) == sorted(expected)
