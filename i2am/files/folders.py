@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -87,7 +87,8 @@ def fresh_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         overwrite: Whether an earlier result may be replaced; it stays until the new one is whole.
 
     Yields:
-        An empty folder to write into. After an exception it is gone, and `out` is as it was.
+        An empty folder to write into. After an exception it is gone, and `out` is as it was, or new
+        if nothing failed but to flush its name.
 
     Raises:
         OutputRefused: As for `check_free`, before and after the block.
@@ -161,11 +162,11 @@ def _built(out: Path, check: Callable[[], None]) -> Iterator[Path]:
             sync(path)
         check()
         _replace(partial, out)
-        sync(partial.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in missing:
-            if parent.is_dir() and not any(parent.iterdir()):
+            # what others have put there meanwhile stays
+            with suppress(OSError):
                 parent.rmdir()
         raise
 
@@ -178,6 +179,7 @@ def _replace(partial: Path, out: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             raise OutputRefused(f"output folder {out} was made meanwhile, so it is kept") from error
+        sync(partial.parent)
         return
     old = partial.with_name(temporary_name())
     out.rename(old)
@@ -186,7 +188,9 @@ def _replace(partial: Path, out: Path) -> None:
     except BaseException:
         old.rename(out)
         raise
-    shutil.rmtree(old)
+    # first: after a power loss the old name may lead to the old folder, which must be whole then
+    sync(partial.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_replaceable(out: Path) -> None:
