@@ -137,7 +137,7 @@ def inner_folder(root: Path, *names: str) -> Path:
         names: The folders on the way, the last one included.
 
     Raises:
-        OutputRefused: One of them is a link.
+        OutputRefused: One of them is a link or a file.
         OSError: One cannot be made.
     """
     folder = root
@@ -145,6 +145,8 @@ def inner_folder(root: Path, *names: str) -> Path:
         folder = folder / name
         if folder.is_symlink():
             raise OutputRefused(f"{folder} is a link, and nothing is written through it")
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise OutputRefused(f"{folder} is a file, a folder was expected")
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
     return folder
@@ -204,3 +206,5 @@ def _check_replaceable(out: Path) -> None:
             raise OutputRefused(f"output {out} is the current folder or holds it; name one in it")
         if out.is_mount():
             raise OutputRefused(f"output {out} is a mount point; name a folder in it")
+    if out.name == "..":
+        raise OutputRefused(f"output {out} must end with a name of its own")

@@ -1,7 +1,7 @@
 """Faults while a run is written: processes killed, disks that fail, power that is lost.
 
-At every operation on a file, one after the other, until none is left to go wrong; what the functions
-do that write files is swept in tests/files.
+At every operation on a file, one after the other, until none is left to go wrong. Of the functions
+that write files there is more in tests/files.
 """
 
 import errno
