@@ -145,9 +145,10 @@ def inner_folder(root: Path, *names: str) -> Path:
         folder = folder / name
         if folder.is_symlink():
             raise OutputRefused(f"{folder} is a link, and nothing is written through it")
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise OutputRefused(f"{folder} is a file, a folder was expected")
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise OutputRefused(f"{folder} is a file, a folder was expected") from None
         sync(folder.parent)
     return folder
 
