@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from i2am.files import FileRejected, digests_of, sha256_of_file, sha256_of_folder
+from i2am.files import FileRejected, digests_of, is_listed, sha256_of_file, sha256_of_folder
 
 
 @pytest.fixture
@@ -34,6 +34,24 @@ def test_what_a_manifest_lists(folder):
     }
     with pytest.raises(FileNotFoundError):
         digests_of(folder, ["none"])
+
+
+def test_whether_a_file_is_the_listed_one(folder):
+    entry = digests_of(folder, ["a.txt"])["a.txt"]
+    path = folder / "a.txt"
+    assert is_listed(path, entry)
+    assert is_listed(path, {**entry, "more": 1})
+    path.write_text("content of b.txt")
+    assert not is_listed(path, entry)
+    os.truncate(path, 10**12)
+    # at once: that much is not read
+    assert not is_listed(path, entry)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        is_listed(path, entry)
+    os.mkfifo(path)
+    with pytest.raises(FileRejected, match="must be a regular file"):
+        is_listed(path, entry)
 
 
 def test_a_folder_by_hand(folder):
