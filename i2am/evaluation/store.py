@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from i2am.data.images import MAX_BYTES
 from i2am.evaluation import plan_file
 from i2am.evaluation.errors import StoreConflict, StoreDamaged, StoreError
 from i2am.evaluation.shard import Shard, read_header
@@ -247,7 +248,7 @@ class Store:
         """
         path = self.image_path(shard.setting, id)
         try:
-            data = read_bytes(path)
+            data = read_bytes(path, limit=MAX_BYTES)
         except FileNotFoundError:
             raise StoreDamaged(f"{path} is missing") from None
         except FileRejected as error:

@@ -1,5 +1,6 @@
 """Opening files that anybody may have left: regular files of a sensible size, nothing else."""
 
+import errno
 import os
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -31,13 +32,19 @@ def open_regular(
         The file without a buffer: a read may return fewer bytes than it is asked for.
 
     Raises:
-        FileRejected: It is a folder, pipe, socket or device.
+        FileRejected: It is a folder, pipe, socket or device, or a link that leads in a circle.
         FileTooLarge: It has more than `limit` bytes.
         OSError: It is missing, or cannot be opened.
     """
     what = str(path) if what is None else what
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise FileRejected(f"{what} is a link that leads in a circle") from error
     # before it is opened too, because to open a device may do something
-    _check_regular(os.stat(path).st_mode, what)
+    _check_regular(mode, what)
     file = open(path, "rb", buffering=0, opener=_open)
     try:
         status = os.fstat(file.fileno())
