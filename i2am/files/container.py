@@ -198,7 +198,7 @@ def _places(
             or _BY_NAME[entry["dtype"]] != _BY_NAME[summary["dtype"]]
         ):
             raise ValueError(f"{tensor} is not as described")
-        if not _is_shape(entry["shape"]) or type(summary["crc32"]) is not int:
+        if not _is_shape(entry["shape"]) or type(summary.get("crc32")) is not int:
             raise ValueError(f"{tensor} has no shape, or no checksum")
         length = _SIZES[entry["dtype"]] * math.prod(entry["shape"])
         if entry["data_offsets"] != [end, end + length]:

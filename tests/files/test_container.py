@@ -295,6 +295,15 @@ def test_forged_entries(entry, summary):
         read(forged(entries, summaries, b"abc"))
 
 
+def test_a_tensor_without_a_checksum():
+    entries, summaries = of_shape([3], 3)
+    del summaries["a"]["crc32"]
+    with pytest.raises(
+        FileRejected, match=r"^the file is truncated or damaged: a has no shape, or no checksum$"
+    ):
+        read(forged(entries, summaries, b"abc"))
+
+
 @pytest.mark.parametrize("wrong", [None, 1, "a", [], [[]], {"a": None}, {"a": []}, {"b": {}}])
 def test_forged_tables(wrong):
     entries, summaries = of_shape([3], 3, crc32=zlib.crc32(b"abc"))

@@ -404,6 +404,15 @@ def test_what_others_put_beside_it_stays(tmp_path):
     assert names(tmp_path / "a") == ["mine"]
 
 
+def test_an_error_is_not_hidden_by_one_while_tidying(tmp_path, monkeypatch):
+    def fail(path, **options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "rmdir", fail)
+    with pytest.raises(ValueError, match="x"):
+        build(tmp_path / "a" / "b" / "out", write, failing(ValueError("x")))
+
+
 def test_a_replaced_folder_takes_the_place_of_anything_of_ours(tmp_path):
     out = tmp_path / "out"
     foreign(out)
