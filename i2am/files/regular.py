@@ -32,7 +32,7 @@ def open_regular(
         The file without a buffer: a read may return fewer bytes than it is asked for.
 
     Raises:
-        FileRejected: It is a folder, pipe, socket or device, or a link that leads in a circle.
+        FileRejected: It is a folder, pipe, socket or device.
         FileTooLarge: It has more than `limit` bytes.
         OSError: It is missing, or cannot be opened.
     """
@@ -42,7 +42,8 @@ def open_regular(
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise FileRejected(f"{what} is a link that leads in a circle") from error
+        # for readers as any other link to nothing
+        raise FileNotFoundError(errno.ENOENT, "a link to itself", os.fspath(path)) from error
     # before it is opened too, because to open a device may do something
     _check_regular(mode, what)
     file = open(path, "rb", buffering=0, opener=_open)

@@ -65,9 +65,8 @@ def link_to(target):
         (fifo, "must be a regular file, it is a pipe or a device"),
         (unix_socket, "must be a regular file, it is a pipe or a device"),
         (link_to("/dev/zero"), "must be a regular file, it is a pipe or a device"),
-        (link_to("thing"), "is a link that leads in a circle"),
     ],
-    ids=["folder", "link to a folder", "fifo", "socket", "endless device", "link to itself"],
+    ids=["folder", "link to a folder", "fifo", "socket", "endless device"],
 )
 def test_what_is_no_regular_file_is_refused(tmp_path, read, make, message):
     path = tmp_path / "thing"
@@ -83,10 +82,17 @@ def test_what_is_no_regular_file_is_refused(tmp_path, read, make, message):
     [
         (lambda path: None, errno.ENOENT),
         (link_to("nothing"), errno.ENOENT),
+        (link_to("thing"), errno.ENOENT),
         (link_to("../none/thing"), errno.ENOENT),
         (link_to("/dev/null/thing"), errno.ENOTDIR),
     ],
-    ids=["nothing", "dangling link", "link to no folder", "link through a device"],
+    ids=[
+        "nothing",
+        "dangling link",
+        "link to itself",
+        "link to no folder",
+        "link through a device",
+    ],
 )
 def test_what_is_not_there_is_an_error_of_the_system(tmp_path, read, make, code):
     make(tmp_path / "thing")
