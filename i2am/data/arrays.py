@@ -164,8 +164,68 @@ def require_size(
     swapped = ": height and width look swapped" if fits(width, height) else ""
     raise ValueError(
         f"{name} must have {what}, {wanted[0]} x {wanted[1]} (height x width), "
-        f"got {height} x {width}{swapped}"
+        f"got {height} x {width}{swapped}" + ("; stretch=True squeezes it" if tolerance else "")
     )
+
+
+def require_grid(name: str, size: tuple[int, int], of: str, grid: tuple[int, int]) -> None:
+    """Refuses a mask that does not lie over a grid of cells, each side of which was rounded.
+
+    Args:
+        name: What the caller calls the mask.
+        size: Its (height, width).
+        of: What the caller calls the grid.
+        grid: Its (height, width) in cells.
+
+    Raises:
+        ValueError: The two differ in shape by more than a cell.
+    """
+
+    def fits(height: int, width: int) -> bool:
+        low = max((cells - 1) / side for cells, side in zip(grid, (height, width), strict=True))
+        high = min((cells + 1) / side for cells, side in zip(grid, (height, width), strict=True))
+        return low < high
+
+    height, width = size
+    if fits(height, width):
+        return
+    swapped = ": height and width look swapped" if fits(width, height) else ""
+    raise ValueError(
+        f"{name} must have the shape of {of}, {grid[0]} x {grid[1]} (height x width), "
+        f"got {height} x {width}{swapped}; stretch=True squeezes it"
+    )
+
+
+def cut_mask(mask: Tensor, box: tuple[float, float, float, float]) -> Tensor:
+    """The part of masks inside a box, each pixel the mean of what it covers; 0 beyond the picture.
+
+    Args:
+        mask: ``[masks, height, width]``.
+        box: Top, left, height and width as fractions of the picture.
+
+    Returns:
+        ``[masks, rows, columns]`` in the mask's dtype, of about as many pixels per picture.
+    """
+    height, width = mask.shape[-2:]
+    rows = _covered(height, box[0] * height, box[2] * height)
+    columns = _covered(width, box[1] * width, box[3] * width)
+    found = rows.to(mask.device) @ mask.double() @ columns.to(mask.device).mT
+    return found.clamp(0, 1).to(mask.dtype)
+
+
+def cut_picture(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """The part of a picture inside a box of fractions, see `cut_mask`; black beyond it."""
+    top, left = box[0] * image.height, box[1] * image.width
+    bottom, right = top + box[2] * image.height, left + box[3] * image.width
+    return image.crop((round(left), round(top), round(right), round(bottom)))
+
+
+def _covered(pixels: int, start: float, length: float) -> Tensor:
+    """fp64 ``[cells, pixels]``: equal cells of an interval as means of the pixels below."""
+    edges = start + length * torch.linspace(0, 1, max(round(length), 1) + 1, dtype=torch.float64)
+    first = torch.arange(pixels, dtype=torch.float64)
+    overlap = edges[1:, None].minimum(first + 1) - edges[:-1, None].maximum(first)
+    return overlap.clamp(min=0) / (edges[1] - edges[0])
 
 
 def as_pil(images: ImageInput, name: str) -> list[Image.Image]:

@@ -335,10 +335,10 @@ WRONG = {
         ValueError,
         r"image must have shape \[height, width, 3\].* got \[32, 24\]",
     ),
-    "four channels": (
-        {"image": torch.zeros(1, 4, 32, 24)},
+    "five channels": (
+        {"image": torch.zeros(1, 5, 32, 24)},
         ValueError,
-        r"image must have 3 channels, got shape \[1, 4, 32, 24\]",
+        r"image must have shape .*, got \[1, 5, 32, 24\]",
     ),
     "range": (
         {"image": torch.full((3, 32, 24), 255.0)},
