@@ -16,12 +16,10 @@ from i2am.data.arrays import (
     mask_batch,
     object_mask,
     require_grid,
-    require_size,
+    require_shape,
     sizes,
 )
 from i2am.layouts.token_layout import TokenLayout, Tokens
-
-ASPECT_TOLERANCE = 0.01
 
 
 class Pictures:
@@ -141,7 +139,13 @@ class Pictures:
             self._unknown.discard("reference")
             if mask is not None and not self._stretch:
                 shape = (mask.shape[1], mask.shape[2])
-                require_grid("reference_mask", shape, "the reference tokens", reference.size)
+                require_grid(
+                    "reference_mask",
+                    shape,
+                    "the reference tokens",
+                    reference.size,
+                    options=_STRETCH,
+                )
 
     def _lay(self, which: str, pictures: list[tuple[int, int]], box: Box | None = None) -> None:
         """Hold a mask against the sizes of its pictures, and remember them."""
@@ -152,7 +156,7 @@ class Pictures:
             shape = (mask.shape[1], mask.shape[2])
             for number, size in enumerate(pictures):
                 try:
-                    require_size(name, shape, of, size, tolerance=ASPECT_TOLERANCE)
+                    require_shape(name, shape, of, size, options=_STRETCH)
                     break
                 except ValueError:
                     # of several pictures it has to fit one
@@ -302,6 +306,7 @@ def _watch(owner: Any, name: str, note: Callable[..., None]) -> Callable[[], Non
     return put_back
 
 
+_STRETCH = "; stretch=True accepts it, for pipelines that squeeze picture and mask"
 _NAMES = {
     "generated": ("mask", "the picture that it belongs to"),
     "reference": ("reference_mask", "the reference picture"),

@@ -12,7 +12,6 @@ from typing import Any, TypedDict
 from PIL.Image import Image
 
 import i2am
-from i2am.adapters.inputs import as_mask
 from i2am.attribution import AttributionMaps
 from i2am.attribution.layers import nonfinite
 from i2am.cli.errors import ExitCode
@@ -162,8 +161,8 @@ def _score(
         return {name: {"value": None, "reason": f"NaN or Inf in {broken[0]}"} for name in _SCORES}
     scores = imacs_scores(
         maps,
-        mask=as_mask("mask", inputs.mask),
-        reference_mask=as_mask("reference-mask", inputs.reference_mask),
+        mask=inputs.mask,
+        reference_mask=inputs.reference_mask,
         preset=preset,
         undefined="nan",
     )

@@ -5,7 +5,7 @@ that is given for a mask. The numbers of an array without colours are taken as t
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from i2am.data.images import object_mask as find_object
 
 OneInput = Image.Image | np.ndarray | Tensor
 ImageInput = OneInput | Sequence[OneInput]
+
+ASPECT_TOLERANCE = 0.01
+"""How far width over height of a mask may be off its picture's, as a fraction."""
 
 _COLOURS = (1, 3, 4)  # grey, RGB, RGBA
 _PICTURE = "[height, width, 3]"
@@ -135,50 +138,52 @@ def sizes(images: ImageInput, name: str) -> list[tuple[int, int]]:
     return found
 
 
-def require_size(
-    name: str, size: tuple[int, ...], of: str, wanted: tuple[int, ...], *, tolerance: float = 0
-) -> None:
-    """Refuses a mask that does not lie over its picture.
+def require_size(name: str, size: tuple[int, ...], of: str, wanted: tuple[int, ...]) -> None:
+    """Refuses a mask that has not its picture's size, both (height, width).
 
     Args:
         name: What the caller calls the mask.
-        size: Its (height, width).
+        size: Its size.
         of: What the caller calls the picture.
-        wanted: Its (height, width).
-        tolerance: 0 wants that very size; more wants the same width over height, this far off at
-            most, as a fraction.
+        wanted: The picture's size.
 
     Raises:
-        ValueError: It does not; names height and width swapped where that is the likely reason.
+        ValueError: They differ; names height and width swapped where that is the likely reason.
+    """
+    _require(name, size, f"the size of {of}", wanted, lambda *found: found == tuple(wanted))
+
+
+def require_shape(
+    name: str, size: tuple[int, int], of: str, wanted: tuple[int, int], *, options: str = ""
+) -> None:
+    """Refuses a mask whose width over height is more than 1 % off its picture's.
+
+    Args:
+        name, size, of, wanted: As for `require_size`.
+        options: What to say of options that accept it.
+
+    Raises:
+        ValueError: As `require_size`.
     """
 
     def fits(height: int, width: int) -> bool:
-        if not tolerance:
-            return (height, width) == tuple(wanted)
-        return abs(width * wanted[0] / (height * wanted[1]) - 1) <= tolerance
+        return abs(width * wanted[0] / (height * wanted[1]) - 1) <= ASPECT_TOLERANCE
 
-    height, width = size
-    if fits(height, width):
-        return
-    what = f"the shape of {of} to within {tolerance:.0%}" if tolerance else f"the size of {of}"
-    swapped = ": height and width look swapped" if fits(width, height) else ""
-    raise ValueError(
-        f"{name} must have {what}, {wanted[0]} x {wanted[1]} (height x width), "
-        f"got {height} x {width}{swapped}" + ("; stretch=True squeezes it" if tolerance else "")
-    )
+    what = f"the shape of {of} to within {ASPECT_TOLERANCE:.0%}"
+    _require(name, size, what, wanted, fits, options)
 
 
-def require_grid(name: str, size: tuple[int, int], of: str, grid: tuple[int, int]) -> None:
-    """Refuses a mask that does not lie over a grid of cells, each side of which was rounded.
+def require_grid(
+    name: str, size: tuple[int, int], of: str, grid: tuple[int, int], *, options: str = ""
+) -> None:
+    """Refuses a mask whose shape is more than a cell off that of a grid, whose sides were rounded.
 
     Args:
-        name: What the caller calls the mask.
-        size: Its (height, width).
-        of: What the caller calls the grid.
-        grid: Its (height, width) in cells.
+        name, size, of, options: As for `require_shape`.
+        grid: (height, width) in cells.
 
     Raises:
-        ValueError: The two differ in shape by more than a cell.
+        ValueError: As `require_size`.
     """
 
     def fits(height: int, width: int) -> bool:
@@ -186,13 +191,24 @@ def require_grid(name: str, size: tuple[int, int], of: str, grid: tuple[int, int
         high = min((cells + 1) / side for cells, side in zip(grid, (height, width), strict=True))
         return low < high
 
+    _require(name, size, f"the shape of {of}", grid, fits, options)
+
+
+def _require(
+    name: str,
+    size: tuple[int, ...],
+    what: str,
+    wanted: tuple[int, ...],
+    fits: Callable[[int, int], bool],
+    options: str = "",
+) -> None:
     height, width = size
     if fits(height, width):
         return
     swapped = ": height and width look swapped" if fits(width, height) else ""
     raise ValueError(
-        f"{name} must have the shape of {of}, {grid[0]} x {grid[1]} (height x width), "
-        f"got {height} x {width}{swapped}; stretch=True squeezes it"
+        f"{name} must have {what}, {wanted[0]} x {wanted[1]} (height x width), "
+        f"got {height} x {width}{swapped}{options}"
     )
 
 
@@ -274,7 +290,7 @@ def _planes(item: np.ndarray | Tensor, name: str, wanted: str) -> Tensor:
         batched = first or last
     elif len(shape) == 3 and is_mask:
         first = False
-        last = last and shape[2] == 1 or shape[2] in (3, 4) and shape[2] < min(shape[:2])
+        last = (last and shape[2] == 1) or (shape[2] in (3, 4) and shape[2] < min(shape[:2]))
         batched = True
     elif len(shape) == 3:
         first = first and shape[0] in _COLOURS
@@ -284,9 +300,7 @@ def _planes(item: np.ndarray | Tensor, name: str, wanted: str) -> Tensor:
         first = last = False
         batched = len(shape) == 2
     if not batched or 0 in shape:
-        raise ValueError(
-            f"{name} must have shape {wanted} or a batch of that, got {list(shape)}"
-        )
+        raise ValueError(f"{name} must have shape {wanted} or a batch of that, got {list(shape)}")
     values = _as_tensor(item, name)
     if len(shape) == 2:
         return values[None, None]

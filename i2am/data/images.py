@@ -41,8 +41,8 @@ class ImageRejected(ValueError):
         code: ``missing``, ``unidentified_image`` (no image of `FORMATS`, also a folder or a pipe),
             ``truncated``, ``damaged``, ``too_large``, ``deep`` (more than 8 bits per channel),
             ``size`` (not that of its image), ``aspect`` (another shape than asked for),
-            ``empty_mask`` (all black), ``full_mask`` (all white) or ``no_object`` (nothing to make a
-            mask of).
+            ``empty_mask`` (all black), ``full_mask`` (all white) or ``no_object`` (nothing that a
+            mask could be made of).
     """
 
     def __init__(self, message: str, code: str = "damaged") -> None:
