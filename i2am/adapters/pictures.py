@@ -308,6 +308,6 @@ def _watch(owner: Any, name: str, note: Callable[..., None]) -> Callable[[], Non
 
 _STRETCH = "; stretch=True accepts it, for pipelines that squeeze picture and mask"
 _NAMES = {
-    "generated": ("mask", "the picture that it belongs to"),
-    "reference": ("reference_mask", "the reference picture"),
+    "generated": ("mask", "its picture"),
+    "reference": ("reference_mask", "its picture"),
 }

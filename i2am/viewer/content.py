@@ -266,10 +266,10 @@ def _shown(
     maps: AttributionMaps, which: Which, image: Any, mask_name: str, mask: Any
 ) -> "tuple[Image, Image | None]":
     """A picture and its mask, as far as the maps lie on them."""
-    (shown,) = as_pil(image, which)
+    shown = _only(as_pil(image, which), which)
     outlined = None
     if mask is not None:
-        (values,) = masks(mask, mask_name)
+        values = _only(masks(mask, mask_name), mask_name)
         size, wanted = (values.shape[0], values.shape[1]), (shown.height, shown.width)
         require_shape(mask_name, size, f"the {which} image", wanted)
         (outlined,) = as_pil((values > 0.5).cpu().numpy().astype("uint8") * 255, mask_name)
@@ -277,6 +277,12 @@ def _shown(
     if picture is None or picture.box is None:
         return shown, outlined
     return cut_picture(shown, picture.box), outlined and cut_picture(outlined, picture.box)
+
+
+def _only(found: list[Any], name: str) -> Any:
+    if len(found) != 1:
+        raise ValueError(f"{name} must be one image, got {len(found)}")
+    return found[0]
 
 
 def _joint(joint: JointMaps) -> list[Stack]:

@@ -186,7 +186,7 @@ class TestLayoutOfAPipeline:
 
 
 class TestMasks:
-    BOX = np.zeros((6, 4), np.uint8)
+    BOX = np.zeros((8, 6), np.uint8)
     BOX[2:4, 1:] = 255
 
     def test_pictures_reach_the_maps(self, tiny, loop):
