@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from i2am.attribution.grid import Grid
@@ -162,8 +163,8 @@ class Pictures:
                     # of several pictures it has to fit one
                     if number == len(pictures) - 1:
                         raise
-        size = pictures[0] if len({*pictures}) == 1 and not self._stretch else None
-        self._seen[which] = Seen(size, box)
+        alike = len({*pictures}) == 1 and not self._stretch
+        self._seen[which] = Seen(pictures[0] if alike else None, box)
 
     def _crop_reference(self, found: list[tuple[int, int]], *, prepared: bool) -> None:
         mask = self._masks["reference"]
@@ -214,7 +215,7 @@ class Pictures:
         parts = [
             part
             for item in as_list(references[0], "the reference picture")
-            for part in (item if getattr(item, "ndim", 3) == 4 else [item])
+            for part in ([item] if isinstance(item, Image) or item.ndim < 4 else [*item])
         ]
         found = [torch.from_numpy(object_mask(part, "the reference picture")) for part in parts]
         return mask_batch(found, "reference_mask")
@@ -268,10 +269,10 @@ def _canvas(size: tuple[int, int], crop: tuple[int, ...], made: tuple[int, int])
 
     The crop keeps its shape, centred; what is then missing is filled up, beyond the crop.
     """
-    (left, top, right, bottom), (height, width) = crop, made
-    scale = min(height / (bottom - top), width / (right - left))
+    (x1, y1, x2, y2), (height, width) = crop, made
+    scale = min(height / (y2 - y1), width / (x2 - x1))
     rows, columns = height / scale, width / scale
-    top, left = (top + bottom - rows) / 2, (left + right - columns) / 2
+    top, left = (y1 + y2 - rows) / 2, (x1 + x2 - columns) / 2
     return top / size[0], left / size[1], rows / size[0], columns / size[1]
 
 

@@ -17,7 +17,7 @@ from i2am.attribution.layers import nonfinite
 from i2am.cli.errors import ExitCode
 from i2am.cli.pictures import Scene, draw
 from i2am.cli.reporting import shown_samples
-from i2am.cli.settings import FILES, Inputs, Settings
+from i2am.cli.settings import AUTO, FILES, MADE, Inputs, Settings, png
 from i2am.files import MANIFEST, digests_of, readable_json
 from i2am.metrics import imacs_scores
 from i2am.viewer import write_report
@@ -103,6 +103,9 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
     """
     run.image.save(folder / "image.png")
     files = ["image.png"]
+    if settings.reference_mask == AUTO and inputs.reference_mask is not None:
+        (folder / MADE).write_bytes(png(inputs.reference_mask))
+        files.append(MADE)
     scores: dict[str, Entry] = {}
     notes = [] if run.trained else ["the weights are random, not trained"]
     notes += {
@@ -190,6 +193,8 @@ def _caption(settings: Settings, run: Run, branch: str, *, causal: bool) -> str:
 
 def _manifest(settings: Settings, inputs: Inputs, run: Run, notes: list[str]) -> dict[str, Any]:
     paths = {name: getattr(settings, name) for name in FILES}
+    if settings.reference_mask == AUTO:
+        paths["reference_mask"] = settings.out / MADE
     options = {
         name: value
         for name, value in asdict(settings).items()

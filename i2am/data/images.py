@@ -16,6 +16,8 @@ from i2am import files
 from i2am.files import FileRejected, FileTooLarge
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
 MAX_PIXELS = 50_000_000
@@ -218,8 +220,8 @@ def upright(image: "Image", name: str = "image") -> "Image":
 def object_mask(image: "Image", name: str = "image") -> tuple["Image", str]:
     """The object in a picture, where its alpha channel or a plain background shows it.
 
-    An alpha channel that is not opaque decides alone. Else the background is the colour of the
-    frame of outermost pixels, and the object is whatever differs from it.
+    An alpha channel that is not opaque decides alone. Else the background is what has the colour
+    of the outermost pixels and is joined with them; the object is the rest.
 
     Args:
         image: As for `as_rgb`.
@@ -252,7 +254,7 @@ def object_mask(image: "Image", name: str = "image") -> tuple["Image", str]:
                 f"{1 - rim.mean():.0%} of its outermost pixels have another colour than the rest",
                 "no_object",
             )
-        inside = off > _PLAIN
+        inside = ~_joined_with_frame(off <= _PLAIN)
     share = float(inside.mean())
     if not _OBJECT[0] <= share <= _OBJECT[1]:
         raise ImageRejected(
@@ -261,6 +263,43 @@ def object_mask(image: "Image", name: str = "image") -> tuple["Image", str]:
             "no_object",
         )
     return Image.fromarray(inside.astype(np.uint8) * 255), f"{source}: {share:.0%} of the picture"
+
+
+def read_object_mask(
+    path: str | Path, *, name: str = "image", content: bytes | None = None
+) -> tuple["Image", str]:
+    """`object_mask` of an image file.
+
+    Args:
+        path, name, content: As for `read_image`.
+
+    Raises:
+        ImageRejected: As for `read_image` and `object_mask`.
+    """
+    return object_mask(_load(Path(path), name, content), f"{name} {path}")
+
+
+def _joined_with_frame(plain: "NDArray[np.bool_]") -> "NDArray[np.bool_]":
+    """Those pixels of ``[height, width]`` from which a way over others leads to the frame."""
+    import numpy as np
+
+    def runs(across: "NDArray[np.bool_]") -> "NDArray[np.int64]":
+        """A number for every stretch of equal pixels of a row."""
+        starts = np.ones(across.shape, dtype=bool)
+        starts[:, 1:] = across[:, 1:] != across[:, :-1]
+        return np.cumsum(starts).reshape(across.shape)
+
+    joined = plain.copy()
+    joined[1:-1, 1:-1] = False
+    lines = (runs(plain), runs(plain.T).T)
+    while True:
+        before = int(joined.sum())
+        for run in lines:
+            reached = np.zeros(plain.size + 1, dtype=bool)
+            reached[run[joined]] = True
+            joined = plain & reached[run]
+        if int(joined.sum()) == before:
+            return joined
 
 
 def _load(path: Path, name: str, content: bytes | None) -> "Image":
@@ -312,8 +351,8 @@ def _bits(image: "Image") -> int:
     if image.mode in ("I", "F"):
         return 32
     # as the decoder is told: "RGB;16B"; in other formats than PNG such a number is of a pixel
-    png = isinstance(image, ImageFile) and image.format == "PNG"
-    deep = png and any(";16" in str(tile[3]) for tile in image.tile)
+    tiles = image.tile if isinstance(image, ImageFile) and image.format == "PNG" else []
+    deep = any(";16" in str(tile[3]) for tile in tiles)
     return 16 if deep or image.mode.startswith("I;16") else 8
 
 

@@ -12,7 +12,7 @@ from i2am.models.inputs import common_batch, read_masks
 
 def crop_to_object(
     images: ImageInput, masks: ImageInput, enlargement: float, *, name: str, mask_name: str
-) -> list[OneInput]:
+) -> list[Image.Image | Tensor]:
     """The box around the object of each mask, somewhat enlarged, cut out of each image.
 
     Args:
@@ -36,24 +36,23 @@ def crop_to_object(
     singles = [single for item in as_list(images, name) for single in _upright(item, name)]
     read = read_masks(masks, mask_name)
     count = common_batch(**{name: len(singles), mask_name: len(read)})
-    crops: list[OneInput] = []
+    crops: list[Image.Image | Tensor] = []
     for index in range(count):
         image, mask = singles[index % len(singles)], read[index % len(read)][0] > 0.5
-        pil = isinstance(image, Image.Image)
-        size = (image.height, image.width) if pil else tuple(image.shape[-2:])
+        size = image.size[::-1] if isinstance(image, Image.Image) else tuple(image.shape[-2:])
         require_size(mask_name, tuple(mask.shape), name, size)
         if not mask.any():
             raise ValueError(f"{mask_name} must be white somewhere, it is all black")
         top, bottom = _span(mask.any(dim=1), enlargement)
         left, right = _span(mask.any(dim=0), enlargement)
-        if pil:
+        if isinstance(image, Image.Image):
             crops.append(image.crop((left, top, right, bottom)))
         else:
             crops.append(image[..., top:bottom, left:right])
     return crops
 
 
-def _upright(item: OneInput, name: str) -> list[OneInput]:
+def _upright(item: OneInput, name: str) -> list[Image.Image | Tensor]:
     # PIL images stay what they are: they are resized in 8 bits later
     return [as_rgb(item, name)] if isinstance(item, Image.Image) else [*pictures(item, name)]
 

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import warnings
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from i2am.attribution.grid import mask_weights
 from i2am.data import object_mask, render
 from i2am.data.images import read_image, read_mask
 from i2am.layouts import TokenLayout
+from i2am.layouts.token_layout import Tokens
 from i2am.metrics import IMACS, imacs, imacs_scores
 from i2am.models import load_pipeline
 from i2am.viewer import page
@@ -258,7 +261,7 @@ class TestMaskOfAPicture:
 
     @pytest.mark.parametrize("scale", [1, 7])
     def test_in_any_size_of_the_right_shape(self, full, scale):
-        run = lambda: run_full(full, noise(32, 32))
+        run = partial(run_full, full, noise(32, 32))
         large = self.MASK.repeat(scale, 0).repeat(scale, 1)
         found, wanted = (maps_of(full, run, mask=one) for one in (large, self.MASK))
         read = [maps.generated_to_reference(weights="mask") for maps in (found, wanted)]
@@ -270,7 +273,7 @@ class TestMaskOfAPicture:
         ids=["swapped", "square", "3 %"],
     )
     def test_in_another_shape_is_refused_after_the_image_was_made(self, full, shape, words):
-        run = lambda: run_full(full, noise(32, 32))
+        run = partial(run_full, full, noise(32, 32))
         plain, mask = run(), np.ones(shape, np.float32)
         with (
             pytest.warns(UserWarning, match="the run goes on without"),
@@ -286,7 +289,9 @@ class TestMaskOfAPicture:
     def test_scores_refuse_it_too(self, full):
         maps = maps_of(full, lambda: run_full(full, noise(32, 32)))
         turned = self.MASK.T.copy()
-        with pytest.raises(ValueError, match="mask must .* 24 x 32: height and width look swapped"):
+        with pytest.raises(
+            ValueError, match=r"mask must .* 24 x 32: height and width look"
+        ):
             imacs_scores(maps, mask=turned)
         with pytest.raises(ValueError, match="height and width look swapped"):
             IMACS().update(maps.reference_to_generated(), turned[None])
@@ -296,10 +301,7 @@ class TestMaskOfAPicture:
     def test_half_of_two_pictures_side_by_side(self, tiny_parts):
         """The generated image is the right half of the latents: a mask has the shape of that."""
         layout = TokenLayout.same_grid()
-        unet, scheduler = tiny_parts["unet"], tiny_parts["scheduler"]
-        from dataclasses import replace
-
-        from i2am.layouts.token_layout import Tokens
+        unet = tiny_parts["unet"]
 
         def resolve(call, frame):
             rows, columns = frame.level_grid(call.seqlen_q)
@@ -329,7 +331,6 @@ class TestMaskOfAPicture:
                 )
             with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="16 x 12"):
                 assert recorder.maps().rows == ("uniform", "mask")
-        del scheduler
 
 
 class TestCropAroundTheMask:
@@ -405,8 +406,8 @@ class TestCropAroundTheMask:
             mask=mask,
         )
         top, left, height, width = maps.provenance["pictures"]["generated"]["box"]
-        assert height * 16 == width * 64 and top + height / 2 == 0.5 and top < 0
-        assert left >= 0
+        # 56 x 16 pixels of the picture, made as 32 x 32
+        assert [top * 16, left * 64, height * 16, width * 64] == [-20, 4, 56, 56]
 
 
 class TestPocket:
@@ -471,7 +472,7 @@ class TestPocket:
             i2am.record(pocket, mask=narrow) as recorder,
         ):
             self.run(pocket, inputs)
-        with pytest.raises(ValueError, match="64 x 64 .* got 64 x 48"):
+        with pytest.raises(ValueError, match=r"64 x 64 .* got 64 x 48"):
             recorder.maps()
 
     def test_pictures_are_not_kept(self, pocket, scene):
@@ -492,9 +493,9 @@ class TestAutomaticMask:
 
     def test_is_the_object_and_says_from_what(self, full):
         for source, garment in self.pictures():
-            run = lambda garment=garment: run_full(full, garment.convert("RGB"))
+            run = partial(run_full, full, garment.convert("RGB"))
             if "alpha" in source:
-                with pytest.warns(UserWarning, match="made from the alpha channel: 25 %|25%"):
+                with pytest.warns(UserWarning, match="made from the alpha channel: 25%"):
                     found = object_mask(garment)
                 assert np.array_equal(found, self.SHAPE)
                 continue
@@ -538,7 +539,7 @@ class TestAutomaticMask:
             "reference_image": scene.garment,
             "mask_image": (scene.mask[0] > 0.5).numpy(),
         }
-        run = lambda: TestPocket.run(pipe, inputs)
+        run = partial(TestPocket.run, pipe, inputs)
         with pytest.warns(UserWarning, match="made from the plain background"):
             found = maps_of(pipe, run, reference_mask="auto")
         with warnings.catch_warnings():
