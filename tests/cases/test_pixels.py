@@ -289,9 +289,7 @@ class TestMaskOfAPicture:
     def test_scores_refuse_it_too(self, full):
         maps = maps_of(full, lambda: run_full(full, noise(32, 32)))
         turned = self.MASK.T.copy()
-        with pytest.raises(
-            ValueError, match=r"mask must .* 24 x 32: height and width look"
-        ):
+        with pytest.raises(ValueError, match=r"mask must .* 24 x 32: height and width look"):
             imacs_scores(maps, mask=turned)
         with pytest.raises(ValueError, match="height and width look swapped"):
             IMACS().update(maps.reference_to_generated(), turned[None])
