@@ -5,8 +5,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from i2am.attribution.grid import Grid
@@ -215,7 +215,9 @@ class Pictures:
         parts = [
             part
             for item in as_list(references[0], "the reference picture")
-            for part in ([item] if isinstance(item, Image) or item.ndim < 4 else [*item])
+            for part in (
+                [*item] if isinstance(item, np.ndarray | Tensor) and item.ndim == 4 else [item]
+            )
         ]
         found = [torch.from_numpy(object_mask(part, "the reference picture")) for part in parts]
         return mask_batch(found, "reference_mask")

@@ -4,19 +4,26 @@ A PIL image means what its file would mean: see `i2am.data.images`. So does an a
 that is given for a mask. The numbers of an array without colours are taken as they are.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from i2am.data.images import as_black_and_white, as_rgb, is_black_and_white
 from i2am.data.images import object_mask as find_object
 
-OneInput = Image.Image | np.ndarray | Tensor
-ImageInput = OneInput | Sequence[OneInput]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    OneInput: TypeAlias = Image | np.ndarray | Tensor
+    ImageInput: TypeAlias = OneInput | Sequence[OneInput]
+else:
+    # PIL is imported where there is a picture
+    OneInput = ImageInput = Any
 
 ASPECT_TOLERANCE = 0.01
 """How far width over height of a mask may be off its picture's, as a fraction."""
@@ -37,7 +44,9 @@ def as_list(images: ImageInput, name: str) -> list[OneInput]:
     if not items:
         raise ValueError(f"{name} must hold at least one image, got an empty list")
     for item in items:
-        if not isinstance(item, Image.Image | np.ndarray | Tensor):
+        # nobody has a PIL image without having imported it
+        pil = sys.modules.get("PIL.Image")
+        if not isinstance(item, np.ndarray | Tensor) and not (pil and isinstance(item, pil.Image)):
             raise TypeError(
                 f"{name} must be a PIL image, a NumPy array, a torch tensor or a list of them, "
                 f"got {type(item).__name__}"
@@ -64,7 +73,7 @@ def pictures(images: ImageInput, name: str) -> list[Tensor]:
     """
     found: list[Tensor] = []
     for item in as_list(images, name):
-        if isinstance(item, Image.Image):
+        if not isinstance(item, np.ndarray | Tensor):
             found.append(_from_pil(as_rgb(item, name)))
             continue
         planes = _planes(item, name, _PICTURE)
@@ -96,7 +105,7 @@ def masks(images: ImageInput, name: str) -> list[Tensor]:
     """
     found: list[Tensor] = []
     for item in as_list(images, name):
-        if isinstance(item, Image.Image):
+        if not isinstance(item, np.ndarray | Tensor):
             found.append(_cut(item, name))
             continue
         planes = _planes(item, name, _MASK)
@@ -128,7 +137,7 @@ def sizes(images: ImageInput, name: str) -> list[tuple[int, int]]:
     """
     found: list[tuple[int, int]] = []
     for item in as_list(images, name):
-        if isinstance(item, Image.Image):
+        if not isinstance(item, np.ndarray | Tensor):
             # cheaper than its pixels
             sideways = item.getexif().get(0x0112, 1) >= 5
             found.append((item.width, item.height) if sideways else (item.height, item.width))
@@ -229,7 +238,7 @@ def cut_mask(mask: Tensor, box: tuple[float, float, float, float]) -> Tensor:
     return found.clamp(0, 1).to(mask.dtype)
 
 
-def cut_picture(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+def cut_picture(image: "Image", box: tuple[float, float, float, float]) -> "Image":
     """The part of a picture inside a box of fractions, see `cut_mask`; black beyond it."""
     top, left = box[0] * image.height, box[1] * image.width
     bottom, right = top + box[2] * image.height, left + box[3] * image.width
@@ -244,7 +253,7 @@ def _covered(pixels: int, start: float, length: float) -> Tensor:
     return overlap.clamp(min=0) / (edges[1] - edges[0])
 
 
-def as_pil(images: ImageInput, name: str) -> list[Image.Image]:
+def as_pil(images: ImageInput, name: str) -> "list[Image]":
     """`pictures` as PIL images of mode RGB; floating values are in [0, 1].
 
     Raises:
@@ -270,7 +279,7 @@ def object_mask(picture: OneInput, name: str = "picture") -> np.ndarray:
         TypeError, ValueError: As `pictures`; or the picture has neither, or hardly any object.
     """
     (item,) = as_list(picture, name)
-    if not isinstance(item, Image.Image):
+    if isinstance(item, np.ndarray | Tensor):
         planes = _planes(item, name, _PICTURE)
         if len(planes) != 1:
             raise ValueError(f"{name} must be one picture, got {len(planes)}")
@@ -352,7 +361,7 @@ def _weights(values: Tensor, name: str) -> Tensor:
     return values
 
 
-def _cut(image: Image.Image, name: str) -> Tensor:
+def _cut(image: "Image", name: str) -> Tensor:
     """``[height, width]`` of 0 and 1, as a file of that picture."""
     seen = as_rgb(image, name, background="black")
     mask = as_black_and_white(seen, name)
@@ -386,15 +395,17 @@ def _unit(planes: Tensor, name: str) -> Tensor:
     return values
 
 
-def _to_pil(planes: Tensor, name: str) -> Image.Image:
+def _to_pil(planes: Tensor, name: str) -> "Image":
     """The PIL image of ``[1, 3 or 4, height, width]``."""
     if planes.dtype != torch.uint8:
         planes = (_unit(planes, name) * 255).round().to(torch.uint8)
+    from PIL import Image
+
     pixels = planes.movedim(0, -1).cpu().contiguous().numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def _from_pil(image: Image.Image) -> Tensor:
+def _from_pil(image: "Image") -> Tensor:
     """uint8 ``[1 or 3, height, width]``; its memory is its own."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)

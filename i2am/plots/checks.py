@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL.Image import Image
 from torch import Tensor
 
 from i2am.data.images import as_rgb
@@ -32,7 +31,8 @@ def rgb(image: Any, name: str) -> Picture:
     Raises:
         ValueError: It is something else, or empty.
     """
-    array = np.asarray(as_rgb(image, name)) if isinstance(image, Image) else _array(image, name)
+    # only PIL images know of EXIF data
+    array = np.asarray(as_rgb(image, name)) if hasattr(image, "getexif") else _array(image, name)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
         raise ValueError(
             f"{name} must be a uint8 picture [height, width, 3], got {array.dtype} {array.shape}"

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from i2am.attribution.maps import AttributionMaps
@@ -274,6 +273,8 @@ def _counted(maps: AttributionMaps, reading: Reading) -> list[str]:
 
 def _image(value: Any, name: Which, maps: AttributionMaps) -> Picture:
     """The part of the picture that the maps lie on."""
+    from PIL import Image
+
     if value is None:
         raise ValueError(f"{name} must be the image that the maps lie on, got none")
     pixels, picture = rgb(value, name), seen(maps.provenance, name)
