@@ -1,6 +1,5 @@
 """``record()``: attribution maps of whatever a diffusers pipeline does inside a ``with`` block."""
 
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -8,12 +7,8 @@ import torch
 
 from i2am.adapters.attending import attend_by
 from i2am.adapters.clock import RunClock
-from i2am.adapters.inputs import (
-    as_mask,
-    find_denoiser,
-    find_layout,
-    require_guidance_order,
-)
+from i2am.adapters.inputs import find_denoiser, find_layout, require_guidance_order
+from i2am.adapters.pictures import Pictures
 from i2am.adapters.recorder import Recorder
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
@@ -40,6 +35,7 @@ def record(
     regions: Mapping[str, Region] | Sequence[Patch | Box] | None = None,
     mask: Any = None,
     reference_mask: Any = None,
+    stretch: bool = False,
     impl: Impl | str | None = None,
     scheduler: Any = None,
     num_inference_steps: int | None = None,
@@ -75,10 +71,18 @@ def record(
         regions: Regions of the generated image for specific-reference maps, by name: a
             :class:`Patch`, a :class:`Box` or weights ``[height, width]``; or a sequence of patches
             and boxes, which are their own names.
-        mask: Inpainting mask over the generated image, 1 where it is made: ``[height, width]`` or
-            one per sample; tensor, array, PIL image or a list of these.
+        mask: Inpainting mask over the generated image, 1 where it is made: PIL image, array or
+            tensor as for :func:`i2am.data.arrays.masks`, one for all samples or one per sample. Its
+            shape is that of the picture that is painted on or, where the pipeline does not show it,
+            of what is generated, to within 1 %; a crop of the run (``padding_mask_crop``) is
+            followed.
         reference_mask: Mask of the object in the reference image, likewise: adds R2G votes of its
-            tokens alone.
+            tokens alone. Its shape is that of the reference picture; where the image processor of
+            an IP-Adapter keeps the middle of that alone, the mask is cut alike. ``"auto"`` makes it
+            from the picture's alpha channel or plain background, with a warning, see
+            :func:`i2am.data.object_mask`.
+        stretch: Whether masks may have another shape: for pipelines that squeeze picture and mask
+            into the size to generate.
         impl: Implementation of the statistics; default fused on CUDA (compute capability 8.0 or
             newer), streaming elsewhere.
         scheduler: The scheduler of a bare denoiser; default the pipeline's.
@@ -105,7 +109,7 @@ def record(
         ``RuntimeError`` where the denoiser is being recorded in another block.
 
     Raises:
-        TypeError: The argument has no UNet or transformer.
+        TypeError: The argument has no UNet or transformer, or a mask is none.
         ValueError: No layout is known, the layout matches no layer or a layer that it does not
             describe, the layout contradicts the pipeline's order of guidance parts, or an option is
             out of range.
@@ -130,18 +134,22 @@ def record(
         directions = (directions,)
     layout = layout or find_layout(pipe_or_denoiser, denoiser)
     require_guidance_order(pipe_or_denoiser, layout)
-    make = functools.partial(
-        Accumulator,
-        time_groups=time_groups,
-        directions=tuple(directions),
-        regions=as_regions(regions),
-        mask=as_mask("mask", mask),
-        reference_mask=as_mask("reference_mask", reference_mask),
-        keep_keys=keep_keys,
-        sums=sums,
-        joint=joint,
-        impl=impl,
-    )
+    pictures = Pictures(pipe_or_denoiser, layout, mask, reference_mask, stretch=stretch)
+
+    def make(**options: Any) -> Accumulator:
+        return Accumulator(
+            time_groups=time_groups,
+            directions=tuple(directions),
+            regions=as_regions(regions),
+            mask=pictures.mask,
+            reference_mask=pictures.reference_mask,
+            keep_keys=keep_keys,
+            sums=sums,
+            joint=joint,
+            impl=impl,
+            **options,
+        )
+
     # options are judged here, not at the first attention call
     make()
     implementation(impl, torch.device("cpu"))
@@ -154,5 +162,6 @@ def record(
         clock=clock,
         wanted=GUIDANCE[guidance],
         make=make,
+        pictures=pictures,
         attend=attend_by(attach, impl),
     )

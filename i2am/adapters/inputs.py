@@ -1,13 +1,11 @@
-"""What a caller may hand to ``record()``: pipelines, denoisers, masks; what is known of them."""
+"""What a caller may hand to ``record()``: pipelines and denoisers; what is known of them."""
 
 import re
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, TokenLayout
 
@@ -110,44 +108,6 @@ def _implied_layout(pipe_or_denoiser: Any, denoiser: nn.Module) -> TokenLayout:
         f"layout must be given for {type(pipe_or_denoiser).__name__}, whose reference tokens are "
         "not known; for instance layout=TokenLayout.cross_attention(grid=(16, 16), prefix=1)"
     )
-
-
-def as_mask(name: str, mask: Any) -> Tensor | None:
-    """A mask from a tensor, an array, a PIL image or a list of these, fp32 in [0, 1].
-
-    Raises:
-        ValueError: Its values lie outside [0, 1] (uint8: [0, 255]), it has colour channels or other
-            axes than ``[height, width]``, or the masks of a list differ in size.
-    """
-    if mask is None:
-        return None
-    if isinstance(mask, list | tuple):
-        masks = [as_mask(name, item) for item in mask]
-        if len({item.shape for item in masks if item is not None}) != 1:
-            raise ValueError(f"{name} must be masks of one size, got {len(masks)} that differ")
-        return torch.stack([item for item in masks if item is not None]).flatten(0, -3)
-    coloured = False
-    if not isinstance(mask, Tensor):
-        if hasattr(mask, "convert"):  # a PIL image
-            mask = mask.convert("L")
-        mask = torch.from_numpy(np.array(mask))
-        # an array of a picture would pass for a batch
-        coloured = mask.ndim == 3 and mask.shape[2] in (3, 4)
-    if mask.ndim == 4 and mask.shape[1] == 1:
-        mask = mask[:, 0]
-    if mask.ndim not in (2, 3) or coloured:
-        raise ValueError(
-            f"{name} must be [height, width] or [batch, height, width] without colour channels, "
-            f"got {list(mask.shape)}"
-        )
-    values = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
-    # written so that NaN fails too
-    if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError(
-            f"{name} must hold values in [0, 1] (uint8: [0, 255]), got "
-            f"{values.min():.3g} to {values.max():.3g}"
-        )
-    return values
 
 
 def versions() -> dict[str, str]:

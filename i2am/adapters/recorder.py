@@ -17,6 +17,7 @@ from i2am.adapters.guard import Guard
 from i2am.adapters.hooks import around_calls, weakly
 from i2am.adapters.inputs import versions
 from i2am.adapters.observations import Observations
+from i2am.adapters.pictures import Pictures
 from i2am.adapters.sites import LISTENERS, Site
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
@@ -41,6 +42,7 @@ class Recorder:
         clock: Follows the scheduler.
         wanted: Guidance branches to keep, the first one being :meth:`maps`'s default.
         make: Makes an accumulator, given ``unresolved=``.
+        pictures: Lays the masks that `make` uses over the pictures of each run.
         attend: How recorded layers attend.
 
     Raises:
@@ -55,6 +57,7 @@ class Recorder:
         clock: RunClock,
         wanted: tuple[str, ...],
         make: Callable[..., Accumulator],
+        pictures: Pictures,
         attend: Attend = attend_beside,
     ) -> None:
         self.layout = layout
@@ -91,6 +94,7 @@ class Recorder:
         )
         self._wanted = wanted
         self._make = make
+        self._pictures = pictures
         self._attend = attend
         self._in_block = False
         self._attachment: weakref.finalize[..., Any] | None = None
@@ -98,7 +102,7 @@ class Recorder:
         self._processors: dict[str, str] = {}
         self._lost: dict[str, str] = {}
         self._key = next(_KEYS)
-        self._begin_run()
+        self._forget_run()
 
     def __enter__(self) -> Self:
         self.attach()
@@ -149,6 +153,7 @@ class Recorder:
                 restore.append(install(module, site, self._attend, self._guard))
                 self._installed[name] = module.processor
             before, after = weakly(self._open_frame), weakly(self._close_frame)
+            restore.append(self._pictures.attach())
             restore.append(around_calls(self._denoiser, guarded(before), guarded(after)))
             self._clock.attach()
         except BaseException:
@@ -211,6 +216,10 @@ class Recorder:
         return self._attachment is not None and self._attachment.alive
 
     def _begin_run(self) -> None:
+        self._forget_run()
+        self._pictures.begin_run()
+
+    def _forget_run(self) -> None:
         self._branches = Branches(self._make, order=self.layout.guidance_order, wanted=self._wanted)
         self._seen = Observations(self.layout, self._processors)
         self._failure: Exception | None = None
@@ -231,7 +240,7 @@ class Recorder:
         # whatever else fails on the way out, the first error is the one to tell
         with contextlib.suppress(Exception):
             self.detach()
-        self._begin_run()
+        self._forget_run()
         self._failure = error
         error.add_note(f"recording ended at call {call} of the denoiser, the run went on without")
         # the user may have made errors of warnings
@@ -292,6 +301,7 @@ class Recorder:
         if (call, size) not in self._resolved:
             found = self.layout.resolve(call, self._frame)
             if found is not None:
+                self._pictures.meet(*found, size)
                 found = found[0].to(query.device), found[1]
             self._resolved[call, size] = found
         tokens = self._resolved[call, size]
@@ -346,6 +356,7 @@ class Recorder:
             "guidance_order": list(self.layout.guidance_order),
             "guidance": branch,
             "attach": "beside" if self._attend is attend_beside else "fused",
+            "pictures": self._pictures.provenance(),
             "regions": describe_regions(accumulator.regions),
             "steps": clock.steps,
             "evaluations": clock.evaluation,

@@ -36,7 +36,8 @@ log = logging.getLogger("i2am")
 @click.option(
     "--reference-mask",
     type=FILE,
-    help="White on the object in the reference; its votes count, and DCI-VTON cuts it out.",
+    help="White on the object in the reference; its votes count, and DCI-VTON cuts it out. auto "
+    "makes it from the reference's alpha channel or plain background.",
 )
 @click.option(
     "--sampler",

@@ -12,13 +12,12 @@ from typing import Any, TypedDict
 from PIL.Image import Image
 
 import i2am
-from i2am.adapters.inputs import as_mask
 from i2am.attribution import AttributionMaps
 from i2am.attribution.layers import nonfinite
 from i2am.cli.errors import ExitCode
 from i2am.cli.pictures import Scene, draw
 from i2am.cli.reporting import shown_samples
-from i2am.cli.settings import FILES, Inputs, Settings
+from i2am.cli.settings import AUTO, FILES, MADE, Inputs, Settings, png
 from i2am.files import MANIFEST, digests_of, readable_json
 from i2am.metrics import imacs_scores
 from i2am.viewer import write_report
@@ -104,6 +103,9 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
     """
     run.image.save(folder / "image.png")
     files = ["image.png"]
+    if settings.reference_mask == AUTO and inputs.reference_mask is not None:
+        (folder / MADE).write_bytes(png(inputs.reference_mask))
+        files.append(MADE)
     scores: dict[str, Entry] = {}
     notes = [] if run.trained else ["the weights are random, not trained"]
     notes += {
@@ -162,8 +164,8 @@ def _score(
         return {name: {"value": None, "reason": f"NaN or Inf in {broken[0]}"} for name in _SCORES}
     scores = imacs_scores(
         maps,
-        mask=as_mask("mask", inputs.mask),
-        reference_mask=as_mask("reference-mask", inputs.reference_mask),
+        mask=inputs.mask,
+        reference_mask=inputs.reference_mask,
         preset=preset,
         undefined="nan",
     )
@@ -191,6 +193,8 @@ def _caption(settings: Settings, run: Run, branch: str, *, causal: bool) -> str:
 
 def _manifest(settings: Settings, inputs: Inputs, run: Run, notes: list[str]) -> dict[str, Any]:
     paths = {name: getattr(settings, name) for name in FILES}
+    if settings.reference_mask == AUTO:
+        paths["reference_mask"] = settings.out / MADE
     options = {
         name: value
         for name, value in asdict(settings).items()

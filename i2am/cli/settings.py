@@ -4,6 +4,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger("i2am")
+
+AUTO = Path("auto")
+"""A reference mask that is made of the reference; a file of that name has to come with a folder."""
+
+MADE = "reference_mask.png"
+"""Its file in the output folder."""
 
 FILES = (
     "person",
@@ -114,6 +121,13 @@ class Inputs:
     """Of the bytes of each file, by the name of its field."""
 
 
+def png(image: "Image") -> bytes:
+    """The PNG file of an image."""
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def read_inputs(settings: Settings) -> Inputs:
     """Read every input file; warns of a mask that looks like a picture.
 
@@ -127,6 +141,7 @@ def read_inputs(settings: Settings) -> Inputs:
         read_bytes,
         read_image,
         read_mask,
+        read_object_mask,
     )
 
     digests: dict[str, str] = {}
@@ -154,16 +169,23 @@ def read_inputs(settings: Settings) -> Inputs:
     try:
         person = read("person", settings.person)
         mask = mask_of(person, "mask", settings.mask)
-        reference = read("reference", settings.reference)
+        content = load("reference", settings.reference)
+        reference = read_image(settings.reference, name="reference", content=content)
         pose = settings.pose and read("pose", settings.pose)
         agnostic = settings.agnostic and read("agnostic", settings.agnostic)
         warped = settings.warped and read("warped", settings.warped)
         warped_mask = (
             warped and settings.warped_mask and mask_of(warped, "warped_mask", settings.warped_mask)
         )
-        reference_mask = settings.reference_mask and mask_of(
-            reference, "reference_mask", settings.reference_mask
-        )
+        reference_mask = None
+        if settings.reference_mask == AUTO:
+            reference_mask, source = read_object_mask(
+                settings.reference, name="reference", content=content
+            )
+            digests["reference_mask"] = sha256(png(reference_mask)).hexdigest()
+            log.warning("the reference mask was made from %s; look at %s", source, MADE)
+        elif settings.reference_mask is not None:
+            reference_mask = mask_of(reference, "reference_mask", settings.reference_mask)
     except ImageRejected as error:
         raise InputRejected(str(error)) from error
     for name, image in (("pose", pose), ("agnostic", agnostic)):
@@ -187,6 +209,6 @@ def read_inputs(settings: Settings) -> Inputs:
         agnostic=agnostic or None,
         warped=warped or None,
         warped_mask=warped_mask or None,
-        reference_mask=reference_mask or None,
+        reference_mask=reference_mask,
         sha256=digests,
     )

@@ -10,6 +10,7 @@ from i2am.lazy import lazy
 # for type checkers, who cannot follow __getattr__
 # ruff: noqa: F401
 if TYPE_CHECKING:
+    from i2am.data.arrays import object_mask
     from i2am.data.images import ImageRejected
     from i2am.data.paper_doll import PaperDolls, Scenes, render, write_viton_hd
     from i2am.data.vitonhd import DataRejected, VitonHD
@@ -20,6 +21,7 @@ _MODULES = {
     "PaperDolls": "paper_doll",
     "Scenes": "paper_doll",
     "VitonHD": "vitonhd",
+    "object_mask": "arrays",
     "render": "paper_doll",
     "write_viton_hd": "paper_doll",
 }

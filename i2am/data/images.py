@@ -2,6 +2,9 @@
 
 A file is read once: `read_bytes` hands out what `read_image` and `read_mask` decode. Every refusal
 is an `ImageRejected` with one sentence; only the disk's own faults stay `OSError`.
+
+`as_rgb` and `as_black_and_white` are what becomes of a decoded picture, from a file or not;
+`i2am.data.arrays` is for all else that Python has for one.
 """
 
 import logging
@@ -13,8 +16,9 @@ from i2am import files
 from i2am.files import FileRejected, FileTooLarge
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
-    from PIL.ImageFile import ImageFile
 
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 512 * 2**20  # twice MAX_PIXELS uncompressed; keeps a checkpoint from being read whole
@@ -22,6 +26,9 @@ MAX_BYTES = 512 * 2**20  # twice MAX_PIXELS uncompressed; keeps a checkpoint fro
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _BLACK, _WHITE = 64, 191  # what JPEG or an interpolation leaves of black and white is within
 _GREY_SHARE = 0.1  # soft edges of a mask are less
+_PLAIN = 16  # levels that JPEG and the light move a plain background by
+_PLAIN_SHARE = 0.95  # an object may touch the frame
+_OBJECT = (0.01, 0.95)
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _BITS_PER_SAMPLE = 258  # the TIFF tag: bits of each channel
 
@@ -36,7 +43,8 @@ class ImageRejected(ValueError):
         code: ``missing``, ``unidentified_image`` (no image of `FORMATS`, also a folder or a pipe),
             ``truncated``, ``damaged``, ``too_large``, ``deep`` (more than 8 bits per channel),
             ``size`` (not that of its image), ``aspect`` (another shape than asked for),
-            ``empty_mask`` (all black) or ``full_mask`` (all white).
+            ``empty_mask`` (all black), ``full_mask`` (all white) or ``no_object`` (nothing that a
+            mask could be made of).
     """
 
     def __init__(self, message: str, code: str = "damaged") -> None:
@@ -86,7 +94,7 @@ def read_image(path: str | Path, *, name: str = "image", content: bytes | None =
     image = _load(Path(path), name, content)
     if image.mode != "RGB":
         _tell_once(f"of mode {image.mode} are converted to RGB", path)
-    return _over(image, background="white")
+    return as_rgb(image, f"{name} {path}")
 
 
 def read_mask(
@@ -97,9 +105,7 @@ def read_mask(
     content: bytes | None = None,
     allow_uniform: bool = False,
 ) -> "Image":
-    """Read a mask file: pixels of half brightness and more become 255, the others 0.
-
-    Transparent pixels count as black.
+    """Read a mask file as `as_black_and_white` makes it.
 
     Args:
         path: The file, as for `read_image`.
@@ -115,13 +121,14 @@ def read_mask(
         ImageRejected: As for `read_image`; or the size differs; or the mask is all black or all
             white and that is not allowed.
     """
-    mask = _over(_load(Path(path), name, content), background="black").convert("L")
+    mask = as_black_and_white(_load(Path(path), name, content), f"{name} {path}")
     if size is not None and mask.size != size:
+        swapped = mask.size == size[::-1]
         raise ImageRejected(
-            f"{name} {path} must be {_pixels(size)} like its image, got {_pixels(mask.size)}",
+            f"{name} {path} must be {_pixels(size)} like its image, got {_pixels(mask.size)}"
+            + (": width and height look swapped" if swapped else ""),
             "size",
         )
-    mask = mask.point([0] * 128 + [255] * 128)
     low, high = mask.getextrema()
     if low == high and not allow_uniform:
         colour, code = ("white", "full_mask") if low else ("black", "empty_mask")
@@ -143,9 +150,52 @@ def looks_like_mask(path: str | Path, *, content: bytes | None = None) -> bool:
     Raises:
         ImageRejected: As for `read_image`.
     """
+    return is_black_and_white(_load(Path(path), "mask", content))
+
+
+def as_rgb(image: "Image", name: str = "image", *, background: str = "white") -> "Image":
+    """A decoded picture of any mode as RGB, upright (EXIF), without transparency.
+
+    Args:
+        image: A PIL image of at most 8 bits per channel.
+        name: What the caller calls it; it begins the error message.
+        background: Colour that transparent pixels are laid over.
+
+    Returns:
+        A PIL image of mode RGB; `image` itself is not changed.
+
+    Raises:
+        ImageRejected: It has more than 8 bits per channel, or cannot be converted.
+    """
+    return _over(upright(image, name), background=background)
+
+
+def as_black_and_white(image: "Image", name: str = "mask") -> "Image":
+    """A decoded picture as a mask: pixels of half brightness and more become 255, the others 0.
+
+    Transparent pixels count as black. Where 1 is the largest value, it is white: such masks hold 0
+    and 1.
+
+    Args:
+        image: As for `as_rgb`.
+        name: What the caller calls it; it begins the error message.
+
+    Returns:
+        A PIL image of mode L that holds 0 and 255 alone; upright.
+
+    Raises:
+        ImageRejected: As for `as_rgb`.
+    """
+    grey = as_rgb(image, name, background="black").convert("L")
+    white = 1 if grey.getextrema()[1] == 1 else 128
+    return grey.point([0] * white + [255] * (256 - white))
+
+
+def is_black_and_white(image: "Image") -> bool:
+    """Whether nearly all pixels of a decoded picture are nearly black or nearly white."""
     from PIL import ImageChops
 
-    image = _over(_load(Path(path), "mask", content), background="black")
+    image = as_rgb(image, "mask", background="black")
     red, green, blue = image.split()
     highest = ImageChops.lighter(ImageChops.lighter(red, green), blue).histogram()
     lowest = ImageChops.darker(ImageChops.darker(red, green), blue).histogram()
@@ -153,8 +203,107 @@ def looks_like_mask(path: str | Path, *, content: bytes | None = None) -> bool:
     return clear >= (1 - _GREY_SHARE) * image.width * image.height
 
 
+def upright(image: "Image", name: str = "image") -> "Image":
+    """A decoded picture of at most 8 bits per channel, turned as its EXIF data say.
+
+    Raises:
+        ImageRejected: It has more bits.
+    """
+    from PIL import ImageOps
+
+    # before it is decoded, which leaves 8 of 16 bits
+    if (bits := _bits(image)) > 8:
+        raise ImageRejected(f"{name} must have at most 8 bits per channel, it has {bits}", "deep")
+    return ImageOps.exif_transpose(image)
+
+
+def object_mask(image: "Image", name: str = "image") -> tuple["Image", str]:
+    """The object in a picture, where its alpha channel or a plain background shows it.
+
+    An alpha channel that is not opaque decides alone. Else the background is what has the colour
+    of the outermost pixels and is joined with them; the object is the rest.
+
+    Args:
+        image: As for `as_rgb`.
+        name: What the caller calls it; it begins the error message.
+
+    Returns:
+        A mask like those of `as_black_and_white`, and what it was made from, in words.
+
+    Raises:
+        ImageRejected: As for `as_rgb`, or, with the code ``no_object``: the picture has neither, or
+            what would be the object is less than 1 % or more than 95 % of it.
+    """
+    import numpy as np
+    from PIL import Image
+
+    image = upright(image, name)
+    inside, source = None, "the alpha channel"
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA"))[..., 3]
+        inside = alpha >= 128 if (alpha < 128).any() else None
+    if inside is None:
+        source = "the plain background"
+        pixels = np.asarray(_over(image, background="white")).astype(np.int16)
+        frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        off = np.abs(pixels - np.median(frame, axis=0)).max(axis=-1)
+        rim = np.concatenate([off[0], off[-1], off[:, 0], off[:, -1]]) <= _PLAIN
+        if rim.mean() < _PLAIN_SHARE:
+            raise ImageRejected(
+                f"{name} must have a transparent or a plain background to find its object in, "
+                f"{1 - rim.mean():.0%} of its outermost pixels have another colour than the rest",
+                "no_object",
+            )
+        inside = ~_joined_with_frame(off <= _PLAIN)
+    share = float(inside.mean())
+    if not _OBJECT[0] <= share <= _OBJECT[1]:
+        raise ImageRejected(
+            f"{name} must show an object of {_OBJECT[0]:.0%} to {_OBJECT[1]:.0%} of its pixels to "
+            f"make a mask of, by {source} it is {share:.1%}",
+            "no_object",
+        )
+    return Image.fromarray(inside.astype(np.uint8) * 255), f"{source}: {share:.0%} of the picture"
+
+
+def read_object_mask(
+    path: str | Path, *, name: str = "image", content: bytes | None = None
+) -> tuple["Image", str]:
+    """`object_mask` of an image file.
+
+    Args:
+        path, name, content: As for `read_image`.
+
+    Raises:
+        ImageRejected: As for `read_image` and `object_mask`.
+    """
+    return object_mask(_load(Path(path), name, content), f"{name} {path}")
+
+
+def _joined_with_frame(plain: "NDArray[np.bool_]") -> "NDArray[np.bool_]":
+    """Those pixels of ``[height, width]`` from which a way over others leads to the frame."""
+    import numpy as np
+
+    def runs(across: "NDArray[np.bool_]") -> "NDArray[np.int64]":
+        """A number for every stretch of equal pixels of a row."""
+        starts = np.ones(across.shape, dtype=bool)
+        starts[:, 1:] = across[:, 1:] != across[:, :-1]
+        return np.cumsum(starts).reshape(across.shape)
+
+    joined = plain.copy()
+    joined[1:-1, 1:-1] = False
+    lines = (runs(plain), runs(plain.T).T)
+    while True:
+        before = int(joined.sum())
+        for run in lines:
+            reached = np.zeros(plain.size + 1, dtype=bool)
+            reached[run[joined]] = True
+            joined = plain & reached[run]
+        if int(joined.sum()) == before:
+            return joined
+
+
 def _load(path: Path, name: str, content: bytes | None) -> "Image":
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if content is None:
         content = read_bytes(path, name=name)
@@ -169,14 +318,10 @@ def _load(path: Path, name: str, content: bytes | None) -> "Image":
                     f"its header says {_pixels(image.size)}",
                     "too_large",
                 )
-            if (bits := _bits(image)) > 8:
-                raise ImageRejected(
-                    f"{name} {path} must have at most 8 bits per channel, it has {bits}", "deep"
-                )
-            image.load()
+            turned = upright(image, f"{name} {path}")
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 _tell_once("that their EXIF data call rotated are turned upright", path)
-            return ImageOps.exif_transpose(image)
+            return turned
     except (ImageRejected, MemoryError):
         raise
     except bomb as error:
@@ -196,15 +341,19 @@ def _load(path: Path, name: str, content: bytes | None) -> "Image":
         raise ImageRejected(f"{name} {path} is damaged: {reason}", code) from error
 
 
-def _bits(image: "ImageFile") -> int:
-    """Bits of a channel in the file; its mode does not tell, Pillow cuts RGB of 16 bits to 8."""
+def _bits(image: "Image") -> int:
+    """Bits of a channel. An undecoded file knows better than the mode: Pillow cuts RGB to 8."""
+    from PIL.ImageFile import ImageFile
     from PIL.TiffImagePlugin import TiffImageFile
 
     if isinstance(image, TiffImageFile):
         return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+    if image.mode in ("I", "F"):
+        return 32
     # as the decoder is told: "RGB;16B"; in other formats than PNG such a number is of a pixel
-    deep = image.format == "PNG" and any(";16" in str(tile[3]) for tile in image.tile)
-    return 16 if deep else 8
+    tiles = image.tile if isinstance(image, ImageFile) and image.format == "PNG" else []
+    deep = any(";16" in str(tile[3]) for tile in tiles)
+    return 16 if deep or image.mode.startswith("I;16") else 8
 
 
 def _over(image: "Image", *, background: str) -> "Image":

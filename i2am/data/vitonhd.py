@@ -24,13 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from i2am.data.arrays import ASPECT_TOLERANCE
 from i2am.data.images import ImageRejected, read_image, read_mask
 from i2am.data.vitonhd_files import KINDS, Files, mark_of
 from i2am.data.vitonhd_pairs import DataRejected, Pair, Problem, Setting, read_pairs
 
 __all__ = ["DataRejected", "Pair", "Problem", "VitonHD"]
-
-ASPECT_TOLERANCE = 0.01
 
 
 class VitonHD(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -38,4 +38,5 @@ def image_branch(
         return generated, Tokens(start, patches, grid)
 
     where = "tokens" if grid is None else f"{grid[0]}x{grid[1]}"
-    return TokenLayout(f"ip_adapter {where}", resolve, **{"context_keys": True, **options})
+    defaults = {"context_keys": True, "through_processor": True}
+    return TokenLayout(f"ip_adapter {where}", resolve, **{**defaults, **options})

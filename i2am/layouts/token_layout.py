@@ -151,6 +151,8 @@ class TokenLayout:
         note: What a reader of the maps has to know of these tokens, kept with the result.
         context_keys: Whether all keys of its layers are a context's, so that layers whose keys are
             also the image's own are refused before a run.
+        through_processor: Whether reference pictures pass through the pipeline's image processor
+            (``feature_extractor``), which may keep the middle alone.
 
     Raises:
         ValueError: ``guidance_order`` does not contain ``"conditional"``.
@@ -163,6 +165,7 @@ class TokenLayout:
     prefix_votes: bool = False
     note: str = ""
     context_keys: bool = False
+    through_processor: bool = False
 
     def __post_init__(self) -> None:
         if CONDITIONAL not in self.guidance_order:

@@ -10,11 +10,14 @@ from torch import Tensor
 from i2am.attribution.direction import Direction
 from i2am.attribution.layers import nonfinite, without_grid
 from i2am.attribution.maps import AttributionMaps
+from i2am.attribution.pictures import Which, seen
 from i2am.attribution.postprocess import is_constant, mask_product, picture
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import LayerWeighting, layers_of
+from i2am.data.arrays import ImageInput, cut_mask, mask_batch, require_grid, require_shape
 
 Undefined = Literal["raise", "nan"]
+_STRETCH = "; stretch=True accepts it, for models that squeeze their pictures"
 
 
 class Score(NamedTuple):
@@ -28,7 +31,7 @@ class Score(NamedTuple):
 
 def imacs(
     attribution: Tensor,
-    mask: Tensor,
+    mask: ImageInput,
     *,
     penalty: float = 3.0,
     threshold: float = 0.4,
@@ -36,6 +39,7 @@ def imacs(
     direction: Direction | str = Direction.REFERENCE_TO_GENERATED,
     invert: bool | None = None,
     processed: bool = False,
+    stretch: bool = False,
     undefined: Undefined = "raise",
 ) -> Tensor:
     """Share of attribution that falls inside a mask, minus the penalised share outside (eq 18).
@@ -47,8 +51,9 @@ def imacs(
 
     Args:
         attribution: Raw maps ``[batch, height, width]``, any real dtype.
-        mask: ``[batch, H, W]`` in [0, 1] at pixel size, 1 inside; bool or any real dtype. The
-            inpainting mask for R2G (IMACS_g), the reference mask for G2R (IMACS_r).
+        mask: ``[batch, H, W]`` in [0, 1] at pixel size, 1 inside, or anything else that is one
+            mask per sample to :func:`i2am.data.arrays.masks`. The inpainting mask for R2G
+            (IMACS_g), the reference mask for G2R (IMACS_r).
         penalty: Weight of the mean outside the mask.
         threshold: Largest normalized value that is dropped.
         preset: ``"paper"``, ``"official"`` (the published arithmetic) or a :class:`Preset`.
@@ -58,15 +63,18 @@ def imacs(
             official inverts R2G maps, which is meant for layers with a single reference token.
         processed: The maps are normalized, thresholded and at the mask's size already, so that only
             eq 18 is left to do.
+        stretch: Whether mask and maps may differ in shape by more than a cell, where the model
+            squeezes its pictures.
         undefined: What a sample without a score does: ``"raise"`` or give ``"nan"``.
 
     Returns:
         fp64 ``[batch]`` in [-penalty, 1].
 
     Raises:
-        ValueError: If a shape is wrong, the batches differ, a map holds NaN or Inf, a mask holds a
-            value outside [0, 1], a processed map has another size than its mask or leaves [0, 1],
-            an option is unknown, or, under ``undefined="raise"``, a sample has no score.
+        ValueError: If a shape is wrong, the batches differ, a map holds NaN or Inf, a mask is none
+            or has another shape than the maps, a processed map has another size than its mask or
+            leaves [0, 1], an option is unknown, or, under ``undefined="raise"``, a sample has no
+            score.
 
     Example:
         >>> attribution = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
@@ -76,7 +84,13 @@ def imacs(
     preset, direction = get_preset(preset), Direction(direction)
     if undefined not in ("raise", "nan"):
         raise ValueError(f"undefined must be 'raise' or 'nan', got {undefined!r}")
+    # an empty batch has no masks to read
+    if not (isinstance(mask, Tensor) and len(mask) == 0):
+        mask = mask_batch(mask, "mask")
     _check_pair(attribution, mask)
+    if not (stretch or processed):
+        size, grid = ((one.shape[1], one.shape[2]) for one in (mask, attribution))
+        require_grid("mask", size, "the maps", grid, options=_STRETCH)
     attribution, inside = attribution.double(), mask.double()
     to_reference = direction is Direction.GENERATED_TO_REFERENCE
     epsilon = preset.reference_epsilon if to_reference else 0.0
@@ -116,8 +130,8 @@ def imacs(
 def imacs_scores(
     maps: AttributionMaps,
     *,
-    mask: Tensor | None = None,
-    reference_mask: Tensor | None = None,
+    mask: ImageInput | None = None,
+    reference_mask: ImageInput | None = None,
     preset: str | Preset = "paper",
     penalty: float = 3.0,
     threshold: float = 0.4,
@@ -137,7 +151,9 @@ def imacs_scores(
 
     Args:
         maps: The result.
-        mask: Inpainting mask at pixel size, ``[H, W]`` for all samples or ``[samples, H, W]``.
+        mask: Inpainting mask at pixel size, as for ``record(mask=)``: one for all samples or one
+            per sample, of the shape of the picture that was painted on. Where the run cropped that
+            picture, the mask is cropped alike.
         reference_mask: Mask of the reference's subject, likewise.
         preset: ``"paper"``, ``"official"`` or a :class:`Preset`.
         penalty, threshold, undefined: As for :func:`imacs`.
@@ -148,7 +164,7 @@ def imacs_scores(
 
     Raises:
         ValueError: As :func:`imacs` does, if sums are not finite, naming layer and head, or if a
-            mask is neither ``[H, W]`` nor ``[samples, H, W]``.
+            mask is neither one nor one per sample, or has another shape than its picture.
     """
     preset = get_preset(preset)
     if broken := nonfinite(maps.layer_sums):
@@ -182,13 +198,15 @@ def imacs_scores(
     scores = {}
     for name, read in attributions.items():
         reason = next((reason for stands, reason in obstacles[name] if stands), None)
+        which: Which = "reference" if name == "imacs_r" else "generated"
         inside = reference_mask if name == "imacs_r" else mask
         if reason is not None or inside is None:
             scores[name] = Score(None, reason)
             continue
         values = imacs(
             read(preset=preset, layer_weighting=layer_weighting).cpu(),
-            _per_sample(inside, maps.n_samples),
+            _laid(inside, maps, which),
+            stretch=seen(maps.provenance, which) is not None,
             penalty=penalty,
             threshold=threshold,
             preset=preset,
@@ -208,9 +226,6 @@ def _check_pair(attribution: Tensor, mask: Tensor) -> None:
         raise ValueError(
             f"attribution and mask must have the same batch, got {len(attribution)} and {len(mask)}"
         )
-    # written so that NaN fails too
-    if not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise ValueError("mask must hold values in [0, 1], got values outside")
 
 
 def _check_processed(attribution: Tensor, mask: Tensor) -> None:
@@ -223,11 +238,19 @@ def _check_processed(attribution: Tensor, mask: Tensor) -> None:
         raise ValueError("processed attribution must hold values in [0, 1], got values outside")
 
 
-def _per_sample(mask: Tensor, samples: int) -> Tensor:
-    if mask.ndim == 2:
-        return mask.cpu().expand(samples, -1, -1)
-    if mask.ndim != 3 or len(mask) != samples:
+def _laid(given: ImageInput, maps: AttributionMaps, which: Which) -> Tensor:
+    """One mask per sample, over the part of its picture that the maps lie on."""
+    name = "reference_mask" if which == "reference" else "mask"
+    mask = mask_batch(given, name).cpu()
+    if len(mask) not in (1, maps.n_samples):
         raise ValueError(
-            f"masks must be [H, W] or [samples, H, W] for {samples} samples, got {list(mask.shape)}"
+            f"{name} must be one mask or one for each of {maps.n_samples} samples, got {len(mask)}"
         )
-    return mask.cpu()
+    picture = seen(maps.provenance, which)
+    if picture is not None and picture.size is not None:
+        size = (mask.shape[1], mask.shape[2])
+        of = "the picture that was recorded"
+        require_shape(name, size, of, picture.size)
+    if picture is not None and picture.box is not None:
+        mask = cut_mask(mask, picture.box)
+    return mask.expand(maps.n_samples, -1, -1)

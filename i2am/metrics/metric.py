@@ -7,6 +7,7 @@ from torch import Tensor
 
 from i2am.attribution.direction import Direction
 from i2am.attribution.presets import Preset, get_preset
+from i2am.data.arrays import ImageInput
 from i2am.metrics.functional import Undefined, imacs
 from i2am.missing import missing
 
@@ -35,7 +36,7 @@ class IMACS(Metric):
         preset: ``"paper"``, ``"official"`` or a :class:`~i2am.attribution.Preset`.
         direction: What the maps are; matters to ``"official"`` only.
         invert: As for :func:`imacs`.
-        processed: As for :func:`imacs`.
+        processed, stretch: As for :func:`imacs`.
         undefined: Samples without a score ``"raise"`` or, under ``"nan"``, are left out of the mean
             and counted in the state ``n_undefined``.
         **kwargs: Options of :class:`torchmetrics.Metric`.
@@ -69,6 +70,7 @@ class IMACS(Metric):
         direction: Direction | str = Direction.REFERENCE_TO_GENERATED,
         invert: bool | None = None,
         processed: bool = False,
+        stretch: bool = False,
         undefined: Undefined = "raise",
         **kwargs: Any,
     ) -> None:
@@ -79,6 +81,7 @@ class IMACS(Metric):
         self.direction = Direction(direction)
         self.invert = invert
         self.processed = processed
+        self.stretch = stretch
         self.undefined: Undefined = undefined
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("n", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -89,12 +92,12 @@ class IMACS(Metric):
         """Smallest value the score can take."""
         return -self.penalty
 
-    def update(self, attribution: Tensor, mask: Tensor) -> None:
+    def update(self, attribution: Tensor, mask: ImageInput) -> None:
         """Adds a batch.
 
         Args:
             attribution: Raw maps ``[batch, height, width]``.
-            mask: ``[batch, H, W]`` in [0, 1].
+            mask: As for :func:`imacs`.
 
         Raises:
             ValueError: As :func:`imacs` does; the batch is not counted then.
@@ -108,6 +111,7 @@ class IMACS(Metric):
             direction=self.direction,
             invert=self.invert,
             processed=self.processed,
+            stretch=self.stretch,
             undefined=self.undefined,
         )
         defined = ~scores.isnan()

@@ -6,6 +6,7 @@ from copy import deepcopy
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -14,8 +15,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
+from i2am.data.arrays import ImageInput
 from i2am.models.denoising import DenoisingLoop
-from i2am.models.inputs import ImageInput, per_sample, resize_antialiased
+from i2am.models.inputs import per_sample, resize_antialiased
 from i2am.models.latents import LatentSpace
 from i2am.models.samplers import Samplers
 from i2am.models.sampling import HALVES, Sampling
@@ -56,6 +58,9 @@ class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
     """Images that a call cannot do without."""
     agnostic_replaces_person: ClassVar[bool] = False
     """Whether `agnostic_image` stands in for `image` and `mask_image` instead of joining them."""
+
+    shown: Mapping[str, Any] = MappingProxyType({})
+    """The pictures of the run in progress, see `run`."""
 
     @classmethod
     def from_pretrained(
@@ -250,6 +255,7 @@ class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
         context: tuple[Tensor, Tensor],
         encoded: list[Tensor],
         plain: list[Tensor],
+        shown: Mapping[str, Any],
         latents: Tensor | None,
         paste_onto: tuple[Tensor, Tensor] | None,
         return_dict: bool,
@@ -270,6 +276,8 @@ class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
             context: Conditional and unconditional context ``[batch, tokens, width]``.
             encoded: Images ``[batch, 3, height, width]`` whose latents the UNet sees.
             plain: What it sees behind them as it is, ``[batch, channels, h, w]`` at latent size.
+            shown: The pictures as they were given, "generated" for the one to paint on and
+                "reference": what a recording's masks belong to.
             latents: Starting noise instead of a drawn one.
             paste_onto: Image and keep mask to put into the result, or None.
             return_dict: False returns a tuple.
@@ -304,7 +312,12 @@ class ReferencePipeline(LatentSpace, DenoisingLoop, DiffusionPipeline):
             half: per_sample(tokens, batch, repeats).to(device=device, dtype=self.unet.dtype)
             for half, tokens in zip(HALVES, context, strict=True)
         }
-        result = self.denoise(start, torch.cat(conditions, dim=1), states, sampling, options)
+        self.shown = shown
+        try:
+            result = self.denoise(start, torch.cat(conditions, dim=1), states, sampling, options)
+        finally:
+            # they are the caller's
+            self.shown = {}
         if sampling.output_type != "latent":
             result = self.decode_latents(result)
             if paste_onto is not None:

@@ -2,20 +2,22 @@
 
 import math
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from i2am.models.inputs import ImageInput, OneInput, as_list, common_batch, read_masks
+from i2am.data.arrays import ImageInput, OneInput, as_list, pictures, require_size
+from i2am.data.images import as_rgb
+from i2am.models.inputs import common_batch, read_masks
 
 
 def crop_to_object(
     images: ImageInput, masks: ImageInput, enlargement: float, *, name: str, mask_name: str
-) -> list[OneInput]:
+) -> list[Image.Image | Tensor]:
     """The box around the object of each mask, somewhat enlarged, cut out of each image.
 
     Args:
-        images: What `i2am.models.inputs.read_images` takes; results are of the same kind.
+        images: What `i2am.models.inputs.read_images` takes; results are PIL images for PIL images
+            and tensors for all else.
         masks: What `read_masks` takes, above 0.5 on the object; one, or one per image.
         enlargement: By how much of its half extent the box grows to each side, at least 0. It
             ends where the image does.
@@ -31,42 +33,28 @@ def crop_to_object(
         raise ValueError(
             f"crop_enlargement must be a finite number of at least 0, got {enlargement}"
         )
-    singles = [single for item in as_list(images, name) for single in _unbatched(item)]
+    singles = [single for item in as_list(images, name) for single in _upright(item, name)]
     read = read_masks(masks, mask_name)
     count = common_batch(**{name: len(singles), mask_name: len(read)})
-    crops: list[OneInput] = []
+    crops: list[Image.Image | Tensor] = []
     for index in range(count):
         image, mask = singles[index % len(singles)], read[index % len(read)][0] > 0.5
-        size = _size(image)
-        if size != tuple(mask.shape):
-            raise ValueError(
-                f"{mask_name} must have the size of {name}, {size[0]} x {size[1]} (height x "
-                f"width), got {mask.shape[0]} x {mask.shape[1]}"
-            )
+        size = image.size[::-1] if isinstance(image, Image.Image) else tuple(image.shape[-2:])
+        require_size(mask_name, tuple(mask.shape), name, size)
         if not mask.any():
             raise ValueError(f"{mask_name} must be white somewhere, it is all black")
         top, bottom = _span(mask.any(dim=1), enlargement)
         left, right = _span(mask.any(dim=0), enlargement)
         if isinstance(image, Image.Image):
             crops.append(image.crop((left, top, right, bottom)))
-        elif isinstance(image, np.ndarray):
-            crops.append(image[top:bottom, left:right])
         else:
             crops.append(image[..., top:bottom, left:right])
     return crops
 
 
-def _unbatched(item: OneInput) -> list[OneInput]:
-    if isinstance(item, Image.Image) or item.ndim != 4:
-        return [item]
-    return list(item)
-
-
-def _size(image: OneInput) -> tuple[int, int]:
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.shape[-2:]
-    return height, width
+def _upright(item: OneInput, name: str) -> list[Image.Image | Tensor]:
+    # PIL images stay what they are: they are resized in 8 bits later
+    return [as_rgb(item, name)] if isinstance(item, Image.Image) else [*pictures(item, name)]
 
 
 def _span(occupied: Tensor, enlargement: float) -> tuple[int, int]:

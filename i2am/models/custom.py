@@ -9,9 +9,10 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import Dinov2Model
 
+from i2am.data.arrays import ImageInput
 from i2am.models import samplers
 from i2am.models.base import ReferencePipeline
-from i2am.models.inputs import ImageInput, common_batch, fit, read_images, read_person
+from i2am.models.inputs import common_batch, fit, read_images, read_person
 from i2am.models.pocket_autoencoder import PocketAutoencoder
 from i2am.models.projection import ReferenceProjection
 from i2am.models.sampling import Callback, Generators, Sampling
@@ -254,6 +255,10 @@ class CustomPipeline(ReferencePipeline):
             encoded=[agnostic, pose],
             plain=[],
             latents=latents,
+            shown={
+                "generated": agnostic_image if image is None else image,
+                "reference": reference_image,
+            },
             paste_onto=painted if paste_back else None,
             return_dict=return_dict,
         )

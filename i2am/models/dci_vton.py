@@ -6,10 +6,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
+from i2am.data.arrays import ImageInput, require_size
 from i2am.models import samplers
 from i2am.models.crop import crop_to_object
 from i2am.models.inputs import (
-    ImageInput,
     common_batch,
     fit,
     per_sample,
@@ -215,6 +215,7 @@ class DCIVTONPipeline(SingleTokenPipeline):
             encoded=[composite],
             plain=[self.keep_latents(keep)],
             latents=latents,
+            shown={"generated": image, "reference": reference},
             paste_onto=(person, keep) if paste_back else None,
             return_dict=return_dict,
             start_from=composite,
@@ -232,9 +233,5 @@ def _read_warped(
     for index in range(batch):
         wanted = tuple(images[index % len(images)].shape[-2:])
         found = tuple(masks[index % len(masks)].shape[-2:])
-        if wanted != found:
-            raise ValueError(
-                f"warped_mask_image must have the size of warped_image, {wanted[0]} x {wanted[1]} "
-                f"(height x width), got {found[0]} x {found[1]}"
-            )
+        require_size("warped_mask_image", found, "warped_image", wanted)
     return per_sample(fit(images, size), batch, 1), per_sample(fit(masks, size), batch, 1)

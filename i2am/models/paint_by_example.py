@@ -7,8 +7,9 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
+from i2am.data.arrays import ImageInput
 from i2am.models import samplers
-from i2am.models.inputs import ImageInput, common_batch, read_person, same_size
+from i2am.models.inputs import common_batch, read_person, same_size
 from i2am.models.sampling import Callback, Generators, Sampling
 from i2am.models.single_token import SingleTokenPipeline
 
@@ -146,6 +147,7 @@ class PaintByExamplePipeline(SingleTokenPipeline):
             encoded=[person * keep],
             plain=[self.keep_latents(keep)],
             latents=latents,
+            shown={"generated": image, "reference": reference},
             paste_onto=(person, keep) if paste_back else None,
             return_dict=return_dict,
         )

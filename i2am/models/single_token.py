@@ -9,8 +9,10 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
+from i2am.data.arrays import ImageInput, OneInput, as_list
+from i2am.data.images import as_rgb
 from i2am.models.base import ReferencePipeline
-from i2am.models.inputs import ImageInput, OneInput, as_list, read_images, resize_antialiased
+from i2am.models.inputs import read_images, resize_antialiased
 from i2am.models.paint_by_example_encoder import PaintByExampleImageEncoder
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ class SingleTokenPipeline(ReferencePipeline):
         side = self.image_encoder.config.image_size
         squares: list[OneInput] = [
             # PIL's own resampling of 8-bit images, as the published code
-            item.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+            as_rgb(item, "reference_image").resize((side, side), Image.Resampling.BICUBIC)
             if isinstance(item, Image.Image)
             else item
             for item in as_list(reference_image, "reference_image")

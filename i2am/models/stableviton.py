@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
+from i2am.data.arrays import ImageInput
 from i2am.models import samplers
 from i2am.models.inputs import (
-    ImageInput,
     common_batch,
     fit,
     read_images,
@@ -203,6 +203,7 @@ class StableVITONPipeline(SingleTokenPipeline):
             plain=[self.keep_latents(_keep(mask_image, size))],
             encoded_behind=[pose],
             latents=latents,
+            shown={"generated": image, "reference": reference_image},
             paste_onto=(person, keep) if paste_back else None,
             return_dict=return_dict,
             start_from=person,

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from i2am.data.images import as_rgb
 from i2am.plots.style import Picture
 
 Images = Any
@@ -20,7 +21,8 @@ def rgb(image: Any, name: str) -> Picture:
     """A picture as an array.
 
     Args:
-        image: uint8 ``[height, width, 3]``: array, tensor or PIL image.
+        image: uint8 ``[height, width, 3]``, array or tensor; or a PIL image of any mode, which is
+            turned upright and laid over white.
         name: The argument's name, for the message.
 
     Returns:
@@ -29,7 +31,8 @@ def rgb(image: Any, name: str) -> Picture:
     Raises:
         ValueError: It is something else, or empty.
     """
-    array = _array(image, name)
+    # only PIL images know of EXIF data
+    array = np.asarray(as_rgb(image, name)) if hasattr(image, "getexif") else _array(image, name)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
         raise ValueError(
             f"{name} must be a uint8 picture [height, width, 3], got {array.dtype} {array.shape}"

@@ -4,12 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from i2am.attribution.maps import AttributionMaps
+from i2am.attribution.pictures import Which, cut_place, seen
 from i2am.attribution.presets import Preset
 from i2am.attribution.reading import layers_of
+from i2am.data.arrays import cut_picture
 from i2am.plots import comparisons, pointing, splits
 from i2am.plots.checks import rgb
 from i2am.plots.reading import Reading, Votes, region_box
@@ -155,10 +158,10 @@ class _Source:
         self._votes, self._weights = votes, weights
 
     def generated(self) -> list[Picture]:
-        return [_image(one.generated, "generated") for one in self.recorded]
+        return [_image(one.generated, "generated", one.maps) for one in self.recorded]
 
     def references(self) -> list[Picture]:
-        return [_image(one.reference, "reference") for one in self.recorded]
+        return [_image(one.reference, "reference", one.maps) for one in self.recorded]
 
     def r2g(self, per: str = "") -> list[Tensor]:
         every = [reading.r2g(per or (), votes=self._votes)[0].cpu() for reading in self.readings]
@@ -223,7 +226,7 @@ def _specific_reference(source: _Source, options: Options) -> "Figure":
         torch.cat([reading.region(name) for name in one.maps.regions]),
         boxes,
         names=one.maps.regions,
-        truths=[one.truths.get(name) for name in one.maps.regions],
+        truths=[cut_place(one.truths.get(name), one.maps.provenance) for name in one.maps.regions],
         **options,
     )
 
@@ -268,7 +271,13 @@ def _counted(maps: AttributionMaps, reading: Reading) -> list[str]:
     return [layer.site.layer for layer in layers_of(maps.layer_sums, reading.preset)]
 
 
-def _image(value: Any, name: str) -> Picture:
+def _image(value: Any, name: Which, maps: AttributionMaps) -> Picture:
+    """The part of the picture that the maps lie on."""
+    from PIL import Image
+
     if value is None:
         raise ValueError(f"{name} must be the image that the maps lie on, got none")
-    return rgb(value, name)
+    pixels, picture = rgb(value, name), seen(maps.provenance, name)
+    if picture is None or picture.box is None:
+        return pixels
+    return np.asarray(cut_picture(Image.fromarray(pixels), picture.box))

@@ -13,8 +13,10 @@ from torch import Tensor
 from i2am.attribution.direction import Direction
 from i2am.attribution.joint import JointMaps
 from i2am.attribution.maps import AttributionMaps
+from i2am.attribution.pictures import Which, cut_place, seen
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import layers_of
+from i2am.data.arrays import ImageInput, as_pil, cut_picture, masks, require_shape
 from i2am.plots.titles import step_titles
 from i2am.viewer.packing import COARSE, FINE, MEDIUM, encode, pack
 from i2am.viewer.pictures import outline, picture
@@ -150,12 +152,12 @@ class Sample:
 def sample(
     maps: AttributionMaps,
     *,
-    generated: "Image",
-    reference: "Image",
+    generated: ImageInput,
+    reference: ImageInput,
     index: int = 0,
     id: str = "sample",
-    mask: "Image | None" = None,
-    reference_mask: "Image | None" = None,
+    mask: ImageInput | None = None,
+    reference_mask: ImageInput | None = None,
     scores: Mapping[str, Score] | None = None,
     truths: Mapping[str, tuple[float, float]] | None = None,
     facts: Mapping[str, str] | None = None,
@@ -166,12 +168,14 @@ def sample(
 
     Args:
         maps: The recording; its joint maps, where it has them, let a reader point at any patch.
-        generated: The generated image.
+        generated: The generated image, see `i2am.data.arrays.pictures`. Where the run made a part
+            of it alone, or saw a part of the reference, that part is shown.
         reference: The reference image.
         index: Which sample of `maps`.
         id: Its name in links and lists.
-        mask: White where the image was painted; any size.
-        reference_mask: White on the object in the reference; any size.
+        mask: White where the image was painted, see `i2am.data.arrays.masks`; of the generated
+            image's shape.
+        reference_mask: White on the object in the reference; of its shape.
         scores: ``{name: {"value": float | None, "reason": str | None}}``, as ``scores.json`` has.
         truths: Where declared regions should look, as fractions of the reference's height and
             width.
@@ -181,10 +185,14 @@ def sample(
 
     Raises:
         ValueError: The maps hold NaN or Inf, a score is neither a finite number nor None with a
-            reason, or the preset is unknown.
+            reason, the preset is unknown, an image is none, or a mask has another shape.
         IndexError: There is no such sample.
     """
     preset = get_preset(preset)
+    generated, mask = _shown(maps, "generated", generated, "mask", mask)
+    reference, reference_mask = _shown(
+        maps, "reference", reference, "reference_mask", reference_mask
+    )
     maps = maps.select(samples=[index])
     if broken := maps.nonfinite():
         raise ValueError(f"maps must be finite, got NaN or Inf in {broken[0]}")
@@ -225,7 +233,7 @@ def sample(
         for number, region in enumerate(maps.regions):
             read = partial(AttributionMaps.specific_reference, region=region, preset=preset)
             stacks.append(overall(f"region {number}", spatial, read))
-            place = (truths or {}).get(region)
+            place = cut_place((truths or {}).get(region), maps.provenance)
             box = _fractions(described.get(region, region))
             regions.append({"name": region, "box": box, "truth": place and list(place)})
     if maps.joint is not None:
@@ -252,6 +260,29 @@ def sample(
         normalizations=preset.normalizations,
         invert=preset.invert_single_token and single,
     )
+
+
+def _shown(
+    maps: AttributionMaps, which: Which, image: Any, mask_name: str, mask: Any
+) -> "tuple[Image, Image | None]":
+    """A picture and its mask, as far as the maps lie on them."""
+    shown = _only(as_pil(image, which), which)
+    outlined = None
+    if mask is not None:
+        values = _only(masks(mask, mask_name), mask_name)
+        size, wanted = (values.shape[0], values.shape[1]), (shown.height, shown.width)
+        require_shape(mask_name, size, f"the {which} image", wanted)
+        (outlined,) = as_pil((values > 0.5).cpu().numpy().astype("uint8") * 255, mask_name)
+    picture = seen(maps.provenance, which)
+    if picture is None or picture.box is None:
+        return shown, outlined
+    return cut_picture(shown, picture.box), outlined and cut_picture(outlined, picture.box)
+
+
+def _only(found: list[Any], name: str) -> Any:
+    if len(found) != 1:
+        raise ValueError(f"{name} must be one image, got {len(found)}")
+    return found[0]
 
 
 def _joint(joint: JointMaps) -> list[Stack]:

@@ -4,6 +4,8 @@ import base64
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from i2am.data.images import as_black_and_white, as_rgb
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -15,10 +17,11 @@ def shown(image: "Image", side: int = SIDE) -> "Image":
     """The image as RGB whose longer side is `side` pixels."""
     from PIL.Image import Resampling
 
+    image = as_rgb(image)
     factor = side / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     way = Resampling.BICUBIC if factor > 1 else Resampling.LANCZOS
-    return image.convert("RGB").resize(size, way)
+    return image.resize(size, way)
 
 
 def jpeg(image: "Image", quality: int = 90) -> bytes:
@@ -53,7 +56,8 @@ def outline(mask: "Image", size: tuple[int, int]) -> str:
     from PIL import ImageFilter
     from PIL.Image import Resampling
 
-    larger = mask.convert("L").resize(size, Resampling.BICUBIC)
+    mask = as_black_and_white(mask)
+    larger = mask.resize(size, Resampling.BICUBIC)
     # enlarged pixels would draw stairs
     blurred = larger.filter(ImageFilter.GaussianBlur(max(0.0, size[0] / mask.width - 1)))
     covered = np.asarray(blurred) >= 128

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.presets import Preset
+from i2am.data.arrays import ImageInput, as_pil, masks
 from i2am.files import MANIFEST, canonical, check_place, fresh_folder, make_folder, write
 from i2am.viewer.content import Sample, Score, sample
 from i2am.viewer.html import as_json, render, shell
 from i2am.viewer.pictures import jpeg, shown
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 INDEX = "index.html"
 THUMBNAIL = 144
@@ -22,10 +20,10 @@ THUMBNAIL = 144
 def page(
     maps: AttributionMaps,
     *,
-    generated: "Image | Sequence[Image]",
-    reference: "Image | Sequence[Image]",
-    mask: "Image | Sequence[Image] | None" = None,
-    reference_mask: "Image | Sequence[Image] | None" = None,
+    generated: ImageInput,
+    reference: ImageInput,
+    mask: ImageInput | None = None,
+    reference_mask: ImageInput | None = None,
     scores: Mapping[str, Score] | None = None,
     title: str = "i2am",
     ids: Sequence[str] | None = None,
@@ -37,9 +35,10 @@ def page(
 
     Args:
         maps: The recording. With joint maps, ``record(joint=True)``, any patch can be pointed at.
-        generated: The generated images, one per sample; an image for a single sample.
+        generated: The generated images, one per sample; see `i2am.data.arrays.pictures`.
         reference: The reference images, likewise; a single one serves every sample.
-        mask: White where the images were painted, likewise; for outlines.
+        mask: White where the images were painted, likewise, see `i2am.data.arrays.masks`; for
+            outlines. Of the shape of its image to within 1 %.
         reference_mask: White on the object in the reference, likewise; for outlines.
         scores: Scores of a single sample, as ``scores.json`` has them.
         title: Name of the page.
@@ -52,18 +51,24 @@ def page(
         One self-contained HTML document.
 
     Raises:
-        ValueError: There are not as many images or ids as samples, two ids are equal, scores come
-            with several samples or hold NaN, or the maps hold NaN or Inf.
+        TypeError: Something that is no image.
+        ValueError: An image cannot be read, a mask has another shape than its picture, there are
+            not as many images or ids as samples, two ids are equal, scores come with several
+            samples or hold NaN, or the maps hold NaN or Inf.
 
     Example:
         >>> html = page(maps, generated=image, reference=garment)  # doctest: +SKIP
     """
     count = maps.n_samples
     images = {
-        "generated": _each("generated", generated, count, one=count == 1),
-        "reference": _each("reference", reference, count),
-        "mask": _each("mask", mask, count),
-        "reference_mask": _each("reference_mask", reference_mask, count),
+        "generated": _each("generated", as_pil(generated, "generated"), count, one=count == 1),
+        "reference": _each("reference", as_pil(reference, "reference"), count),
+        "mask": _each("mask", None if mask is None else masks(mask, "mask"), count),
+        "reference_mask": _each(
+            "reference_mask",
+            None if reference_mask is None else masks(reference_mask, "reference_mask"),
+            count,
+        ),
     }
     if scores is not None and count > 1:
         raise ValueError(f"scores must come with a single sample, got {count} samples")
@@ -172,14 +177,12 @@ def _thumbnail(sample: Sample) -> bytes:
     return jpeg(sheet, quality=82)
 
 
-def _each(
-    name: str, given: "Image | Sequence[Image] | None", count: int, *, one: bool = True
-) -> "list[Any]":
+def _each(name: str, given: list[Any] | None, count: int, *, one: bool = True) -> list[Any]:
     """One image, or None, per sample; a single image serves all where `one` allows it."""
     if given is None:
         return [None] * count
-    if not isinstance(given, Sequence):
-        given = [given] * count if one else [given]
+    if len(given) == 1 and one:
+        given = given * count
     if len(given) != count:
         raise ValueError(f"{name} must be as many images as samples, {count}, got {len(given)}")
-    return list(given)
+    return given

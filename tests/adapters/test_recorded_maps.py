@@ -489,6 +489,10 @@ def test_provenance_says_what_ran(tiny):
         "guidance_order": ["unconditional", "conditional"],
         "guidance": "conditional",
         "attach": "beside",
+        "pictures": {
+            "generated": {"size": [8, 6], "box": None},
+            "reference": {"size": None, "box": None},
+        },
         "regions": {"badge": "0,1@4x3"},
         "steps": 4,
         "evaluations": 4,

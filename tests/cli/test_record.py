@@ -434,3 +434,40 @@ def test_a_size_that_the_model_was_not_made_for_is_told(run_here, record_line, f
     assert Image.open(out / "image.png").size == (100, 100)
     line = record_line("--no-report", "--overwrite", size="128x96", steps=1, time_groups=1)
     assert not any("was made for" in line for line in warned(run_here(line)))
+
+
+@pytest.mark.parametrize("source", ["alpha channel", "plain background"])
+def test_reference_mask_auto_is_that_of_the_object(run_here, record_line, files, out, source):
+    pixels = np.full((80, 80, 4), 255, np.uint8)
+    pixels[20:60, 10:50, :3] = np.random.default_rng(1).integers(0, 200, (40, 40, 3))
+    if source == "alpha channel":
+        pixels[..., 3] = 0
+        pixels[20:60, 10:50, 3] = 255
+    Image.fromarray(pixels).save(files / "reference.png")
+    done = run_here(record_line(reference_mask="auto"))
+    assert done.code == ExitCode.DONE, done.err
+    assert f"the reference mask was made from the {source}: 25% of the picture" in done.err
+    made = (out / "reference_mask.png").read_bytes()
+    assert np.array_equal(
+        np.asarray(Image.open(out / "reference_mask.png")),
+        np.asarray(Image.open(files / "reference_mask.png")),
+    )
+    run = strict_json(out / "run.json")
+    assert run["inputs"]["reference_mask"]["file"] == "reference_mask.png"
+    assert run["inputs"]["reference_mask"]["sha256"] == sha256(made).hexdigest()
+    assert "reference_mask.png" in run["files"]
+    maps = i2am.load_maps(out / "maps.safetensors")
+    assert maps.votes == ("uniform", "mask")
+    given = record_line("--overwrite", reference_mask=files / "reference_mask.png")
+    assert run_here(given).code == ExitCode.DONE
+    wanted = i2am.load_maps(out / "maps.safetensors")
+    assert torch.equal(
+        maps.reference_to_generated(votes="mask"), wanted.reference_to_generated(votes="mask")
+    )
+
+
+def test_reference_mask_auto_of_a_picture_without_background(run_here, record_line, out):
+    done = run_here(record_line(reference_mask="auto"))
+    assert done.code == ExitCode.REJECTED
+    assert "must have a transparent or a plain background" in done.err
+    assert not out.exists()

@@ -108,11 +108,12 @@ def test_the_paper_scores_both_directions_alike():
 def test_scores_stay_in_range_and_ignore_scale_offset_and_neighbours(grid, size, seed, penalty):
     maps = rand(3, *grid, seed=seed).double()
     masks = rand(3, *size, seed=seed + 1)  # soft ones are scored by the formula as well
-    scores = imacs(maps, masks, penalty=penalty)
+    scores = imacs(maps, masks, penalty=penalty, stretch=True)
     assert ((scores >= -penalty - 1e-9) & (scores <= 1 + 1e-9)).all()
     order = [2, 0, 1]
-    torch.testing.assert_close(imacs(maps[order], masks[order], penalty=penalty), scores[order])
-    torch.testing.assert_close(imacs(maps[:1], masks[:1], penalty=penalty), scores[:1])
+    options = {"penalty": penalty, "stretch": True}
+    torch.testing.assert_close(imacs(maps[order], masks[order], **options), scores[order])
+    torch.testing.assert_close(imacs(maps[:1], masks[:1], **options), scores[:1])
     processed = picture(maps, size)
     rescaled = picture(3 * maps + 1, size)
     # away from the threshold, where rounding could flip a pixel
@@ -178,7 +179,9 @@ NAN = torch.full((1, 4, 4), torch.nan)
     [
         (lambda: imacs(rand(4, 4), half(1, 8, 8)), r"attribution must be \[batch, .*\[4, 4\]"),
         (lambda: imacs(rand(1, 4, 0), half(1, 8, 8)), r"attribution must be .*\[1, 4, 0\]"),
-        (lambda: imacs(rand(1, 4, 4), half(8, 8)), r"mask must be \[batch, .*\[8, 8\]"),
+        (lambda: imacs(rand(1, 4, 4), half(8)), r"mask must have shape \[height, .*\[8\]"),
+        (lambda: imacs(rand(1, 8, 4), half(1, 8, 16)), "8 x 4 .* got 8 x 16.*; stretch=True"),
+        (lambda: imacs(rand(1, 8, 4), half(1, 16, 32)), "height and width look swapped"),
         (lambda: imacs(rand(2, 4, 4), half(1, 8, 8)), "same batch, got 2 and 1"),
         (lambda: imacs(NAN, half(1, 8, 8)), "maps must be finite, got NaN or Inf in 1 of 1"),
         (lambda: imacs(NAN, half(1, 8, 8), undefined="nan"), "maps must be finite"),
@@ -289,9 +292,16 @@ def test_scores_of_broken_sums_name_the_layer_and_head():
         imacs_scores(broken, mask=MASK)
 
 
-@pytest.mark.parametrize("mask", [MASK[0], MASK.expand(3, -1, -1)], ids=["1-D", "three samples"])
-def test_masks_must_fit_the_samples(mask):
-    with pytest.raises(ValueError, match=r"\[samples, H, W\] for 2 samples"):
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (MASK[0], r"mask must have shape \[height, width\]"),
+        (MASK.expand(3, -1, -1), "mask must be one mask or one for each of 2 samples, got 3"),
+    ],
+    ids=["1-D", "three samples"],
+)
+def test_masks_must_fit_the_samples(mask, message):
+    with pytest.raises(ValueError, match=message):
         imacs_scores(make_maps(SITES), mask=mask)
 
 

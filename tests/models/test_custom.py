@@ -230,7 +230,7 @@ def test_reference_sizes_that_do_not_fit_are_refused(custom, reference_size, mes
             {"image": None, "mask_image": None, "agnostic_image": "two", "pose_image": "three"},
             "agnostic_image must hold 1 image or 3, as many as pose_image, got 2",
         ),
-        ({"pose_image": np.zeros((32, 24))}, r"pose_image must have shape \[height, width, 3\]"),
+        ({"pose_image": np.zeros((32, 24, 2))}, r"pose_image must have shape \[height, width, 3\]"),
     ],
     ids=[
         "no mask",

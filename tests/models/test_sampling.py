@@ -330,15 +330,15 @@ WRONG = {
     "no reference": ({"reference_image": None}, ValueError, "reference_image must be given"),
     "path": ({"image": "person.png"}, TypeError, "image must be a PIL image.* got str"),
     "empty list": ({"reference_image": []}, ValueError, "reference_image must hold at least one"),
-    "grey array": (
-        {"image": np.zeros((32, 24), np.uint8)},
+    "two channels": (
+        {"image": np.zeros((32, 24, 2), np.uint8)},
         ValueError,
-        r"image must have shape \[height, width, 3\].* got \[32, 24\]",
+        r"image must have shape \[height, width, 3\].* got \[32, 24, 2\]",
     ),
-    "four channels": (
-        {"image": torch.zeros(1, 4, 32, 24)},
+    "five channels": (
+        {"image": torch.zeros(1, 5, 32, 24)},
         ValueError,
-        r"image must have 3 channels, got shape \[1, 4, 32, 24\]",
+        r"image must have shape .*, got \[1, 5, 32, 24\]",
     ),
     "range": (
         {"image": torch.full((3, 32, 24), 255.0)},
@@ -353,12 +353,12 @@ WRONG = {
     "mask range": (
         {"mask_image": torch.full((32, 24), 2.0)},
         ValueError,
-        r"mask_image must have values in \[0, 1\]",
+        r"mask_image must hold values in \[0, 1\]",
     ),
     "mask shape": (
-        {"mask_image": torch.ones(1, 3, 32, 24)},
+        {"mask_image": torch.ones(1, 2, 32, 24)},
         ValueError,
-        r"mask_image must have shape \[height, width\].* got \[1, 3, 32, 24\]",
+        r"mask_image must have shape \[height, width\].* got \[1, 2, 32, 24\]",
     ),
     "mask size": (
         {"mask_image": Image.new("L", (32, 24))},
@@ -409,7 +409,7 @@ WRONG = {
 
 
 # what reading pictures and `Sampling` refuse is refused alike for all; the rest a family may miss
-SHARED = {"grey array", "four channels", "range", "not a number", "mask range", "mask shape"}
+SHARED = {"two channels", "five channels", "range", "not a number", "mask range", "mask shape"}
 SHARED |= {"steps", "steps kind", "images per prompt", "guidance", "output type", "posterior"}
 SHARED |= {"callback", "callback tensors"}
 

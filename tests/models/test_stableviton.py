@@ -343,8 +343,8 @@ WRONG = {
         r"pose_image must have values in \[0, 1\], got 2 to 2",
     ),
     "agnostic shape": (
-        {"agnostic_image": torch.zeros(1, 32, 24)},
-        "agnostic_image must have 3 channels",
+        {"agnostic_image": torch.zeros(2, 32, 24)},
+        r"agnostic_image must have shape .*, got \[2, 32, 24\]",
     ),
 }
 

@@ -60,7 +60,7 @@ def test_several_samples_share_a_reference(make_recording, make_image):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"generated": []}, "generated must be as many images as samples, 1, got 0"),
+        ({"generated": []}, "generated must hold at least one image, got an empty list"),
         ({"ids": ["a", "b"]}, "ids must be as many as samples, 1, got 2"),
         ({"preset": "best"}, "preset"),
     ],

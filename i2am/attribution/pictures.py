@@ -1,0 +1,67 @@
+"""What maps lie over: the pictures of a run, and the part of each that became tokens."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+Which = Literal["generated", "reference"]
+Box = tuple[float, float, float, float]
+"""Top, left, height and width as fractions of a picture; may reach beyond it."""
+
+
+class Seen(NamedTuple):
+    """A picture as the model saw it.
+
+    Attributes:
+        size: (height, width) of the picture that a mask belongs to, in any unit; None if unknown.
+        box: The part of it that became tokens; None is all of it.
+    """
+
+    size: tuple[int, int] | None = None
+    box: Box | None = None
+
+
+def seen(provenance: Mapping[str, Any], which: Which) -> Seen | None:
+    """What the provenance of maps says of a picture.
+
+    Args:
+        provenance: `AttributionMaps.provenance`.
+        which: "generated" for what masks of ``record(mask=)`` belong to, or "reference".
+
+    Returns:
+        None where it says nothing.
+
+    Raises:
+        ValueError: Results were merged whose pictures became tokens in different parts.
+    """
+    parts = [provenance, *provenance.get("merged", [])]
+    found = [part["pictures"][which] for part in parts if "pictures" in part]
+    if not found:
+        return None
+    boxes = {one["box"] and tuple(one["box"]) for one in found}
+    if len(boxes) > 1:
+        raise ValueError(
+            f"maps must be of samples whose {which} pictures were cropped alike, got merged ones "
+            "that were not; take them one by one"
+        )
+    sizes = {one["size"] and tuple(one["size"]) for one in found}
+    return Seen(sizes.pop() if len(sizes) == 1 else None, boxes.pop())
+
+
+def cut_place(
+    place: tuple[float, float] | None, provenance: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    """A place on the reference, fractions of it, as fractions of the part that became tokens.
+
+    Args:
+        place: Down and right, or None.
+        provenance: `AttributionMaps.provenance`.
+
+    Returns:
+        None for None, and for a place outside that part.
+    """
+    picture = seen(provenance, "reference")
+    if place is None or picture is None or picture.box is None:
+        return place
+    top, left, height, width = picture.box
+    y, x = (place[0] - top) / height, (place[1] - left) / width
+    return (y, x) if min(y, x) >= 0 and max(y, x) <= 1 else None
