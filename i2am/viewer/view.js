@@ -29,8 +29,8 @@ function marked(svg, tag, kind) {
 }
 
 const SIDES = {
-  generated: { title: "Generated", map: "r2g" },
-  reference: { title: "Reference", map: "g2r" },
+  generated: { title: "Generated", map: "r2g", maps: /^(share|r2g)/ },
+  reference: { title: "Reference", map: "g2r", maps: /^g2r/ },
 };
 
 class Panel {

@@ -2,7 +2,6 @@
 
 import json
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,8 @@ import i2am
 from i2am.attribution import Box, picture
 from i2am.attribution.layers import tensors
 from i2am.cli.errors import ExitCode
+from i2am.data import images
+from i2am.metrics.names import IMACS_NAMES
 from i2am.models import load_pipeline
 
 
@@ -55,6 +56,7 @@ def test_every_file_is_written_and_listed(run_here, record_line, files, out):
         "overlay_g2r_mask.png",
         "overlay_r2g.png",
         "overlay_r2g_mask_votes.png",
+        "overlay_share.png",
         "overview.png",
         "r2g.png",
         "region_left.png",
@@ -83,7 +85,7 @@ def test_every_file_is_written_and_listed(run_here, record_line, files, out):
     assert maps.votes == ("uniform", "mask")
     assert maps.rows == ("uniform", "mask", "left", "right")
     scores = strict_json(out / "scores.json")
-    assert set(scores) == {"imacs_g", "imacs_g_mask_votes", "imacs_r"}
+    assert set(scores) == {*IMACS_NAMES}
     for entry in scores.values():
         assert entry["reason"] is None
         assert -3 <= entry["value"] <= 1
@@ -208,17 +210,17 @@ def test_every_input_is_read_once_so_that_its_hash_is_that_of_what_was_used(
     run_here, record_line, files, out, monkeypatch
 ):
     read = []
-    read_bytes = Path.read_bytes
+    read_bytes = images.read_bytes
 
-    def watch(path):
-        content = read_bytes(path)
+    def watch(path, **options):
+        content = read_bytes(path, **options)
         if path.parent == files:
             read.append(path.stem)
             path.unlink()
         return content
 
     expected = {path.stem: sha256(path.read_bytes()).hexdigest() for path in files.iterdir()}
-    monkeypatch.setattr(Path, "read_bytes", watch)
+    monkeypatch.setattr(images, "read_bytes", watch)
     given = {name: files / f"{name}.png" for name in ("pose", "reference_mask")}
     assert run_here(record_line(**given)).code == ExitCode.DONE
     assert sorted(read) == sorted(expected)
@@ -270,7 +272,7 @@ def test_single_token_model_has_one_direction_and_says_why(
     scores = strict_json(out / "scores.json")
     assert scores["imacs_g"]["value"] is not None
     assert "overlay_r2g_mask_votes.png" not in names(out)
-    for name in ("imacs_r", "imacs_g_mask_votes"):
+    for name in ("imacs_r", "imacs_g_mask_votes", "imacs_g_share"):
         assert scores[name]["value"] is None
         assert "no reference grid" in scores[name]["reason"]
 

@@ -13,8 +13,9 @@ from safetensors.torch import load, save
 
 from i2am.evaluation.errors import StoreConflict, StoreDamaged
 from i2am.evaluation.shard import SAMPLE, Reason, Shard
-from i2am.evaluation.testing import SCORE_NAMES, make_plan, make_shard
+from i2am.evaluation.testing import make_plan, make_shard
 from i2am.files import canonical
+from i2am.metrics.names import IMACS_NAMES
 
 FIELDS = ("setting", "number", "fingerprint", "ids", "score_names", "reasons", "batches", "images")
 TENSORS = ("index", "status", "scores")
@@ -313,7 +314,7 @@ TWO = torch.zeros(2)
         ),
         (
             {"scores": torch.full((2, 3), torch.nan, dtype=torch.float64)},
-            f"score {SCORE_NAMES[0]} of 00000_00 is NaN, which needs a reason",
+            f"score {IMACS_NAMES[0]} of 00000_00 is NaN, which needs a reason",
         ),
     ],
 )
