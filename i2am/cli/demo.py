@@ -42,12 +42,13 @@ garment, another garment, and the person in that garment: as the model painted i
 be. R2G lies on the generated image: the parts that the garment drove. Its share says how much of
 the attention of each patch goes to the garment; then, as the paper has it, where every token of the
 reference would go, the empty ground around the garment included, and where the garment's alone. G2R
-lies on the garment: the parts that were used. In scene_*/region_*.png a red patch of the result asks where on the garment it
-looked; the ring is the true place, known because the scenes are drawn: the bright spot should lie
-in it. time_groups.png and heads.png split the same maps by denoising step and by attention head.
+lies on the garment: the parts that were used. In scene_*/region_*.png a red patch of the result
+asks where on the garment it looked; the ring is the true place, known because the scenes are drawn:
+the bright spot should lie in it. time_groups.png and heads.png split the same maps by denoising
+step and by attention head.
 IMACS scores attention inside the masks minus three times attention outside (at most 1): IMACS_r of
 the garment should be positive, while IMACS_g with uniform votes is low even for a good model,
-because the garment's empty ground votes too."""
+because the garment's empty ground votes too; that of the share should be high."""
 
 UNTRAINED = """\
 The pocket model has random weights here: what it paints is noise, and its maps mean nothing."""

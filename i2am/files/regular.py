@@ -1,5 +1,6 @@
 """Opening files that anybody may have left: regular files of a sensible size, nothing else."""
 
+import errno
 import os
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -37,7 +38,7 @@ def open_regular(
     """
     what = str(path) if what is None else what
     # before it is opened too, because to open a device may do something
-    _check_regular(os.stat(path).st_mode, what)
+    _check_regular(_status(path).st_mode, what)
     file = open(path, "rb", buffering=0, opener=_open)
     try:
         status = os.fstat(file.fileno())
@@ -56,6 +57,16 @@ def read_bytes(path: str | Path, *, what: str | None = None, limit: int | None =
     """The content of a regular file; arguments and errors as for `open_regular`."""
     with open_regular(path, what=what, limit=limit) as file:
         return file.read()
+
+
+def _status(path: str | Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        # a link that leads to itself leads nowhere
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path)) from error
 
 
 def _open(path: str, flags: int) -> int:
