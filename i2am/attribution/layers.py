@@ -119,6 +119,8 @@ def check_layers(
             raise ValueError(f"{layer.site.layer} holds no sums in any direction")
         for name, sums in held.items():
             shape = list(sums.shape)
+            if not sums.is_floating_point():
+                raise ValueError(f"{name} of {layer.site.layer} must be sums, got {sums.dtype}")
             leading = leading or shape[:2]
             # the recording decides which keys it keeps apart, so their number is free
             fourth, grid = shape[3:4], layer.site.generated_grid

@@ -20,6 +20,7 @@ READABLE = (1, 2, 3)
 
 JOINT_SUMS = ("g2r", "r2g")
 _FIELDS = {"sites": list, "votes": list, "rows": list, "provenance": dict}
+_SITE = {"layer": str, "heads": int, "reference_tokens": int, "causal": bool}
 JOINT_FACTS = ("generated_grid", "reference_grid", "time_groups", "heads", "layers")
 
 
@@ -114,6 +115,16 @@ def _joint(facts: dict[str, Any] | None, content: dict[str, Tensor]) -> JointMap
     return JointMaps(g2r=content["joint.g2r"], r2g=content["joint.r2g"], **facts)
 
 
-def _site(fields: dict[str, Any]) -> AttentionSite:
-    grids = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-    return AttentionSite(**{**fields, **grids})
+def _site(fields: Any) -> AttentionSite:
+    require(fields, "a site", _SITE)
+    grids = {name: fields[name] for name in ("generated_grid", "reference_grid")}
+    for name, grid in grids.items():
+        if grid is None and name == "reference_grid":
+            continue
+        if not isinstance(grid, list) or [*map(type, grid)] != [int, int]:
+            raise ValueError(f"{name} must be a height and a width, got {grid!r}")
+        grids[name] = tuple(grid)
+    merged = fields.get("merged", [])
+    if not isinstance(merged, list) or not all(isinstance(name, str) for name in merged):
+        raise ValueError(f"merged must be names of layers, got {merged!r}")
+    return AttentionSite(**{**fields, **grids, "merged": tuple(merged)})

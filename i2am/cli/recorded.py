@@ -143,10 +143,13 @@ def read_run(folder: Path, *, branch: str | None = None) -> RecordedRun:
     # of two halves the second is told apart by its name
     suffix = f"_{branch}" if branch == recorded[-1] and len(recorded) > 1 else ""
     try:
+        path = _listed(folder, manifest, f"maps{suffix}.safetensors")
+        maps = load_maps(path)
+        _check_provenance(maps.provenance, str(path))
         return RecordedRun(
             folder=folder,
             manifest=manifest,
-            maps=load_maps(_listed(folder, manifest, f"maps{suffix}.safetensors")),
+            maps=maps,
             generated=read_image(_listed(folder, manifest, "image.png"), name="generated image"),
             reference=_input(folder, manifest["inputs"]["reference"], "reference"),
             truths={
@@ -177,6 +180,13 @@ def read_scores(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str
         raise InputRejected(str(error)) from error
     except (KeyError, TypeError, AttributeError) as error:
         raise InputRejected(f"{path} is damaged: {error!r}") from error
+
+
+def _check_provenance(provenance: Mapping[str, Any], what: str) -> None:
+    """Refuse what the pictures that show it cannot use."""
+    for name, kind in (("steps", int), ("regions", dict), ("note", str), ("guidance", str)):
+        if provenance.get(name) is not None:
+            require(provenance, f"{what}: provenance", {name: kind})
 
 
 def _is_place(truth: Any) -> bool:

@@ -247,15 +247,15 @@ def _of_setting(store: "Store", setting: str, wanted: Wanted, name: str) -> Iter
 
 
 def _data(store: "Store", setting: str, wanted: Wanted) -> "VitonHD":
-    from i2am.data.vitonhd import DataRejected, Setting, VitonHD
+    from i2am.data.vitonhd import Setting, VitonHD
 
     plan = store.plan
     folder = wanted.data or Path(plan["data"]["folder"])
-    height, width = plan["settings"]["size"]
     pairs: Setting = "paired" if setting == "paired" else "unpaired"
     try:
+        height, width = plan["settings"]["size"]
         return VitonHD(folder, plan["data"]["split"], (height, width), pairs=pairs, missing="keep")
-    except (DataRejected, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise InputRejected(
             f"data set {folder} of run {store.folder} cannot be read, name it with --data: {error}"
         ) from error

@@ -158,6 +158,8 @@ def check(plan: dict[str, Any]) -> None:
     size = plan["settings"]["shard"]
     if size < 1:
         raise ValueError(f"plan must have at least 1 sample in a shard, got {size}")
+    if [*map(type, plan["settings"]["size"])] != [int, int]:
+        raise ValueError(f"size of a plan must be two integers, got {plan['settings']['size']}")
     for setting in plan["settings"]["pairs"]:
         if not _is_name(setting):
             raise ValueError(f"settings of a plan must be bare file names, got {setting!r}")

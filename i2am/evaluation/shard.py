@@ -95,6 +95,16 @@ class Shard:
                     f"map {name} must be float16 or float32 [{samples}, time groups, heads, "
                     f"height, width], got {tensor.dtype} {list(tensor.shape)}"
                 )
+        for name, texts in (
+            ("ids", self.ids),
+            ("score_names", self.score_names),
+            (
+                "reasons",
+                [text for of in self.reasons.values() for one in of.values() for text in one],
+            ),
+        ):
+            if odd := [text for text in texts if not isinstance(text, str)]:
+                raise ValueError(f"{name} must be strings, got {odd[0]!r}")
         for name, known in (("reasons", self.reasons), ("images", self.images)):
             if unknown := sorted(known.keys() - set(self.ids)):
                 raise ValueError(f"{name} must be of samples of the shard, got {unknown[0]}")

@@ -4,6 +4,7 @@ A shard is committed once a file has its final name. Files appear there whole, b
 number of processes may commit at the same time: two that compute one shard write equal bytes.
 """
 
+import errno
 import os
 import re
 import zlib
@@ -11,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from i2am.data.images import MAX_BYTES
 from i2am.evaluation import plan_file
 from i2am.evaluation.errors import StoreConflict, StoreDamaged, StoreError
 from i2am.evaluation.shard import Shard, read_header
@@ -143,6 +145,8 @@ class Store:
                 try:
                     with open_regular(path) as file:
                         self._check_owner(setting, number, read_header(file, path))
+                except FileNotFoundError:
+                    damaged[number] = f"{path} leads to nothing, or was removed"
                 except (StoreDamaged, FileRejected) as error:
                     damaged[number] = str(error)
         return {setting: dict(found) for setting, found in self._damaged.items()}
@@ -246,9 +250,11 @@ class Store:
             OSError: If it cannot be read.
         """
         path = self.image_path(shard.setting, id)
+        if id not in shard.images:
+            raise StoreDamaged(f"shard {shard.number} of {shard.setting} lists no image of {id}")
         try:
-            data = read_bytes(path)
-        except FileNotFoundError:
+            data = read_bytes(path, limit=MAX_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
             raise StoreDamaged(f"{path} is missing") from None
         except FileRejected as error:
             raise StoreDamaged(str(error)) from error
@@ -309,10 +315,15 @@ class Store:
         return shard.keeping(earlier, earlier.images.keys() - self._damaged_images(earlier).keys())
 
     def _names(self, setting: str) -> list[str]:
+        folder = self.folder / "shards" / setting
         try:
-            return os.listdir(self.folder / "shards" / setting)
+            return os.listdir(folder)
         except FileNotFoundError:
             return []
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            raise StoreDamaged(f"{folder} must be a folder of shards") from error
 
     def _found(self, setting: str) -> set[int]:
         numbers = self.shard_numbers(setting)

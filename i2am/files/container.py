@@ -167,7 +167,7 @@ def read_container(file: BinaryIO, name: str | Path) -> Container:
     try:
         entries = parse_json(_exactly(file, length), str(name))
         metadata = entries.pop("__metadata__", None)
-    except (FileRejected, AttributeError) as error:
+    except (FileRejected, AttributeError, TypeError) as error:
         raise FileRejected(f"{name} is truncated or not a safetensors file") from error
     try:
         text = metadata["i2am"]
@@ -198,6 +198,8 @@ def _places(
             or _BY_NAME[entry["dtype"]] != _BY_NAME[summary["dtype"]]
         ):
             raise ValueError(f"{tensor} is not as described")
+        if not _is_shape(entry["shape"]) or type(summary.get("crc32")) is not int:
+            raise ValueError(f"{tensor} has no shape, or no checksum")
         length = _SIZES[entry["dtype"]] * math.prod(entry["shape"])
         if entry["data_offsets"] != [end, end + length]:
             raise ValueError(f"{tensor} is not where it should be")
@@ -207,6 +209,16 @@ def _places(
     if missing := sorted(summaries.keys() - places.keys()):
         raise ValueError(f"{missing[0]} is missing")
     return places
+
+
+def _is_shape(shape: Any) -> bool:
+    """Whether a tensor can have it: its elements are counted in 64 bits, empty axes left out."""
+    return (
+        isinstance(shape, list)
+        and len(shape) <= 64
+        and all(type(size) is int and 0 <= size < 2**63 for size in shape)
+        and math.prod(max(1, size) for size in shape) < 2**63
+    )
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -45,7 +45,9 @@ def sha256_of_files(folder: Path, files: Iterable[Path]) -> str:
     """Hash over names, as seen from `folder`, and contents of files."""
     total = hashlib.sha256()
     for file in files:
-        total.update(f"{file.relative_to(folder).as_posix()}\0{sha256_of_file(file)}\n".encode())
+        # also a name that is no UTF-8
+        name = os.fsencode(file.relative_to(folder).as_posix())
+        total.update(name + f"\0{sha256_of_file(file)}\n".encode())
     return total.hexdigest()
 
 

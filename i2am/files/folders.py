@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -87,7 +87,8 @@ def fresh_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         overwrite: Whether an earlier result may be replaced; it stays until the new one is whole.
 
     Yields:
-        An empty folder to write into. After an exception it is gone, and `out` is as it was.
+        An empty folder to write into. After an exception it is gone, and `out` is as it was, or new
+        if nothing failed but to flush its name.
 
     Raises:
         OutputRefused: As for `check_free`, before and after the block.
@@ -136,7 +137,7 @@ def inner_folder(root: Path, *names: str) -> Path:
         names: The folders on the way, the last one included.
 
     Raises:
-        OutputRefused: One of them is a link.
+        OutputRefused: One of them is a link or a file.
         OSError: One cannot be made.
     """
     folder = root
@@ -144,7 +145,10 @@ def inner_folder(root: Path, *names: str) -> Path:
         folder = folder / name
         if folder.is_symlink():
             raise OutputRefused(f"{folder} is a link, and nothing is written through it")
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise OutputRefused(f"{folder} is a file, a folder was expected") from None
         sync(folder.parent)
     return folder
 
@@ -161,11 +165,11 @@ def _built(out: Path, check: Callable[[], None]) -> Iterator[Path]:
             sync(path)
         check()
         _replace(partial, out)
-        sync(partial.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in missing:
-            if parent.is_dir() and not any(parent.iterdir()):
+            # what others have put there meanwhile stays
+            with suppress(OSError):
                 parent.rmdir()
         raise
 
@@ -178,6 +182,7 @@ def _replace(partial: Path, out: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             raise OutputRefused(f"output folder {out} was made meanwhile, so it is kept") from error
+        sync(partial.parent)
         return
     old = partial.with_name(temporary_name())
     out.rename(old)
@@ -186,7 +191,9 @@ def _replace(partial: Path, out: Path) -> None:
     except BaseException:
         old.rename(out)
         raise
-    shutil.rmtree(old)
+    # first: after a power loss the old name may lead to the old folder, which must be whole then
+    sync(partial.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -200,3 +207,5 @@ def _check_replaceable(out: Path) -> None:
             raise OutputRefused(f"output {out} is the current folder or holds it; name one in it")
         if out.is_mount():
             raise OutputRefused(f"output {out} is a mount point; name a folder in it")
+    if out.name == "..":
+        raise OutputRefused(f"output {out} must end with a name of its own")

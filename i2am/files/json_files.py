@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def read_json(path: str | Path, *, what: str | None = None, limit: int = LIMIT) 
 
 
 def parse_json(data: bytes | str, what: str) -> Any:
-    """The value of a JSON text in UTF-8, at most `DEPTH` deep, without NaN and infinity.
+    """The value of a JSON text: UTF-8, at most `DEPTH` deep, no NaN or infinity, no key twice.
 
     Args:
         data: The text.
@@ -66,7 +67,8 @@ def parse_json(data: bytes | str, what: str) -> Any:
         FileRejected: It is something else.
     """
     try:
-        value = json.loads(data, parse_constant=_no_constant)
+        # strictly UTF-8: json itself would also take UTF-16 and halves of characters
+        value = _DECODER.decode(data if isinstance(data, str) else data.decode())
     except RecursionError:
         raise FileRejected(f"{what} is damaged: it is nested too deeply") from None
     except ValueError as error:
@@ -99,7 +101,7 @@ def require(document: Any, what: str, fields: Mapping[str, type]) -> None:
                 raise FileRejected(f"{what} is damaged: it has no {path}")
             value = value[name]
         kinds = (int, float) if kind is float else kind
-        # true is an integer in Python, and 1e999 is read as infinity
+        # true is an integer in Python, and an integer may be too large for a float
         plain = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
         if not plain or (kind is float and not _is_finite(value)):
             raise FileRejected(
@@ -114,8 +116,22 @@ def _dumped(document: Any, **style: Any) -> str:
         raise ValueError(str(error)) from error
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+def _finite(text: str) -> float:
+    # of the constants NaN, Infinity and -Infinity, and of numbers such as 1e999
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {_shortened(twice)} is there twice")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite, object_pairs_hook=_object)
 
 
 def _is_finite(value: float) -> bool:

@@ -37,8 +37,15 @@ def open_regular(
         OSError: It is missing, or cannot be opened.
     """
     what = str(path) if what is None else what
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        # for readers as any other link to nothing
+        raise FileNotFoundError(errno.ENOENT, "a link to itself", os.fspath(path)) from error
     # before it is opened too, because to open a device may do something
-    _check_regular(_status(path).st_mode, what)
+    _check_regular(mode, what)
     file = open(path, "rb", buffering=0, opener=_open)
     try:
         status = os.fstat(file.fileno())
@@ -57,16 +64,6 @@ def read_bytes(path: str | Path, *, what: str | None = None, limit: int | None =
     """The content of a regular file; arguments and errors as for `open_regular`."""
     with open_regular(path, what=what, limit=limit) as file:
         return file.read()
-
-
-def _status(path: str | Path) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        # a link that leads to itself leads nowhere
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path)) from error
 
 
 def _open(path: str, flags: int) -> int:

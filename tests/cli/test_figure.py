@@ -347,7 +347,7 @@ def _deep_manifest(run):
         *(_endless_manifest, _folder_of_maps, _large_manifest, _deep_manifest),
         _manifest_with('settings.steps must be an integer, got "50"', settings__steps="50"),
         _manifest_with("settings.guidance must be a finite number", settings__guidance=None),
-        _manifest_with("NaN is no JSON value", settings__guidance=float("nan")),
+        _manifest_with("NaN is no finite number", settings__guidance=float("nan")),
         _manifest_with("settings.regions is damaged: it has no name", settings__regions=[{}]),
         _manifest_with("truth of region a", settings__regions=[{"name": "a", "truth": "xy"}]),
         _manifest_with(

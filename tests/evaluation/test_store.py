@@ -411,6 +411,10 @@ def sealed(plan):
         (plan_with(steps="50"), 'plan is damaged: settings.steps must be an integer, got "50"'),
         (plan_with(pairs=["none"]), "plan is damaged: it has no data.pairs.none"),
         *(
+            (plan_with(size=size), "size of a plan must be two integers, got ")
+            for size in ([], [128], [128, 96, 3], [128.0, 96.0], [True, 96], ["128", 96], [[], {}])
+        ),
+        *(
             (plan_without(field), f"plan is damaged: it has no {field}")
             for field in ("model", "model.name", "data.folder", "settings.size", "settings.maps")
         ),
