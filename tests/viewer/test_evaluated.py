@@ -32,13 +32,11 @@ def samples(data, tmp_path):
         plan = make_plan(
             pairs=2,
             settings=("paired",),
-            size=[128, 96],
-            guidance=2.0,
-            seed=0,
-            preset="paper",
             maps=kept,
         )
-        pairs = [[person, person, person, line] for line, person in enumerate(PEOPLE, 1)]
+        pairs = [
+            [person, person, person, line, f"{person}.jpg"] for line, person in enumerate(PEOPLE, 1)
+        ]
         plan["data"] = {"folder": str(data), "split": "test", "pairs": {"paired": pairs}}
         store = Store.create(tmp_path / "run", plan)
         shard, images = make_shard(plan, "paired", 0, undefined=1, maps=maps)
