@@ -9,7 +9,7 @@ let panels = [], ready = false, drag = null;
 const JOINT = { generated: "joint_g2r", reference: "joint_r2g" };
 const AXES = { t: "times", h: "heads", l: "layers" };
 const NAMES = {
-  share: "R2G \u00b7 how much attention the reference gets",
+  share: "R2G \u00b7 share of attention",
   r2g: "R2G \u00b7 where the reference went",
   r2g_mask: "R2G \u00b7 where the masked object went",
   g2r: "G2R \u00b7 where the generated picture looked",
