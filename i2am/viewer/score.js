@@ -1,6 +1,6 @@
 // The score of each side, and what it is a score of.
 
-const COUNTED = { share: "attention share", r2g: "all patches", r2g_mask: "masked object", g2r: "all patches", g2r_mask: "painted part" };
+const COUNTED = { share: "share", r2g: "all patches", r2g_mask: "masked object", g2r: "all patches", g2r_mask: "painted part" };
 
 // Name of the overall map that the controls choose for a side.
 function overall({ sample, side }) {

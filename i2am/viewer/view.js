@@ -83,7 +83,7 @@ class Panel {
     this.drawn = key;
     if (!shown) this.context.putImageData(this.pixels, 0, 0);
     else {
-      const invert = this.side === "generated" && this.sample.invert && !shown.stack.name.startsWith("joint");
+      const invert = this.side === "generated" && this.sample.invert && shown.stack.name.startsWith("r2g");
       const values = pixelValues(shown.values, shown.stack.grid, shown, this.picture, this.sample.normalizations);
       this.output.data.set(this.ground);
       blend(this.output.data, this.backdrop, values, COLORS, { threshold, opacity, invert });

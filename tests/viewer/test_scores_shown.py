@@ -128,5 +128,5 @@ def test_a_saved_view_has_room_for_what_a_score_is_of(visit, make_sample, make_i
     with view.page.expect_download():
         view.page.click("#save")
     written = view.page.evaluate("window.written")
-    assert "IMACS_g +0.500 (whole run, attention share)" in written
+    assert "IMACS_g +0.500 (whole run, share)" in written
     view.close()
