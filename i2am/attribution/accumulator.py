@@ -31,15 +31,19 @@ class _Layer:
     site: AttentionSite
     reference: slice | Tensor
     key_weights: Tensor  # [B or 1, U, N]
+    key_groups: Tensor  # [B or 1, U, N]
     query_weights: Tensor  # [B or 1, R, M]
     r2g: Tensor | None  # [B, slots, H, U, M]; a single slot where sums are resized
+    share: Tensor | None  # [B, slots, H, U, M]
     g2r: Tensor | None  # [B, slots, H, R, N]
     voters: slice | Tensor
     by_key: Tensor | None  # [B, slots, H, M, voters]
+    calls: Tensor  # [B, slots]
 
     @property
     def sums(self) -> list[Tensor]:
-        return [sums for sums in (self.r2g, self.g2r, self.by_key) if sums is not None]
+        sums = (self.r2g, self.share, self.g2r, self.by_key, self.calls)
+        return [each for each in sums if each is not None]
 
 
 class Accumulator:
@@ -231,6 +235,10 @@ class Accumulator:
                 bias=bias if bias is None or bias.shape[-1] == 1 else bias[..., layer.reference],
                 impl=self.impl,
             )
+        # on the device, because a replayed graph counts too
+        layer.calls[:, 0] += 1
+        if layer.share is not None:
+            layer.share[:, 0] += _attention_share(query, key, layer.key_groups, scale, bias)
         if layer.by_key is not None:
             over_queries = _softmax_over_queries(query, key, scale, bias)
             layer.by_key[:, 0] += over_queries[..., layer.voters]
@@ -254,16 +262,20 @@ class Accumulator:
         samples = len(range(self.samples or 0)[rows])
         for name, layer in self._layers.items():
             r2g = layer.r2g if layer.r2g is None else layer.r2g[rows]
+            share = layer.share if layer.share is None else layer.share[rows]
             g2r = layer.g2r if layer.g2r is None else layer.g2r[rows]
             resolved._layers[name] = _Layer(
                 layer.site,
                 layer.reference,
                 own_mask(layer.key_weights[:, :, None], self.reference_mask, samples, 1)[:, :, 0],
+                own_mask(layer.key_groups[:, :, None], self.reference_mask, samples, 1)[:, :, 0],
                 own_mask(layer.query_weights[:, :, None], self.mask, samples, 1)[:, :, 0],
                 None if r2g is None else own_mask(r2g, self.reference_mask, samples, 3).clone(),
+                None if share is None else own_mask(share, self.reference_mask, samples, 3).clone(),
                 None if g2r is None else own_mask(g2r, self.mask, samples, 3).clone(),
                 layer.voters,
                 None if layer.by_key is None else layer.by_key[rows].clone(),
+                layer.calls[rows].clone(),
             )
         return resolved
 
@@ -298,6 +310,8 @@ class Accumulator:
             self._move(layer)
         shared: dict[tuple[str, torch.Size], Tensor] = {}
         for layer in layers:
+            if layer.share is not None:
+                layer.share = shared.setdefault(("share", layer.share.shape), layer.share)
             if layer.r2g is not None:
                 layer.r2g = shared.setdefault(("r2g", layer.r2g.shape), layer.r2g)
             if layer.g2r is not None:
@@ -312,18 +326,19 @@ class Accumulator:
 
     def _sums(self, layer: _Layer) -> LayerSums:
         generated = layer.site.generated_grid
-        r2g, g2r, by_key = layer.r2g, layer.g2r, layer.by_key
-        if self.sums == "native":
-            r2g, g2r, by_key = (
-                sums if sums is None else self._groups.ordered(sums) for sums in (r2g, g2r, by_key)
-            )
+        r2g, share, g2r, by_key, calls = (
+            sums if sums is None or self.sums == "resized" else self._groups.ordered(sums)
+            for sums in (layer.r2g, layer.share, layer.g2r, layer.by_key, layer.calls)
+        )
         if r2g is not None:
             r2g = r2g.unflatten(-1, generated)
+        if share is not None:
+            share = share.unflatten(-1, generated)
         if by_key is not None:
             by_key = by_key.mT.unflatten(-1, generated)
         if g2r is not None and layer.site.reference_grid is not None:
             g2r = g2r[..., layer.reference].unflatten(-1, layer.site.reference_grid)
-        return LayerSums(layer.site, r2g, g2r, by_key)
+        return LayerSums(layer.site, r2g, g2r, by_key, share, calls)
 
     def _allocate(
         self,
@@ -360,16 +375,20 @@ class Accumulator:
                 mask=self.reference_mask,
                 samples=samples,
             )
+            key_groups = weights.groups(
+                seqlen_k, reference, grid=grid, mask=self.reference_mask, samples=samples
+            )
             query_weights = weights.rows(
                 site.generated_grid, self.regions.values(), mask=self.mask, samples=samples
             )
             shape = (batch, self.time_groups if self.sums == "native" else 1, heads)
-            r2g = g2r = by_key = None
+            r2g = share = g2r = by_key = None
             voters = reference if voters is None else voters
             if Direction.REFERENCE_TO_GENERATED in self.directions:
                 r2g = torch.zeros(
                     *shape, key_weights.shape[1], seqlen_q, dtype=statistics, device=query.device
                 )
+                share = torch.zeros_like(r2g)
                 if self.keep_keys:
                     n_voters = len(torch.arange(seqlen_k)[voters])
                     by_key = torch.zeros(
@@ -383,12 +402,29 @@ class Accumulator:
                 site,
                 reference if isinstance(reference, slice) else reference.to(query.device),
                 key_weights.to(query.device, statistics),
+                key_groups.to(query.device, statistics),
                 query_weights.to(query.device, statistics),
                 r2g,
+                share,
                 g2r,
                 voters,
                 by_key,
+                torch.zeros(shape[:2], dtype=statistics, device=query.device),
             )
+
+
+def _attention_share(
+    query: Tensor, key: Tensor, groups: Tensor, scale: float | None, bias: Tensor | None
+) -> Tensor:
+    """``P v`` ``[batch, heads, votes, seqlen_q]``"""
+    scores = query.to(groups.dtype) @ key.to(groups.dtype).mT
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None and bias.dtype == torch.bool:
+        scores = scores.masked_fill(~bias, -torch.inf)
+    elif bias is not None:
+        scores = scores + bias
+    unseen = scores.isneginf().all(-1, keepdim=True)
+    return (scores.softmax(-1).masked_fill(unseen, 0) @ groups.mT[:, None]).mT
 
 
 def _softmax_over_queries(

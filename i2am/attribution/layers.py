@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from i2am.attribution.direction import Direction
@@ -13,8 +14,10 @@ SUMS = (
     "reference_to_generated",
     "generated_to_reference",
     "reference_to_generated_by_key",
+    "attention_share",
+    "calls",
 )
-"""Fields of :class:`LayerSums` that hold a tensor ``[samples, time groups, heads, ?, h, w]``."""
+"""Fields of :class:`LayerSums` that hold a tensor ``[samples, time groups, ...]``."""
 
 
 def tensors(layer: LayerSums) -> dict[str, Tensor]:
@@ -46,6 +49,51 @@ def recorded(layer: LayerSums, direction: Direction) -> Tensor:
     return sums
 
 
+def shares(layer: LayerSums, *, apart: bool) -> Tensor:
+    """Mean attention share over the recorded calls, ``[samples, time_groups or 1, heads, votes, h,
+    w]`` in [0, 1].
+
+    Args:
+        layer: One layer.
+        apart: Whether time groups stay apart.
+
+    Raises:
+        ValueError: If it was not recorded.
+    """
+    sums, calls = layer.attention_share, layer.calls
+    if sums is None or calls is None:
+        raise ValueError(
+            f"the attention share was not recorded on {layer.site.layer}, as in files of schema 1 "
+            "and 2; read measure='spread', or record reference_to_generated again"
+        )
+    if not apart:
+        sums, calls = sums.sum(1, keepdim=True), calls.sum(1, keepdim=True)
+    # a group in which a cache skipped the layer has no call
+    return sums / calls.clamp_min(1)[:, :, None, None, None, None]
+
+
+def evened(layers: Sequence[LayerSums]) -> list[LayerSums]:
+    """The layers as if each had been called as often as the one that was called most.
+
+    A cache that skips a layer in some steps must not make it weigh less.
+    """
+    calls = [layer.calls for layer in layers]
+    known = [each for each in calls if each is not None]
+    if len(known) < len(calls) or all(bool((each == known[0]).all()) for each in known):
+        return list(layers)
+    most = torch.stack(known).amax(0)
+    even = []
+    for layer, each in zip(layers, known, strict=True):
+        factor = most / each.clamp_min(1)
+        held = {
+            name: sums * factor[(..., *[None] * (sums.ndim - 2))]
+            for name, sums in tensors(layer).items()
+            if name not in ("calls", "attention_share")
+        }
+        even.append(replace(layer, **held))
+    return even
+
+
 def without_grid(layers: Sequence[LayerSums]) -> list[str]:
     """Names of the layers whose reference tokens have no place, and so no map and no mask."""
     return [layer.site.layer for layer in layers if layer.site.reference_grid is None]
@@ -67,7 +115,7 @@ def check_layers(
     leading = None
     for layer in layers:
         held = tensors(layer)
-        if not held:
+        if not held.keys() - {"calls"}:
             raise ValueError(f"{layer.site.layer} holds no sums in any direction")
         for name, sums in held.items():
             shape = list(sums.shape)
@@ -76,7 +124,11 @@ def check_layers(
             leading = leading or shape[:2]
             # the recording decides which keys it keeps apart, so their number is free
             fourth, grid = shape[3:4], layer.site.generated_grid
-            if name == "reference_to_generated":
+            if name == "calls":
+                if shape != leading:
+                    raise ValueError(f"calls of {layer.site.layer} must be {leading}, got {shape}")
+                continue
+            if name in ("reference_to_generated", "attention_share"):
                 fourth = [len(votes)]
             elif name == "generated_to_reference":
                 if layer.site.reference_grid is None:
@@ -92,6 +144,8 @@ def nonfinite(layers: Sequence[LayerSums]) -> list[str]:
     lines = []
     for layer in layers:
         for name, sums in tensors(layer).items():
+            if name == "calls":
+                continue
             # [samples, time groups, heads]
             broken = (~sums.isfinite()).flatten(3).any(-1)
             if bool(broken.any()):

@@ -13,7 +13,16 @@ from torch import Tensor
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Grid, Patch
 from i2am.attribution.joint import JointMaps, concatenate_joint
-from i2am.attribution.layers import apply, check_layers, nonfinite, recorded, tensors, without_grid
+from i2am.attribution.layers import (
+    apply,
+    check_layers,
+    evened,
+    nonfinite,
+    recorded,
+    shares,
+    tensors,
+    without_grid,
+)
 from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import (
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PerAxes = str | Iterable[str]
+Measure = Literal["share", "spread"]
 
 
 class AttributionMaps:
@@ -124,6 +134,21 @@ class AttributionMaps:
         """
         return all(layer.site.causal for layer in self.layer_sums)
 
+    @property
+    def share_of(self) -> Literal["uniform", "mask"] | None:
+        """Which votes' attention share says most: that of the tokens in the reference mask; without
+        one that of all reference tokens, where layers attend to others as well; None where it was
+        not recorded or is 1 everywhere."""
+        recorded = [layer for layer in self.layer_sums if layer.attention_share is not None]
+        if len(recorded) < len(self.layer_sums):
+            return None
+        if "mask" in self.votes and any(layer.site.reference_grid for layer in recorded):
+            return "mask"
+        beside = any(
+            bool((shares(layer, apart=False)[:, :, :, 0] < 1 - 1e-4).any()) for layer in recorded
+        )
+        return "uniform" if beside else None
+
     def nonfinite(self) -> list[str]:
         """Where values are NaN or infinite: one line per place, empty if all is well."""
         return nonfinite(self.layer_sums) + (self.joint.nonfinite() if self.joint else [])
@@ -135,11 +160,18 @@ class AttributionMaps:
         per: PerAxes = (),
         *,
         size: Grid | None = None,
+        measure: Measure = "spread",
         votes: Literal["uniform", "mask"] = "uniform",
         preset: str | Preset = "paper",
         layer_weighting: LayerWeighting = "paper",
     ) -> Tensor:
         """R2G: where on the generated image the reference tokens go (eqs 4-7, 10, 11).
+
+        Two measures: ``"share"``, the part of each patch's attention that goes to the reference
+        tokens, or to those in the reference mask, as the model spends it: a mean over steps, layers
+        and heads in [0, 1], which predicts what the reference did to the image; 1 everywhere where
+        the reference is all that a layer attends to. And ``"spread"``, the paper's: how each token
+        would divide one unit over the generated image, a sum over the recorded steps.
 
         Under ``preset="official"`` maps are resized bicubic and clamped per head and key before
         they are averaged. That is exact for one reference token, and for more where the recording
@@ -150,7 +182,8 @@ class AttributionMaps:
         Args:
             per: Axes to keep.
             size: Grid of the result; by default the finest generated grid.
-            votes: Which reference tokens vote: all alike, or by the recorded reference mask.
+            measure: ``"share"`` or ``"spread"``.
+            votes: Which reference tokens count: all alike, or by the recorded reference mask.
             preset: ``"paper"``, ``"official"`` or a :class:`Preset`. Official leaves out the mid
                 block and, of StableVITON's warp blocks, all but number 4, also from the layer axis.
             layer_weighting: ``"paper"`` averages layers as they are, so coarse ones weigh more;
@@ -169,14 +202,19 @@ class AttributionMaps:
                 f"votes must be recorded ones, got {votes!r}; recorded: {', '.join(self.votes)} "
                 "('mask' needs record(reference_mask=...))"
             )
+        if measure not in ("share", "spread"):
+            raise ValueError(f"measure must be 'share' or 'spread', got {measure!r}")
         vote = self.votes.index(votes)
         preset = get_preset(preset)
         if votes == "mask":
             self._refuse_gridless("reference_to_generated(votes='mask')", preset)
-        elif preset.clamp_after_grid_resize:
+        elif preset.clamp_after_grid_resize and measure == "spread":
             self._warn_approximate(preset, size)
+        apart = "time" in kept_axes(per)
 
         def sums(layer: LayerSums) -> Tensor:
+            if measure == "share":
+                return shares(layer, apart=apart)[:, :, :, vote, None]
             by_key = layer.reference_to_generated_by_key
             if preset.clamp_after_grid_resize and votes == "uniform" and by_key is not None:
                 return by_key
@@ -485,7 +523,7 @@ class AttributionMaps:
         kept = kept_axes(per)
         check_resized(self.layer_sums, per=kept, preset=preset, layer_weighting=layer_weighting)
         return reduce_layers(
-            [sums(layer) for layer in layers_of(self.layer_sums, preset)],
+            [sums(layer) for layer in evened(layers_of(self.layer_sums, preset))],
             per=kept,
             size=size,
             preset=preset,

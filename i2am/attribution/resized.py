@@ -30,14 +30,18 @@ class ResizedSums:
         generated_grid: Grid of R2G.
         reference_grid: Grid of G2R; ``None`` where a layer has none, and then there is no G2R.
         r2g: ``[samples, slots, heads, votes, h, w]``, see :class:`TimeGroups`.
+        share: Likewise.
         g2r: ``[samples, slots, heads, rows, h_I, w_I]``.
+        calls: ``[samples, slots]``, of all layers together.
     """
 
     sites: dict[str, AttentionSite]
     generated_grid: Grid
     reference_grid: Grid | None
     r2g: Tensor | None
+    share: Tensor | None
     g2r: Tensor | None
+    calls: Tensor
 
     @classmethod
     def like(cls, layers: Sequence[LayerSums], time_groups: int) -> "ResizedSums":
@@ -62,18 +66,24 @@ class ResizedSums:
                 return sums.new_zeros((len(sums), time_groups, *sums.shape[2:4], *grid))
 
         first = layers[0]
+        assert first.calls is not None
+        with torch.inference_mode(False):
+            calls = first.calls.new_zeros((len(first.calls), time_groups))
         return cls(
             sites,
             generated,
             reference,
             zeros(first.reference_to_generated, generated),
+            zeros(first.attention_share, generated),
             zeros(first.generated_to_reference, reference),
+            calls,
         )
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The sums of both directions, as far as there are any."""
-        return [sums for sums in (self.r2g, self.g2r) if sums is not None]
+        """All sums, as far as there are any."""
+        sums = (self.r2g, self.share, self.g2r, self.calls)
+        return [each for each in sums if each is not None]
 
     def add(self, layer: LayerSums) -> None:
         """Add sums ``[samples, 1, heads, ?, h, w]`` of a layer to the current time group.
@@ -92,6 +102,10 @@ class ResizedSums:
                 )
         if self.r2g is not None and layer.reference_to_generated is not None:
             self.r2g[:, 0] += resize(layer.reference_to_generated[:, 0], self.generated_grid)
+        if self.share is not None and layer.attention_share is not None:
+            self.share[:, 0] += resize(layer.attention_share[:, 0], self.generated_grid)
+        if layer.calls is not None:
+            self.calls[:, 0] += layer.calls[:, 0]
         if self.g2r is not None and layer.generated_to_reference is not None:
             assert self.reference_grid is not None
             self.g2r[:, 0] += resize(layer.generated_to_reference[:, 0], self.reference_grid)
@@ -111,12 +125,11 @@ class ResizedSums:
         )
         if grid is not None:
             site = replace(site, reference_tokens=math.prod(grid))
-        r2g, g2r = self.r2g, self.g2r
-        return LayerSums(
-            site,
-            None if r2g is None else groups.ordered(r2g) / len(sites),
-            None if g2r is None else groups.ordered(g2r) / len(sites),
+        r2g, share, g2r, calls = (
+            sums if sums is None else groups.ordered(sums) / len(sites)
+            for sums in (self.r2g, self.share, self.g2r, self.calls)
         )
+        return LayerSums(site, r2g, g2r, attention_share=share, calls=calls)
 
 
 def _check_heads(sites: Iterable[AttentionSite]) -> None:

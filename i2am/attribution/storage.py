@@ -12,11 +12,11 @@ from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.files import open_regular, require, write
 
-SCHEMA = 1
-"""Version of the file layout of maps without joint maps."""
+SCHEMA = 3
+"""Version of the file layout that is written: with attention shares and counted calls."""
 
-JOINT_SCHEMA = 2
-"""That of maps with joint maps: what cannot read these says so, and does not leave them out."""
+READABLE = (1, 2, 3)
+"""Versions that are read: 1 has neither joint maps nor shares, 2 no shares."""
 
 JOINT_SUMS = ("g2r", "r2g")
 _FIELDS = {"sites": list, "votes": list, "rows": list, "provenance": dict}
@@ -30,7 +30,7 @@ def save_maps(maps: AttributionMaps, path: str | Path) -> None:
     Tensors are named ``<layer number>.<field>``, those of joint maps ``joint.<field>``. The
     document, see `i2am.files.container`, holds schema, sites, votes, rows, provenance and the grids
     of joint maps. Time and machine are not among them, so equal maps give equal bytes, and the file
-    is complete or not there at all. Maps without joint maps give files of schema 1.
+    is complete or not there at all.
 
     Args:
         maps: What to write; moved to the CPU.
@@ -52,7 +52,7 @@ def save_maps(maps: AttributionMaps, path: str | Path) -> None:
         content |= {f"joint.{name}": getattr(maps.joint, name) for name in JOINT_SUMS}
         joint["joint"] = {name: getattr(maps.joint, name) for name in JOINT_FACTS}
     document = {
-        "schema": JOINT_SCHEMA if joint else SCHEMA,
+        "schema": SCHEMA,
         "sites": [asdict(layer.site) for layer in maps.layer_sums],
         "votes": maps.votes,
         "rows": maps.rows,
@@ -85,10 +85,10 @@ def load_maps(path: str | Path) -> AttributionMaps:
         container = read_container(file, path)
         document = container.document
         require(document, str(path), {"schema": int})
-        if document["schema"] not in (SCHEMA, JOINT_SCHEMA):
+        if document["schema"] not in READABLE:
             raise ValueError(
-                f"{path} has schema {document['schema']}, and this i2am reads schemas {SCHEMA} and "
-                f"{JOINT_SCHEMA}; read it with the version of i2am that wrote it"
+                f"{path} has schema {document['schema']}, and this i2am reads schemas 1 to "
+                f"{SCHEMA}; read it with the version of i2am that wrote it"
             )
         require(document, str(path), _FIELDS)
         content = container.load_all(file)

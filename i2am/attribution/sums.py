@@ -37,3 +37,8 @@ class LayerSums:
     normalized over all keys; ``None`` without a reference grid."""
     reference_to_generated_by_key: Tensor | None = None
     """``[samples, time_groups, heads, voters, h, w]``: ``C`` of each voter, on request only."""
+    attention_share: Tensor | None = None
+    """``[samples, time_groups, heads, votes, h, w]``: the part of each patch's attention, ``P v``,
+    that goes to the reference tokens, and to those in the reference mask."""
+    calls: Tensor | None = None
+    """``[samples, time_groups]``: how many calls were added up."""

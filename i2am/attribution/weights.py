@@ -64,6 +64,28 @@ def votes(
     return _stack(vectors)
 
 
+def groups(
+    seqlen_k: int,
+    reference: slice | Tensor,
+    *,
+    grid: Grid | None,
+    mask: Tensor | None,
+    samples: int | None,
+) -> Tensor:
+    """``v`` ``[samples or 1, votes, seqlen_k]`` in [0, 1]: 1 on the reference tokens; then how much
+    of each lies in the reference mask, if any. Arguments as for :func:`votes`.
+    """
+    every = torch.zeros(1, 1, seqlen_k)
+    every[..., reference] = 1
+    vectors = [every]
+    if mask is not None:
+        inside = every.repeat(len(mask), 1, 1)
+        if grid is not None:
+            inside[..., reference] = mask_weights(mask, grid).cpu()[:, None]
+        vectors.append(_per_sample(inside, samples))
+    return _stack(vectors)
+
+
 def rows(
     grid: Grid, regions: Iterable[Region], *, mask: Tensor | None, samples: int | None
 ) -> Tensor:

@@ -39,14 +39,16 @@ WHAT_TO_SEE = """\
 Open report.html in a browser: point at a patch of the shirt and see where on the garment it looked,
 point at the garment and see where it went. In overview.png each row is a drawn person who wears a
 garment, another garment, and the person in that garment: as the model painted it, and as it should
-be. R2G lies on the generated image: the parts that the garment drove; uniform votes also count the
-empty ground around the garment, votes of the garment alone do not. G2R lies on the garment: the
-parts that were used. In scene_*/region_*.png a red patch of the result asks where on the garment it
-looked; the ring is the true place, known because the scenes are drawn: the bright spot should lie
-in it. time_groups.png and heads.png split the same maps by denoising step and by attention head.
+be. R2G lies on the generated image: the parts that the garment drove. Its share says how much of
+the attention of each patch goes to the garment; then, as the paper has it, where every token of the
+reference would go, the empty ground around the garment included, and where the garment's alone. G2R
+lies on the garment: the parts that were used. In scene_*/region_*.png a red patch of the result
+asks where on the garment it looked; the ring is the true place, known because the scenes are drawn:
+the bright spot should lie in it. time_groups.png and heads.png split the same maps by denoising
+step and by attention head.
 IMACS scores attention inside the masks minus three times attention outside (at most 1): IMACS_r of
 the garment should be positive, while IMACS_g with uniform votes is low even for a good model,
-because the garment's empty ground votes too."""
+because the garment's empty ground votes too; that of the share should be high."""
 
 UNTRAINED = """\
 The pocket model has random weights here: what it paints is noise, and its maps mean nothing."""
@@ -187,6 +189,7 @@ def draw_overview(folder: Path, results: "list[Result]") -> None:
             "reference": inputs / "reference.png",
             "generated": result.out / "image.png",
             "truth": inputs / "truth.png",
+            "R2G: share of attention to the garment": result.out / "overlay_share.png",
             "R2G: every reference token votes": result.out / "overlay_r2g.png",
             "R2G: only the garment votes": result.out / "overlay_r2g_mask_votes.png",
             "G2R: patches in the mask": result.out / "overlay_g2r_mask.png",

@@ -97,14 +97,16 @@ def estimate(
     for layer in probe.layer_sums:
         site = layer.site
         cells = math.prod(site.generated_grid)
-        values = votes * cells
+        # R2G and the attention share
+        values = 2 * votes * cells
         if layer.generated_to_reference is not None:
             values += rows * site.reference_tokens
         if keys is not None:
             values += keys[site.layer] * cells
             # the scores, their softmax, and the softmax without keys that nobody sees
             tile = max(tile, halves * 3 * 4 * site.heads * cells * keys[site.layer])
-        stays += 4 * time_groups * site.heads * values
+        # and one number of calls per time group
+        stays += 4 * time_groups * (site.heads * values + 1)
     if (joint := probe.joint) is not None:
         slices = joint.time_groups + joint.heads
         stays += joint.nbytes // slices * (time_groups + joint.heads)

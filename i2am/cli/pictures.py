@@ -18,6 +18,10 @@ from i2am.plots.overlay import SIDE, resized
 from i2am.plots.reading import Reading, Votes
 from i2am.plots.titles import head_titles, step_titles
 
+_SHARES: dict[Votes, str] = {
+    "uniform": "R2G: share of attention to the reference",
+    "mask": "R2G: share of attention to the object",
+}
 _VOTES: dict[Votes, str] = {
     "uniform": "R2G: every reference token votes",
     "mask": "R2G: only tokens in the reference mask vote",
@@ -136,11 +140,15 @@ class _Reader:
             for votes in _VOTES
             if votes == "uniform" or (self.reading.spatial and votes in maps.votes)
         ]
+        share = self.maps.share_of
+        self._share = None if share is None else self.reading.r2g(votes=share, measure="share")[0]
         self._r2g = {votes: self.reading.r2g(votes=votes)[0] for votes in chosen}
         self._g2r = {row: self.reading.g2r(weights=row)[0] for row in _ROWS if self.reading.spatial}
 
     def r2g(self) -> Iterator[Tile]:
-        """One tile per vote vector."""
+        """The share first, then one tile per vote vector."""
+        if self._share is not None and (votes := self.maps.share_of):
+            yield self._on_generated(_SHARES[votes], self._share, invert=False)
         for votes, maps in self._r2g.items():
             yield self._on_generated(_VOTES[votes], maps)
 
@@ -152,6 +160,8 @@ class _Reader:
     def overlays(self) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Maps over their images at the size of those, nothing else in the picture."""
         generated = np.asarray(self.scene.generated.convert("RGB"))
+        if self._share is not None:
+            yield "overlay_share", self._over(generated, self._share)
         for votes, maps in self._r2g.items():
             name = "overlay_r2g" if votes == "uniform" else f"overlay_r2g_{votes}_votes"
             yield name, self._over(generated, maps, invert=self.reading.invert)
@@ -198,8 +208,9 @@ class _Reader:
         ImageDraw.Draw(shown).rectangle(corners, outline="red", width=2)
         return np.asarray(shown)
 
-    def _on_generated(self, title: str, maps: Tensor) -> Tile:
-        return self._tile(title, maps, self.scene.generated, invert=self.reading.invert)
+    def _on_generated(self, title: str, maps: Tensor, *, invert: bool | None = None) -> Tile:
+        invert = self.reading.invert if invert is None else invert
+        return self._tile(title, maps, self.scene.generated, invert=invert)
 
     def _on_reference(self, title: str, maps: Tensor) -> Tile:
         return self._tile(title, maps, self.scene.inputs.reference)

@@ -20,6 +20,7 @@ from i2am.data.images import ImageRejected, read_bytes, read_image, read_mask
 from i2am.evaluation.errors import StoreDamaged
 from i2am.evaluation.plan_file import RUN_LIMIT
 from i2am.files import MANIFEST, FileRejected, read_json
+from i2am.metrics.names import IMACS_NAMES
 from i2am.plots.titles import step_titles
 from i2am.viewer import Sample, Stack, sample
 from i2am.wording import counted
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("i2am")
 
 _KINDS = {
+    "share_mask": "share",
     "r2g_uniform": "r2g",
     "r2g_mask": "r2g_mask",
     "g2r_uniform": "g2r",
@@ -179,7 +181,7 @@ def shown_samples(
             id=name if len(maps) == 1 else f"{name}, {branch}",
             scores={
                 kind: scores[f"{kind}{suffix}"]
-                for kind in ("imacs_g", "imacs_g_mask_votes", "imacs_r")
+                for kind in IMACS_NAMES
                 if f"{kind}{suffix}" in scores
             },
             truths={

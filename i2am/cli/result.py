@@ -20,13 +20,13 @@ from i2am.cli.reporting import shown_samples
 from i2am.cli.settings import AUTO, FILES, MADE, Inputs, Settings, png
 from i2am.files import MANIFEST, digests_of, readable_json
 from i2am.metrics import imacs_scores
+from i2am.metrics.names import IMACS_NAMES
 from i2am.viewer import write_report
 
 log = logging.getLogger("i2am")
 
 REPORT = "report.html"
 _PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "safetensors")
-_SCORES = ("imacs_g", "imacs_g_mask_votes", "imacs_r")
 
 
 class Entry(TypedDict):
@@ -161,7 +161,9 @@ def _score(
     maps: AttributionMaps, inputs: Inputs, preset: str, broken: list[str]
 ) -> dict[str, Entry]:
     if broken:
-        return {name: {"value": None, "reason": f"NaN or Inf in {broken[0]}"} for name in _SCORES}
+        return {
+            name: {"value": None, "reason": f"NaN or Inf in {broken[0]}"} for name in IMACS_NAMES
+        }
     scores = imacs_scores(
         maps,
         mask=inputs.mask,

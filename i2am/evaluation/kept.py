@@ -13,13 +13,13 @@ from i2am.attribution.presets import get_preset
 from i2am.attribution.reading import layers_of, missing_for_official
 from i2am.evaluation.shard import SAMPLE, Reason
 from i2am.metrics import imacs_scores
+from i2am.metrics.names import IMACS_NAMES
 
-SCORES = ("imacs_g", "imacs_g_mask_votes", "imacs_r", "imacs_g_official", "imacs_r_official")
+SCORES = (*IMACS_NAMES, "imacs_g_official", "imacs_r_official")
 """Names of the scores of a sample: the paper's, then what the published code's rules make of the
 same sums."""
 
 _PRESETS = {"paper": "", "official": "_official"}
-_NAMES = ("imacs_g", "imacs_g_mask_votes", "imacs_r")
 
 
 def score(
@@ -60,7 +60,7 @@ def score(
                 preset=preset,
                 undefined="nan",
             )
-        for name in _NAMES:
+        for name in IMACS_NAMES:
             if f"{name}{suffix}" not in SCORES:
                 continue
             column = SCORES.index(f"{name}{suffix}")
@@ -98,6 +98,9 @@ def kept_maps(maps: AttributionMaps, dtype: torch.dtype) -> dict[str, Tensor]:
     if spatial is not None:
         if "mask" in maps.votes:
             found["r2g_mask"] = spatial.reference_to_generated(per=_axes(spatial), votes="mask")
+            found["share_mask"] = spatial.reference_to_generated(
+                per=_axes(spatial), votes="mask", measure="share"
+            )
         found["g2r_uniform"] = spatial.generated_to_reference(per=_axes(spatial))
         if "mask" in maps.rows:
             found["g2r_mask"] = spatial.generated_to_reference(per=_axes(spatial), weights="mask")

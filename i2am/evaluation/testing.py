@@ -7,8 +7,7 @@ import torch
 
 from i2am.evaluation.plan_file import fingerprint_of
 from i2am.evaluation.shard import FAILED, SAMPLE, Reason, Shard
-
-SCORE_NAMES = ("imacs_g", "imacs_g_mask_votes", "imacs_r")
+from i2am.metrics.names import IMACS_NAMES
 
 
 def make_plan(
@@ -84,7 +83,7 @@ def make_shard(
     ids = tuple(pairs[position][0] for position in index.tolist())
     generator = torch.Generator().manual_seed(zlib.crc32(f"{setting} {number}".encode()))
     status = torch.zeros(len(ids), dtype=torch.uint8)
-    scores = torch.rand(len(ids), len(SCORE_NAMES), dtype=torch.float64, generator=generator)
+    scores = torch.rand(len(ids), len(IMACS_NAMES), dtype=torch.float64, generator=generator)
     kept, reasons = {}, {}
     for name, grid in (("r2g_uniform", (4, 3)), ("g2r_uniform", (2, 2))) if maps else ():
         kept[name] = torch.rand(len(ids), 2, 3, *grid, generator=generator).half()
@@ -97,7 +96,7 @@ def make_shard(
     if undefined is not None:
         scores[undefined, -1] = torch.nan
         reason = Reason("degenerate_map", "its map is the same everywhere")
-        reasons[ids[undefined]] = {SCORE_NAMES[-1]: reason}
+        reasons[ids[undefined]] = {IMACS_NAMES[-1]: reason}
     present = [id for id in ids if SAMPLE not in reasons.get(id, {})]
     images = {id: f"PNG of {setting} {id}".encode() for id in present}
     shard = Shard(
@@ -105,7 +104,7 @@ def make_shard(
         number=number,
         fingerprint=plan["fingerprint"],
         ids=ids,
-        score_names=SCORE_NAMES,
+        score_names=IMACS_NAMES,
         index=index,
         status=status,
         scores=scores,

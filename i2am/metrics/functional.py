@@ -143,6 +143,7 @@ def imacs_scores(
     | name | map | mask |
     | --- | --- | --- |
     | ``imacs_g`` | R2G, uniform votes | inpainting mask |
+    | ``imacs_g_share`` | R2G, share of the recorded reference mask | inpainting mask |
     | ``imacs_g_mask_votes`` | R2G, votes of the recorded reference mask | inpainting mask |
     | ``imacs_r`` | G2R, weighted by the recorded inpainting mask (eq 17) | reference mask |
 
@@ -160,7 +161,7 @@ def imacs_scores(
         layer_weighting: As for :meth:`AttributionMaps.reference_to_generated`.
 
     Returns:
-        A :class:`Score` for each of the three names.
+        A :class:`Score` for each of the four names.
 
     Raises:
         ValueError: As :func:`imacs` does, if sums are not finite, naming layer and head, or if a
@@ -177,9 +178,14 @@ def imacs_scores(
     no_mask = (mask is None, "no inpainting mask was given")
     no_r2g = (r2g not in maps.directions, "reference_to_generated was not recorded")
     no_votes = ("mask" not in maps.votes, "no reference mask was given to the recording")
+    no_share = (
+        any(layer.attention_share is None for layer in layers),
+        "the attention share was not recorded",
+    )
     no_grid = (bool(gridless), f"no reference grid in {', '.join(gridless)}")
     obstacles = {
         "imacs_g": [no_mask, no_r2g],
+        "imacs_g_share": [no_mask, no_r2g, no_votes, no_grid, no_share],
         "imacs_g_mask_votes": [no_mask, no_r2g, no_votes, no_grid],
         "imacs_r": [
             (reference_mask is None, "no reference mask was given"),
@@ -190,6 +196,7 @@ def imacs_scores(
     }
     attributions: dict[str, Callable[..., Tensor]] = {
         "imacs_g": partial(maps.reference_to_generated, votes="uniform"),
+        "imacs_g_share": partial(maps.reference_to_generated, votes="mask", measure="share"),
         "imacs_g_mask_votes": partial(maps.reference_to_generated, votes="mask"),
         "imacs_r": partial(maps.generated_to_reference, weights=weights),
     }

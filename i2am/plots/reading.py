@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from i2am.attribution.direction import Direction
-from i2am.attribution.maps import AttributionMaps
+from i2am.attribution.maps import AttributionMaps, Measure
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import layers_of
 
@@ -54,7 +54,13 @@ class Reading:
         self.heads_of = f"averaged over {len(alike)} of {len(counted)} layers"
         self._alike = maps.select(layers=alike)
 
-    def r2g(self, per: str | tuple[str, ...] = (), *, votes: Votes = "uniform") -> Tensor:
+    def r2g(
+        self,
+        per: str | tuple[str, ...] = (),
+        *,
+        votes: Votes = "uniform",
+        measure: Measure = "spread",
+    ) -> Tensor:
         """R2G, ``[samples, (axis), height, width]``.
 
         Raises:
@@ -63,7 +69,9 @@ class Reading:
         maps = self._alike if per == "head" else self.maps
         if votes == "mask":
             maps = with_reference_grid(maps) or maps
-        return maps.reference_to_generated(per=per, votes=votes, preset=self.preset)
+        return maps.reference_to_generated(
+            per=per, votes=votes, measure=measure, preset=self.preset
+        )
 
     def g2r(self, per: str | tuple[str, ...] = (), *, weights: Votes = "uniform") -> Tensor:
         """G2R, ``[samples, (axis), height, width]``.

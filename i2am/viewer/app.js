@@ -19,6 +19,7 @@ function start() {
   bind("threshold", "input", ({ value }) => { state.threshold = Number(value); });
   bind("opacity", "input", ({ value }) => { state.opacity = Number(value); });
   bind("weights", "change", ({ checked }) => { state.weights = checked ? "mask" : "uniform"; });
+  bind("spread", "change", ({ checked }) => { state.measure = checked ? "spread" : "share"; });
   bind("outlines", "change", ({ checked }) => { state.outlines = checked; });
   byId("save").addEventListener("click", saveView);
   byId("link").addEventListener("click", async ({ target }) => {

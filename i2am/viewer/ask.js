@@ -1,7 +1,7 @@
 // What is asked, and what every panel answers.
 
 const state = {
-  a: null, b: null, query: null, pinned: false, slice: "all", weights: "uniform",
+  a: null, b: null, query: null, pinned: false, slice: "all", weights: "uniform", measure: "share",
   threshold: 0.4, opacity: 0.85, outlines: true, range: "own",
 };
 let panels = [], ready = false, drag = null;
@@ -9,6 +9,7 @@ let panels = [], ready = false, drag = null;
 const JOINT = { generated: "joint_g2r", reference: "joint_r2g" };
 const AXES = { t: "times", h: "heads", l: "layers" };
 const NAMES = {
+  share: "R2G \u00b7 share of attention",
   r2g: "R2G \u00b7 where the reference went",
   r2g_mask: "R2G \u00b7 where the masked object went",
   g2r: "G2R \u00b7 where the generated picture looked",

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 Score = Mapping[str, Any]
 """``{"value": float, "reason": None}``, or value None and the reason."""
 
-SCORED = {"imacs_g": "r2g", "imacs_g_mask_votes": "r2g_mask", "imacs_r": "g2r_mask"}
+SCORED = {
+    "imacs_g": "r2g",
+    "imacs_g_share": "share",
+    "imacs_g_mask_votes": "r2g_mask",
+    "imacs_r": "g2r_mask",
+}
 """The map that each score of a picture is computed from, under the paper's preset."""
 
 _PATCH = re.compile(r"(\d+),(\d+)@(\d+)x(\d+)")
@@ -39,7 +44,7 @@ class Stack:
     """Maps of one kind: overall ones have one query, joint ones one per cell of `asked`.
 
     Attributes:
-        name: "r2g", "r2g_mask", "g2r", "g2r_mask", "joint_g2r", "joint_r2g" or "region N".
+        name: "share", "r2g", "r2g_mask", "g2r", "g2r_mask", "joint_g2r", "joint_r2g" or "region N".
         maps: ``[slices, queries, height, width]``, raw.
         slices: "all", "t0", "h0", "l0", ... along the first axis.
         asked: Grid of the queries, None for one query.
@@ -220,6 +225,9 @@ def sample(
     if Direction.REFERENCE_TO_GENERATED in maps.directions:
         read = partial(AttributionMaps.reference_to_generated, preset=preset)
         stacks.append(overall("r2g", maps, read))
+        if (votes := maps.share_of) is not None:
+            source = maps if votes == "uniform" or spatial is None else spatial
+            stacks.append(overall("share", source, partial(read, measure="share", votes=votes)))
         # tokens without a place are in no mask
         if "mask" in maps.votes and spatial is not None:
             stacks.append(overall("r2g_mask", spatial, partial(read, votes="mask")))

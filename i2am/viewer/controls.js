@@ -20,7 +20,8 @@ function build() {
   byId("regions").replaceChildren(...(sample.regions.length ? [null, ...sample.regions.map(({ name }) => name)] : []).map((name) =>
     chip(name ?? "Everything", () => ask(name === null ? null : { region: name }, name !== null), name ?? "")));
   byId("weighted").hidden = !sample.stacks.r2g_mask && !sample.stacks.g2r_mask;
-  byId("question").hidden = byId("weighted").hidden && !sample.regions.length;
+  byId("measured").hidden = !sample.stacks.share;
+  byId("question").hidden = byId("weighted").hidden && byId("measured").hidden && !sample.regions.length;
   byId("time").max = sample.times.length;
   byId("time").hidden = byId("time-name").parentElement.hidden = sample.times.length < 2;
   byId("head-row").hidden = sample.heads.length < 2;
@@ -91,6 +92,7 @@ function sync() {
   byId("opacity").value = opacity;
   byId("opacity-value").textContent = opacity.toFixed(2);
   byId("weights").checked = state.weights === "mask";
+  byId("spread").checked = state.measure === "spread";
   byId("outlines").checked = state.outlines;
   for (const input of document.querySelectorAll("input[type=range]"))
     input.style.setProperty("--part", (input.value - input.min) / (input.max - input.min || 1));

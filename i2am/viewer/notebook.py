@@ -21,6 +21,10 @@ _TITLES = {
     Direction.REFERENCE_TO_GENERATED: "R2G: where on the generated image the reference goes",
     Direction.GENERATED_TO_REFERENCE: "G2R: where on the reference the generated image looks",
 }
+_SHARE = {
+    "uniform": "R2G: share of attention that goes to the reference",
+    "mask": "R2G: share of attention that goes to the object in the reference mask",
+}
 
 
 class View:
@@ -78,14 +82,19 @@ def maps_html(maps: AttributionMaps) -> str:
 def _overall(maps: AttributionMaps) -> "Iterator[tuple[str, Tensor, str]]":
     spatial = [layer.site.layer for layer in maps.layer_sums if layer.site.reference_grid]
     for direction in maps.directions:
-        if direction is Direction.REFERENCE_TO_GENERATED:
+        title = _TITLES[direction]
+        if direction is Direction.REFERENCE_TO_GENERATED and (votes := maps.share_of):
+            placed = maps.select(layers=spatial) if votes == "mask" else maps
+            sums = placed.reference_to_generated(measure="share", votes=votes)[0]
+            title = _SHARE[votes]
+        elif direction is Direction.REFERENCE_TO_GENERATED:
             sums = maps.reference_to_generated()[0]
         elif spatial:
             sums = maps.select(layers=spatial).generated_to_reference()[0]
         else:
             continue
         flat = " (the same everywhere)" if bool(is_constant(sums)) else ""
-        yield _TITLES[direction], picture(sums, (sums.shape[-2], sums.shape[-1])), flat
+        yield title, picture(sums, (sums.shape[-2], sums.shape[-1])), flat
 
 
 def _png(values: "Tensor") -> str:

@@ -1,9 +1,10 @@
 // The score of each side, and what it is a score of.
 
-const COUNTED = { r2g: "all patches", r2g_mask: "masked object", g2r: "all patches", g2r_mask: "painted part" };
+const COUNTED = { share: "share", r2g: "all patches", r2g_mask: "masked object", g2r: "all patches", g2r_mask: "painted part" };
 
 // Name of the overall map that the controls choose for a side.
 function overall({ sample, side }) {
+  if (side === "generated" && state.measure === "share" && sample.stacks.share) return "share";
   const name = SIDES[side].map, masked = `${name}_mask`;
   return state.weights === "mask" && sample.stacks[masked] ? masked : name;
 }
@@ -11,7 +12,7 @@ function overall({ sample, side }) {
 // Scores are computed for whole maps, so beside any other map the page says what they belong to.
 function scoreOf(panel, stack) {
   const { scored, scores } = panel.sample, chosen = overall(panel);
-  const known = Object.keys(scores).filter((name) => scored[name]?.startsWith(SIDES[panel.side].map));
+  const known = Object.keys(scores).filter((name) => SIDES[panel.side].maps.test(scored[name] ?? ""));
   const name = known.find((one) => scored[one] === chosen) ?? known[0];
   if (name === undefined) return null;
   const same = stack?.name === scored[name];

@@ -29,8 +29,8 @@ function marked(svg, tag, kind) {
 }
 
 const SIDES = {
-  generated: { title: "Generated", map: "r2g" },
-  reference: { title: "Reference", map: "g2r" },
+  generated: { title: "Generated", map: "r2g", maps: /^(share|r2g)/ },
+  reference: { title: "Reference", map: "g2r", maps: /^g2r/ },
 };
 
 class Panel {
@@ -83,7 +83,7 @@ class Panel {
     this.drawn = key;
     if (!shown) this.context.putImageData(this.pixels, 0, 0);
     else {
-      const invert = this.side === "generated" && this.sample.invert && !shown.stack.name.startsWith("joint");
+      const invert = this.side === "generated" && this.sample.invert && shown.stack.name.startsWith("r2g");
       const values = pixelValues(shown.values, shown.stack.grid, shown, this.picture, this.sample.normalizations);
       this.output.data.set(this.ground);
       blend(this.output.data, this.backdrop, values, COLORS, { threshold, opacity, invert });

@@ -16,6 +16,7 @@ from i2am.attribution import (
     load_maps,
     resize,
 )
+from i2am.attribution.layers import tensors
 from i2am.testing import make_maps, make_qkv, make_site
 
 FINE = make_site("up.attn2", (8, 6), (6, 4))
@@ -419,14 +420,13 @@ def test_files(tmp_path):
     assert torch.equal(loaded.joint.r2g, maps.joint.r2g)
 
 
-def test_only_files_with_joint_maps_are_of_the_newer_schema(tmp_path):
-    """What reads schema 1 alone refuses the second in a sentence that names both schemas."""
-    for joint, schema in ((False, 1), (True, 2)):
-        path = tmp_path / f"{schema}.safetensors"
+def test_a_file_says_whether_it_holds_joint_maps(tmp_path):
+    for joint in (False, True):
+        path = tmp_path / f"{joint}.safetensors"
         make_maps(SITES, joint=joint).save(path)
         with safe_open(path, "pt") as file:
             document = json.loads(file.metadata()["i2am"])
-            assert document["schema"] == schema
+            assert document["schema"] == 3
             assert ("joint" in document) is joint
             assert any(name.startswith("joint.") for name in file.keys()) is joint
 
@@ -438,7 +438,7 @@ def test_what_repr_says():
     held = sum(
         sums.nbytes
         for layer in maps.layer_sums
-        for sums in (layer.reference_to_generated, layer.generated_to_reference)
+        for sums in tensors(layer).values()
         if sums is not None
     )
     assert f"{(held + maps.joint.nbytes) / 2**20:.1f} MiB" in repr(maps)

@@ -516,7 +516,14 @@ def build(layers, votes=("uniform",), rows=("uniform",)):
         ),
         (
             lambda a, b: build(
-                [replace(a, reference_to_generated=None, generated_to_reference=None)]
+                [
+                    replace(
+                        a,
+                        reference_to_generated=None,
+                        generated_to_reference=None,
+                        attention_share=None,
+                    )
+                ]
             ),
             "holds no sums",
         ),

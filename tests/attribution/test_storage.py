@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from i2am.attribution import AttributionMaps, load_maps, save_maps
+from i2am.files import canonical
 from i2am.files.container import pack
 from i2am.testing import make_maps, make_site
 
@@ -73,7 +75,11 @@ def test_any_safetensors_reader_opens_it_and_metadata_is_one_key(tmp_path):
         assert set(file.keys()) == {
             "000.reference_to_generated",
             "000.generated_to_reference",
+            "000.attention_share",
+            "000.calls",
             "001.reference_to_generated",
+            "001.attention_share",
+            "001.calls",
         }
         stored = file.get_tensor("000.reference_to_generated")
     assert stored.dtype == torch.float32
@@ -167,7 +173,7 @@ def test_a_changed_description_is_found(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=3), "has schema 3, and this i2am reads schemas 1 and 2"),
+        (lambda d: d.update(schema=4), "has schema 4, and this i2am reads schemas 1 to 3"),
         (lambda d: d.pop("schema"), "it has no schema"),
         (lambda d: d.update(schema="1"), "schema must be an integer, got"),
         (lambda d: d.pop("sites"), "it has no sites"),
@@ -212,6 +218,46 @@ def test_foreign_files_are_refused(tmp_path, data, message):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"other\.safetensors {message}"):
         load_maps(path)
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_files_of_earlier_schemas_are_read(tmp_path, schema):
+    """Schema 1 had neither joint maps nor shares, 2 no shares; dtypes had torch's names."""
+    path = tmp_path / "maps.safetensors"
+    maps = record(joint=schema == 2)
+    maps.save(path)
+    with safe_open(path, "pt") as file:
+        document = json.loads(file.metadata()["i2am"])
+    content = {
+        name: sums
+        for name, sums in load(path.read_bytes()).items()
+        if not name.endswith(("attention_share", "calls"))
+    }
+    del document["checksum"]
+    document |= {
+        "schema": schema,
+        "tensors": {
+            name: {
+                "crc32": zlib.crc32(sums.numpy()),
+                "dtype": str(sums.dtype),
+                "shape": [*sums.shape],
+            }
+            for name, sums in content.items()
+        },
+    }
+    document["checksum"] = zlib.crc32(canonical(document))
+    path.write_bytes(save(content, metadata={"i2am": canonical(document).decode()}))
+    loaded = load_maps(path)
+    assert torch.equal(loaded.reference_to_generated(), maps.reference_to_generated())
+    assert (loaded.joint is None) == (schema == 1)
+    assert loaded.share_of is None
+    with pytest.raises(
+        ValueError, match=r"share was not recorded on down\.0, as in files of schema"
+    ):
+        loaded.reference_to_generated(measure="share")
+    # and what was read is written in today's schema
+    loaded.save(path)
+    assert repr(load_maps(path)) == repr(loaded)
 
 
 def test_a_missing_file(tmp_path):

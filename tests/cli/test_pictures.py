@@ -84,6 +84,7 @@ def test_a_full_recording_draws_every_sheet(sheets):
             "mask: white is painted anew",
             "reference",
             "generated",
+            "R2G: share of attention to the object",
             "R2G: every reference token votes",
             "R2G: only tokens in the reference mask vote",
             "G2R: all generated patches",
@@ -91,6 +92,7 @@ def test_a_full_recording_draws_every_sheet(sheets):
         ],
         "r2g.png": [
             "generated",
+            "R2G: share of attention to the object",
             "R2G: every reference token votes",
             "R2G: only tokens in the reference mask vote",
         ],
@@ -119,7 +121,8 @@ def test_a_tile_shows_the_map_its_title_names_over_the_image_it_belongs_to(sheet
     reference = over.inputs.reference.resize((SIDE * 4 // 5, SIDE), Image.Resampling.BICUBIC)
     expected = {
         "r2g.png": [
-            (generated, maps.reference_to_generated(votes=votes)) for votes in ("uniform", "mask")
+            (generated, maps.reference_to_generated(votes=votes, measure=measure))
+            for votes, measure in (("mask", "share"), ("uniform", "spread"), ("mask", "spread"))
         ],
         "g2r.png": [
             (np.asarray(reference), maps.generated_to_reference(weights=weights))
@@ -139,6 +142,11 @@ def test_plain_overlays_have_the_size_of_their_image_and_nothing_else_in_it(pres
     draw(tmp_path, maps, over, suffix="_both")
     generated, reference = np.asarray(over.generated), np.asarray(over.inputs.reference)
     for name, below, map_ in (
+        (
+            "share",
+            generated,
+            maps.reference_to_generated(votes="mask", measure="share", preset=preset),
+        ),
         ("r2g", generated, maps.reference_to_generated(preset=preset)),
         ("r2g_mask_votes", generated, maps.reference_to_generated(votes="mask", preset=preset)),
         ("g2r", reference, maps.generated_to_reference(preset=preset)),
@@ -158,8 +166,8 @@ def test_mask_votes_need_reference_tokens_with_a_place(tmp_path, sheets):
 def test_mask_votes_are_drawn_from_the_layers_that_have_a_grid(sheets):
     both = sheets(record(FINE, SINGLE), scene())["r2g.png"]
     alone = sheets(record(FINE), scene())["r2g.png"]
-    assert both[1][2] == alone[1][2] == "R2G: only tokens in the reference mask vote"
-    assert np.array_equal(both[2][2], alone[2][2])
+    assert both[1][3] == alone[1][3] == "R2G: only tokens in the reference mask vote"
+    assert np.array_equal(both[2][3], alone[2][3])
 
 
 def test_time_groups_and_heads_show_their_own_share(sheets):
@@ -232,7 +240,7 @@ def test_official_preset_inverts_maps_of_single_tokens_alone(sheets, sites, inve
 
 def test_a_constant_map_is_called_so(sheets):
     sheet = sheets(record(make_site("a", (1, 1), (2, 2))), scene())["r2g.png"]
-    assert sheet[1][1] == "R2G: every reference token votes (the same everywhere)"
+    assert sheet[1][2] == "R2G: every reference token votes (the same everywhere)"
 
 
 def test_the_frame_of_a_region_surrounds_it_on_both_images(sheets):

@@ -13,6 +13,7 @@ from i2am.attribution import Box, picture
 from i2am.attribution.layers import tensors
 from i2am.cli.errors import ExitCode
 from i2am.data import images
+from i2am.metrics.names import IMACS_NAMES
 from i2am.models import load_pipeline
 
 
@@ -55,6 +56,7 @@ def test_every_file_is_written_and_listed(run_here, record_line, files, out):
         "overlay_g2r_mask.png",
         "overlay_r2g.png",
         "overlay_r2g_mask_votes.png",
+        "overlay_share.png",
         "overview.png",
         "r2g.png",
         "region_left.png",
@@ -83,7 +85,7 @@ def test_every_file_is_written_and_listed(run_here, record_line, files, out):
     assert maps.votes == ("uniform", "mask")
     assert maps.rows == ("uniform", "mask", "left", "right")
     scores = strict_json(out / "scores.json")
-    assert set(scores) == {"imacs_g", "imacs_g_mask_votes", "imacs_r"}
+    assert set(scores) == {*IMACS_NAMES}
     for entry in scores.values():
         assert entry["reason"] is None
         assert -3 <= entry["value"] <= 1
@@ -270,7 +272,7 @@ def test_single_token_model_has_one_direction_and_says_why(
     scores = strict_json(out / "scores.json")
     assert scores["imacs_g"]["value"] is not None
     assert "overlay_r2g_mask_votes.png" not in names(out)
-    for name in ("imacs_r", "imacs_g_mask_votes"):
+    for name in ("imacs_r", "imacs_g_mask_votes", "imacs_g_share"):
         assert scores[name]["value"] is None
         assert "no reference grid" in scores[name]["reason"]
 

@@ -25,6 +25,7 @@ from i2am.data import write_viton_hd
 from i2am.evaluation.store import Store
 from i2am.evaluation.testing import make_plan, make_shard
 from i2am.files import digests_of
+from i2am.metrics.names import IMACS_NAMES
 from i2am.testing import make_maps, make_site
 
 SITES = (make_site("down_blocks.0", (4, 3), (5, 5)), make_site("up_blocks.0", (8, 6), (5, 5)))
@@ -103,7 +104,16 @@ def test_a_recorded_run_becomes_a_page(recorded, run, tmp_path):
     (document,) = documents(tmp_path / "page.html")
     assert document["id"] == "run"
     names = [entry["name"] for entry in document["maps"]]
-    assert names == ["r2g", "r2g_mask", "g2r", "g2r_mask", "region 0", "joint_g2r", "joint_r2g"]
+    assert names == [
+        "r2g",
+        "share",
+        "r2g_mask",
+        "g2r",
+        "g2r_mask",
+        "region 0",
+        "joint_g2r",
+        "joint_r2g",
+    ]
     region = {"name": "logo", "box": [40 / 128, 24 / 96, 16 / 128, 16 / 96], "truth": [0.25, 0.5]}
     assert document["regions"] == [region]
     scores = json.loads((out / "scores.json").read_text())
@@ -140,7 +150,7 @@ def test_both_halves_and_several_runs_are_samples(recorded, run, tmp_path):
     index = json.loads(re.search(r'id="index">(.*?)</script>', html)[1])
     ids = [entry["id"] for entry in index["samples"]]
     assert ids == ["first", "second, conditional", "second, unconditional"]
-    assert index["samples"][2]["scores"].keys() == {"imacs_g", "imacs_g_mask_votes", "imacs_r"}
+    assert index["samples"][2]["scores"].keys() == {*IMACS_NAMES}
 
 
 def test_a_mask_that_is_gone_is_said_and_a_reference_is_missed(recorded, run, files, tmp_path):

@@ -16,8 +16,9 @@ from pyarrow import parquet
 
 from i2am.evaluation.export import AXES, to_parquet, to_zarr
 from i2am.evaluation.store import Store, StoreDamaged
-from i2am.evaluation.testing import SCORE_NAMES, make_plan, make_shard
+from i2am.evaluation.testing import make_plan, make_shard
 from i2am.files import OutputRefused
+from i2am.metrics.names import IMACS_NAMES
 
 PLAN = make_plan(pairs=5)
 # paired 1 is missing
@@ -87,11 +88,11 @@ def test_scores_and_status(tree):
     assert unpaired["status"].values.tolist() == [0] * 5
     assert paired["status"].attrs["flag_meanings"].split() == ["ok", "failed", "missing"]
     expected = torch.cat([SHARDS["unpaired", number][0].scores for number in range(3)])
-    for column, name in enumerate(SCORE_NAMES):
+    for column, name in enumerate(IMACS_NAMES):
         assert unpaired[name].dims == ("sample",)
         np.testing.assert_array_equal(unpaired[name].values, expected[:, column].numpy())
         assert np.isnan(paired[name].values).tolist() == [False, True, True, True, False]
-    assert np.isnan(unpaired[SCORE_NAMES[-1]].values).tolist() == [False] * 3 + [True, False]
+    assert np.isnan(unpaired[IMACS_NAMES[-1]].values).tolist() == [False] * 3 + [True, False]
 
 
 def test_it_says_which_run(tree):
@@ -142,7 +143,7 @@ def test_one_row_for_each_sample(store, tmp_path):
     assert table.schema.metadata[b"fingerprint"].decode() == PLAN["fingerprint"]
     assert table.column_names == [
         *("setting", "index", "id", "person", "garment", "status", "reason_code", "reason"),
-        *(name for score in SCORE_NAMES for name in (score, f"{score}_reason")),
+        *(name for score in IMACS_NAMES for name in (score, f"{score}_reason")),
     ]
     content = table.to_pylist()
     assert [row["setting"] for row in content] == ["paired"] * 5 + ["unpaired"] * 5
@@ -152,7 +153,7 @@ def test_one_row_for_each_sample(store, tmp_path):
     assert [row["status"] for row in content] == states
     for row in content:
         shard = SHARDS.get((row["setting"], row["index"] // 2), (None,))[0]
-        for column, name in enumerate(SCORE_NAMES):
+        for column, name in enumerate(IMACS_NAMES):
             value = math.nan if shard is None else shard.scores[row["index"] % 2, column].item()
             assert row[name] == (None if math.isnan(value) else value)
 

@@ -23,7 +23,8 @@ from i2am.evaluation.scores.scoring import Scoring, score_run
 from i2am.evaluation.scores.summary import to_json
 from i2am.evaluation.scores.testing import make_run, tiny_extractor, tiny_features
 from i2am.evaluation.store import Store
-from i2am.evaluation.testing import SCORE_NAMES, make_shard
+from i2am.evaluation.testing import make_shard
+from i2am.metrics.names import IMACS_NAMES
 
 IMACS = Scoring(metrics=("imacs",), replicates=50)
 SETS = Scoring(metrics=("fid", "kid"), replicates=50)
@@ -75,8 +76,8 @@ def real(store, setting):
 def test_imacs_is_the_mean_of_what_the_shards_hold(run, setting):
     made = metrics(scored(run, IMACS), setting)
     values = torch.cat([shard.scores for shard in run.shards(setting)]).T.tolist()
-    assert list(made) == list(SCORE_NAMES)
-    for name, column in zip(SCORE_NAMES, values, strict=True):
+    assert list(made) == list(IMACS_NAMES)
+    for name, column in zip(IMACS_NAMES, values, strict=True):
         assert abs(made[name]["value"] - sum(column) / len(column)) < 1e-12
         assert made[name]["value"] == math.fsum(column) / len(column)
         low, high = made[name]["interval"]

@@ -13,8 +13,9 @@ from safetensors.torch import load, save
 
 from i2am.evaluation.errors import StoreConflict, StoreDamaged
 from i2am.evaluation.shard import SAMPLE, Reason, Shard
-from i2am.evaluation.testing import SCORE_NAMES, make_plan, make_shard
+from i2am.evaluation.testing import make_plan, make_shard
 from i2am.files import canonical
+from i2am.metrics.names import IMACS_NAMES
 
 FIELDS = ("setting", "number", "fingerprint", "ids", "score_names", "reasons", "batches", "images")
 TENSORS = ("index", "status", "scores")
@@ -293,7 +294,7 @@ TWO = torch.zeros(2)
         ({"index": TWO}, r"index must be torch.int64 \[2\], got torch.float32 \[2\]"),
         ({"index": torch.arange(3)}, r"index must be torch.int64 \[2\], got torch.int64 \[3\]"),
         ({"status": TWO}, r"status must be torch.uint8 \[2\]"),
-        ({"scores": TWO}, r"scores must be torch.float64 \[2, 3\], got torch.float32 \[2\]"),
+        ({"scores": TWO}, r"scores must be torch.float64 \[2, 4\], got torch.float32 \[2\]"),
         ({"maps": {"index": TWO}}, "maps must not be named like another tensor, got index"),
         ({"maps": {"a": TWO}}, r"map a must be float16 or float32 \[2, time groups, .* got"),
         ({"maps": {"a": torch.zeros(2, 1, 1, 1, 1).double()}}, "got torch.float64"),
@@ -312,8 +313,8 @@ TWO = torch.zeros(2)
             "status must be 1 with a reason 'sample', or 0 without one, got 0",
         ),
         (
-            {"scores": torch.full((2, 3), torch.nan, dtype=torch.float64)},
-            f"score {SCORE_NAMES[0]} of 00000_00 is NaN, which needs a reason",
+            {"scores": torch.full((2, 4), torch.nan, dtype=torch.float64)},
+            f"score {IMACS_NAMES[0]} of 00000_00 is NaN, which needs a reason",
         ),
     ],
 )

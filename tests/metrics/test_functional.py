@@ -215,6 +215,9 @@ def test_every_score_of_a_full_recording():
     area = {"layer_weighting": "area"}
     wanted = {
         "imacs_g": imacs(maps.reference_to_generated(**area), masks),
+        "imacs_g_share": imacs(
+            maps.reference_to_generated(measure="share", votes="mask", **area), masks
+        ),
         "imacs_g_mask_votes": imacs(maps.reference_to_generated(votes="mask", **area), masks),
         "imacs_r": imacs(maps.generated_to_reference(weights="mask", **area), subjects),
     }

@@ -72,6 +72,7 @@ def make_sample(seed: int = 0, id: str = "one", **options: Any) -> Sample:
         "reference_mask": make_mask((50, 60)),
         "scores": {
             "imacs_g": {"value": -0.1234, "reason": None},
+            "imacs_g_share": {"value": 0.5, "reason": None},
             "imacs_g_mask_votes": {"value": 0.25, "reason": None},
             "imacs_r": {"value": None, "reason": "its map is the same everywhere"},
         },
@@ -266,6 +267,7 @@ def view(shared: View) -> View:
     for id, value in (("threshold", 0.4), ("opacity", 0.85)):
         shared.slide(id, value)
     shared.page.set_checked("#weights", False)
+    shared.page.set_checked("#spread", True)
     shared.page.click("#ranges button[value=own]")
     shared.away()
     return shared

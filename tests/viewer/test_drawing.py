@@ -129,6 +129,7 @@ def test_a_preset_that_normalizes_twice_and_inverts_is_drawn(visit, make_sample)
     html = render([made])
     view = visit(html).wait()
     (sample,) = documents(html)
+    view.page.set_checked("#spread", True)
     values = sample["stacks"]["r2g"]["all"][0]
     wanted = expected(sample, "generated", values, preset="official", invert=True)
     assert_same(view.pixels("generated"), wanted)
@@ -147,6 +148,7 @@ def test_a_constant_map_is_drawn_as_nothing(visit, make_sample, make_recording):
         layer.reference_to_generated.fill_(0.25)
     html = render([make_sample(maps=maps)])
     view = visit(html).wait()
+    view.page.set_checked("#spread", True)
     (sample,) = documents(html)
     assert "(the same everywhere)" in view.page.locator(".subtitle").first.text_content()
     assert view.panel("generated")["flat"]

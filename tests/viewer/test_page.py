@@ -102,7 +102,7 @@ def test_without_joint_maps_the_page_says_what_is_missing(visit, make_sample, ma
     assert "record(joint=True)" in view.page.text_content("#reading")
     view.point("generated", (3, 2))
     assert view.status["query"] is None
-    assert view.panel("generated")["map"] == "r2g"
+    assert view.panel("generated")["map"] == "share"
     label = view.page.locator(".stage").first.get_attribute("aria-label")
     assert label == "Generated picture. Patches cannot be pointed at."
     view.page.click("#regions button[value=sleeve]")

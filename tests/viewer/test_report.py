@@ -38,7 +38,7 @@ def test_a_page_of_a_recording(recording, make_image):
     assert document["times"] == ["steps 1 to 2", "steps 3 to 4", "steps 5 to 6"]
     assert document["layers"] == ["down_blocks.0", "up_blocks.0"]
     assert {entry["name"] for entry in document["maps"]} == {
-        *("r2g", "r2g_mask", "g2r", "g2r_mask", "region 0", "joint_g2r", "joint_r2g")
+        *("share", "r2g", "r2g_mask", "g2r", "g2r_mask", "region 0", "joint_g2r", "joint_r2g")
     }
     # equal content, equal bytes
     again = {"generated": make_image(0), "reference": make_image(1)}

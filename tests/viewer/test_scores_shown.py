@@ -39,6 +39,20 @@ def test_a_score_of_the_map_shown_stands_alone(view):
     assert view.page.text_content("#facts").endswith("undefined: its map is the same everywhere")
 
 
+def test_the_share_comes_first_with_a_score_of_its_own(visit, html):
+    view = visit(html).wait()
+    assert view.panel("generated")["map"] == "share"
+    assert scores(view)[0] == "IMACSg +0.500"
+    assert "share of attention" in view.page.text_content("#pictures")
+    view.page.set_checked("#spread", True)
+    assert view.panel("generated")["map"] == "r2g"
+    assert scores(view)[0] == G
+    view.page.set_checked("#spread", False)
+    view.page.set_checked("#weights", True)
+    assert [panel["map"] for panel in view.status["panels"]] == ["share", "g2r_mask"]
+    view.close()
+
+
 @pytest.mark.parametrize("slice", SLICES)
 def test_a_score_beside_a_slice_is_of_the_whole_run(view, slice):
     follow(view, f"#one/-/{slice}")
@@ -78,6 +92,7 @@ def test_scores_without_maps_say_what_they_are_of(visit, make_sample):
 def test_a_score_of_other_weights_is_told_from_the_map(visit, make_sample):
     given = {"imacs_g": {"value": 0.5, "reason": None}}
     view = visit(render([make_sample(scores=given)])).wait()
+    view.page.set_checked("#spread", True)
     view.page.set_checked("#weights", True)
     assert view.panel("generated")["map"] == "r2g_mask"
     assert scores(view)[0] == "IMACSg +0.500 (whole run, all patches)"
@@ -113,5 +128,5 @@ def test_a_saved_view_has_room_for_what_a_score_is_of(visit, make_sample, make_i
     with view.page.expect_download():
         view.page.click("#save")
     written = view.page.evaluate("window.written")
-    assert f"IMACS_g {MINUS}0.123 (whole run, all patches)" in written
+    assert "IMACS_g +0.500 (whole run, share)" in written
     view.close()

@@ -23,13 +23,12 @@ from i2am.evaluation.scores.summary import (
     not_computed,
 )
 from i2am.evaluation.store import Store
+from i2am.metrics.names import IMACS_NAMES
 from i2am.wording import printable
 
 log = logging.getLogger("i2am")
 
 METRICS = ("imacs", "ssim", "lpips", "fid", "kid")
-IMACS_NAMES = ("imacs_g", "imacs_g_mask_votes", "imacs_r")
-"""What a run without a committed shard is asked for."""
 
 _PAIRED = ("ssim", "lpips")
 _SETS = ("fid", "kid")

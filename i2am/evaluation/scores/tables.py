@@ -9,6 +9,7 @@ from i2am.wording import Footnotes
 
 _TITLES = {
     "imacs_g": "IMACS_g",
+    "imacs_g_share": "IMACS_g share",
     "imacs_r": "IMACS_r",
     "ssim": "SSIM",
     "lpips": "LPIPS",
