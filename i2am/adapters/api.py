@@ -8,12 +8,8 @@ import torch
 
 from i2am.adapters.attending import attend_by
 from i2am.adapters.clock import RunClock
-from i2am.adapters.inputs import (
-    as_mask,
-    find_denoiser,
-    find_layout,
-    require_guidance_order,
-)
+from i2am.adapters.guidance import guidance_order
+from i2am.adapters.inputs import as_mask, find_denoiser, find_layout
 from i2am.adapters.recorder import Recorder
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
@@ -129,7 +125,7 @@ def record(
     if isinstance(directions, str):
         directions = (directions,)
     layout = layout or find_layout(pipe_or_denoiser, denoiser)
-    require_guidance_order(pipe_or_denoiser, layout)
+    order = guidance_order(pipe_or_denoiser, layout)
     make = functools.partial(
         Accumulator,
         time_groups=time_groups,
@@ -152,6 +148,7 @@ def record(
         denoiser,
         layout=layout,
         clock=clock,
+        order=order,
         wanted=GUIDANCE[guidance],
         make=make,
         attend=attend_by(attach, impl),

@@ -83,6 +83,12 @@ def check_layers(
             wanted = [*leading, layer.site.heads, *fourth, *grid]
             if shape != wanted:
                 raise ValueError(f"{name} of {layer.site.layer} must be {wanted}, got {shape}")
+        wanted = [(leading or [0, 0])[1], *layer.site.generated_grid]
+        if layer.multiplier is not None and list(layer.multiplier.shape) != wanted:
+            raise ValueError(
+                f"multiplier of {layer.site.layer} must be {wanted}, got "
+                f"{list(layer.multiplier.shape)}"
+            )
 
 
 def nonfinite(layers: Sequence[LayerSums]) -> list[str]:

@@ -18,6 +18,9 @@ SCHEMA = 1
 JOINT_SCHEMA = 2
 """That of maps with joint maps: what cannot read these says so, and does not leave them out."""
 
+MULTIPLIED_SCHEMA = 3
+"""That of maps whose layers have multipliers, with joint maps or without: likewise."""
+
 JOINT_SUMS = ("g2r", "r2g")
 _FIELDS = {"sites": list, "votes": list, "rows": list, "provenance": dict}
 JOINT_FACTS = ("generated_grid", "reference_grid", "time_groups", "heads", "layers")
@@ -46,12 +49,18 @@ def save_maps(maps: AttributionMaps, path: str | Path) -> None:
         for number, layer in enumerate(maps.layer_sums)
         for name, sums in tensors(layer).items()
     }
+    multiplied = {
+        f"{number:03d}.multiplier": layer.multiplier
+        for number, layer in enumerate(maps.layer_sums)
+        if layer.multiplier is not None
+    }
+    content |= multiplied
     joint: dict[str, Any] = {}
     if maps.joint is not None:
         content |= {f"joint.{name}": getattr(maps.joint, name) for name in JOINT_SUMS}
         joint["joint"] = {name: getattr(maps.joint, name) for name in JOINT_FACTS}
     document = {
-        "schema": JOINT_SCHEMA if joint else SCHEMA,
+        "schema": MULTIPLIED_SCHEMA if multiplied else JOINT_SCHEMA if joint else SCHEMA,
         "sites": [asdict(layer.site) for layer in maps.layer_sums],
         "votes": maps.votes,
         "rows": maps.rows,
@@ -84,16 +93,19 @@ def load_maps(path: str | Path) -> AttributionMaps:
         container = read_container(file, path)
         document = container.document
         require(document, str(path), {"schema": int})
-        if document["schema"] not in (SCHEMA, JOINT_SCHEMA):
+        if document["schema"] not in (SCHEMA, JOINT_SCHEMA, MULTIPLIED_SCHEMA):
             raise ValueError(
-                f"{path} has schema {document['schema']}, and this i2am reads schemas {SCHEMA} and "
-                f"{JOINT_SCHEMA}; read it with the version of i2am that wrote it"
+                f"{path} has schema {document['schema']}, and this i2am reads schemas {SCHEMA} to "
+                f"{MULTIPLIED_SCHEMA}; read it with the version of i2am that wrote it"
             )
         require(document, str(path), _FIELDS)
         content = container.load_all(file)
     try:
         layers = [
-            LayerSums(_site(site), **{name: content.get(f"{number:03d}.{name}") for name in SUMS})
+            LayerSums(
+                _site(site),
+                **{name: content.get(f"{number:03d}.{name}") for name in (*SUMS, "multiplier")},
+            )
             for number, site in enumerate(document["sites"])
         ]
         return AttributionMaps(

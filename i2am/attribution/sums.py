@@ -20,7 +20,8 @@ class AttentionSite:
     """``(height, width)`` of the reference tokens, row-major; ``None`` where they have no place."""
     reference_tokens: int
     causal: bool = True
-    """False for a single reference token: attention to it is 1 whatever query and key are."""
+    """False for a single reference token, attention to which is 1 whatever query and key are, and
+    for a branch that the layer multiplies by 0."""
     merged: tuple[str, ...] = ()
     """Layers whose resized sums these are (``sums="resized"``); empty for a layer by itself."""
 
@@ -37,3 +38,7 @@ class LayerSums:
     normalized over all keys; ``None`` without a reference grid."""
     reference_to_generated_by_key: Tensor | None = None
     """``[samples, time_groups, heads, voters, h, w]``: ``C`` of each voter, on request only."""
+    multiplier: Tensor | None = None
+    """``[time_groups, h, w]``: what the layer multiplies its branch by, an adapter's scale times its
+    mask; ``None`` for 1. The sums are without it, maps are read with it: R2G times it, G2R times its
+    mean over the grid."""
