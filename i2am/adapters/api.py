@@ -10,7 +10,7 @@ from i2am.adapters.attending import attend_by
 from i2am.adapters.clock import RunClock
 from i2am.adapters.guidance import guidance_order
 from i2am.adapters.inputs import as_mask, find_denoiser, find_layout
-from i2am.adapters.recorder import Recorder
+from i2am.adapters.recorder import Recorder, attached_to
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions, region_weights
@@ -153,3 +153,15 @@ def record(
         make=make,
         attend=attend_by(attach, impl),
     )
+
+
+def release(pipe_or_denoiser: Any) -> None:
+    """Detach the recorder of a pipeline or a denoiser, whoever has it; it keeps what it recorded.
+
+    Raises:
+        TypeError: The argument has no UNet or transformer.
+        NotImplementedError: The pipeline has several denoisers.
+    """
+    recorder = attached_to(find_denoiser(pipe_or_denoiser)[0])
+    if recorder is not None:
+        recorder.detach()

@@ -1,7 +1,7 @@
-"""Whose calls a recorder takes, and what they are called: known by the context that they come from.
+"""Whose calls a recorder takes, and what they are called: known by the context they come from.
 
-A context (:mod:`contextvars`) is a thread's or a task's own. Tasks and ``asyncio.to_thread`` inherit
-a copy; a plain thread begins with an empty one, so two threads that share a denoiser do not mix.
+A context (:mod:`contextvars`) is a thread's or a task's own. Tasks and ``asyncio.to_thread`` get a
+copy; a plain thread begins with an empty one, so two threads that share a denoiser do not mix.
 """
 
 import contextlib

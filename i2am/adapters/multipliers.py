@@ -78,9 +78,8 @@ class Multipliers:
         known = self._layers.setdefault(site.layer, {})
         before = known.setdefault(group, multiplier)
         if together:
-            before = next(iter(self._layers.values()))
-            before = next(iter(before.values()))[:1]
-            multiplier = multiplier[:1]
+            first = next(iter(self._layers.values()))
+            before, multiplier = next(iter(first.values()))[:1], multiplier[:1]
         if not torch.equal(before, multiplier):
             where = "in a recording of sums='resized'" if together else f"in time group {group}"
             raise ValueError(

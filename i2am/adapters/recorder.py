@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -20,25 +19,20 @@ from i2am.adapters.contexts import Calls
 from i2am.adapters.guard import Guard
 from i2am.adapters.guidance import GuidanceOrder
 from i2am.adapters.hooks import around_calls, weakly
-from i2am.adapters.inputs import find_denoiser, versions
-from i2am.adapters.run import BEFORE, ELSEWHERE, Run, Subject
+from i2am.adapters.report import Report
+from i2am.adapters.run import BEFORE, Run, Subject, recorded_layers
 from i2am.adapters.sites import LISTENERS, Site
 from i2am.attribution.accumulator import Accumulator
-from i2am.attribution.grid import describe_regions
-from i2am.attribution.layers import apply
 from i2am.attribution.maps import AttributionMaps
-from i2am.attribution.sums import LayerSums
-from i2am.attribution.time_groups import too_many
 from i2am.layouts.token_layout import TokenLayout
 
 
 class Recorder:
     """What ``record()`` returns: records between ``attach`` and ``detach``, or in a ``with``.
 
-    It takes the calls of the context (:mod:`contextvars`) that entered the block, and of tasks and
-    ``asyncio.to_thread`` inside, which inherit it; not those of other threads and tasks that share
-    the denoiser, and so not those of a plain thread that is started inside: give that one the
-    context, ``thread = Thread(target=contextvars.copy_context().run, args=(pipe,))``. After
+    It takes the calls of the context (:mod:`contextvars`) that entered the block, which tasks and
+    ``asyncio.to_thread`` inside inherit; not those of other threads and tasks, not even of a plain
+    thread that is started inside, unless it runs in ``contextvars.copy_context()``. After
     :meth:`attach` without a block it takes all calls of its thread too.
 
     Nothing that goes wrong in the recording disturbs the run: it ends the recording, with a warning
@@ -72,7 +66,7 @@ class Recorder:
         self.layout = layout
         self._denoiser = denoiser
         self._network = _network(denoiser)
-        self._layers = _layers(self._network, layout)
+        self._layers = recorded_layers(self._network, layout)
         config = getattr(self._network, "config", None)
         levels = len(getattr(config, "down_block_types", None) or ()) or None
         self._subject = Subject(
@@ -136,6 +130,7 @@ class Recorder:
             _ATTACHED[self._network] = weakref.ref(self)
         self._in_block = in_block
         self._elsewhere = self._unread = 0
+        self._run.read = True  # of an earlier block
         self._calls.take(thread=not in_block)
         guarded = self._guard.around
         LISTENERS[self._key] = guarded(weakly(self._add))
@@ -154,15 +149,15 @@ class Recorder:
             raise
 
     def _take_over(self) -> None:
-        earlier = _attached(self._network)
+        earlier = attached_to(self._network)
         if earlier is None:
             return
         network = self._subject.denoiser
         if earlier._in_block or not earlier._calls.of_this_thread:
-            where = "in a record() block" if earlier._in_block else "by another thread"
+            first = "leave that record() block" if earlier._in_block else "detach that recorder"
             raise RuntimeError(
-                f"{network} is being recorded already, {where}: leave that first, or drop its "
-                "recording with i2am.release(pipe)"
+                f"{network} is being recorded already; {first} first, or drop that recording by "
+                "i2am.release(pipe)"
             )
         earlier.detach()
         warnings.warn(
@@ -238,29 +233,26 @@ class Recorder:
                 run.seen.nothing(branch, met=met, lost=lost, elsewhere=self._elsewhere)
             )
         clock.check()
-        groups = range(clock.groups)
-        noisiest_first = list(reversed(groups) if clock.rises else groups)
-        sums, joint = accumulator.layers(), accumulator.joint()
-        sums = apply(lambda held: held[:, noisiest_first], sums)
-        sums = [self._multiplied(layer, noisiest_first) for layer in sums]
-        no_joint = joint is None and accumulator.records_joint
-        for remark in self._remarks(sums, lost, no_joint=no_joint, has_joint=joint is not None):
+        report = Report(
+            run,
+            branch,
+            accumulator,
+            over=not self._attached,
+            lost=lost,
+            attach="beside" if self._attend is attend_beside else "fused",
+            elsewhere=self._elsewhere,
+            unread=self._unread,
+        )
+        for remark in report.remarks():
             warnings.warn(remark, stacklevel=2)
-        self._unread = 0
+        self._unread, run.read = 0, True
         return AttributionMaps(
-            sums,
+            report.sums,
             votes=accumulator.votes,
             rows=accumulator.rows,
-            provenance=self._provenance(branch, accumulator),
-            joint=joint and joint.of_groups(noisiest_first),
+            provenance=report.provenance(),
+            joint=report.joint,
         )
-
-    def _multiplied(self, layer: LayerSums, groups: list[int]) -> LayerSums:
-        multipliers, site = self._run.multipliers, layer.site
-        held = multipliers.of(site, len(groups))
-        if multipliers.silence(site):
-            site = replace(site, causal=False)
-        return replace(layer, site=site, multiplier=None if held is None else held[groups])
 
     @property
     def _attached(self) -> bool:
@@ -271,7 +263,7 @@ class Recorder:
         others: Counter[str] = Counter()
         if earlier.seen.denoiser_calls and not made:
             others[BEFORE] = earlier.seen.denoiser_calls + earlier.others[BEFORE]
-        self._unread += bool(earlier.seen.denoiser_calls and made)
+        self._unread += bool(made and not earlier.read)
         self._run = Run(self._subject, self._clock, self._processors, others)
 
     def _give_up(self, error: Exception) -> None:
@@ -319,28 +311,6 @@ class Recorder:
             _CAPTURED[self._network] = self._run.branches
         self._run.add(layer, call_index, query, *rest)
 
-    def _provenance(self, branch: str, accumulator: Accumulator) -> dict[str, Any]:
-        clock, run = self._clock, self._run
-        provenance = {
-            "denoiser": self._subject.denoiser,
-            "scheduler": None if clock.scheduler is None else type(clock.scheduler).__name__,
-            "layout": self.layout.name,
-            "note": self.layout.note or None,
-            "prefix_votes": self.layout.prefix_votes if run.beside_reference else None,
-            "guidance_order": list(run.branches.order),
-            "guidance": branch,
-            "attach": "beside" if self._attend is attend_beside else "fused",
-            "regions": describe_regions(accumulator.regions),
-            "steps": clock.steps,
-            "evaluations": clock.evaluation,
-            "timesteps": [float(t) for t in clock.timesteps if t is not None],
-            "calls": dict(run.seen.calls),
-            "versions": versions(),
-        }
-        others = run.other_calls | ({ELSEWHERE: self._elsewhere} if self._elsewhere else {})
-        # where nothing is to be told, nothing is said
-        return provenance | ({"other_calls": others} if others else {})
-
     def _find_lost(self) -> dict[str, str]:
         return {
             name: type(self._layers[name].processor).__name__
@@ -348,98 +318,15 @@ class Recorder:
             if self._layers[name].processor is not installed
         }
 
-    def _remarks(
-        self, sums: list[LayerSums], lost: dict[str, str], *, no_joint: bool, has_joint: bool
-    ) -> list[str]:
-        """What was not said yet about this run."""
-        over = not self._attached
-        run = self._run
-        remarks = run.seen.remarks(sums, lost=lost, over=over)
-        if no_joint:
-            remarks.append(
-                "joint maps were asked for and there are none: they need reference tokens with a "
-                "place on the reference image, which no recorded layer has"
-            )
-        multiplied = [layer.multiplier for layer in sums if layer.multiplier is not None]
-        if has_joint and multiplied:
-            remarks.append(
-                "joint maps are what the layers attend to, without the scales and masks of the "
-                "adapter that they multiply it by"
-            )
-        if any(bool((each != each[:, :1, :1]).any()) for each in multiplied):
-            remarks.append(
-                "ip_adapter_masks confine the adapter: R2G is multiplied by them, while G2R counts "
-                "all patches alike; record(mask=...) and weights='mask' count those inside"
-            )
-        if (more := too_many(self._clock.time_groups, self._clock.steps)) is not None:
-            remarks.append(more)
-        announced, made = self._clock.evaluations, self._clock.evaluation
-        if over and announced is not None and made != announced:
-            remarks.append(
-                f"the run made {made} of {announced} announced evaluations: "
-                "its time groups are not equally long"
-            )
-        if self._clock.idle:
-            remarks.append(
-                f"the denoiser was not called in {self._clock.idle} of {made} evaluations (does "
-                "another one take its place?): they are missing in its maps"
-            )
-        if self._unread:
-            remarks.append(
-                f"{self._unread + 1} runs were recorded since maps() was last called, and these "
-                "are the maps of the last one (set_timesteps begins a run)"
-            )
-        if self._elsewhere:
-            remarks.append(
-                f"{self._elsewhere} calls of the denoiser came from other threads or tasks and are "
-                "not in the maps"
-            )
-        remarks = [remark for remark in remarks if remark not in run.said]
-        run.said.update(remarks)
-        return remarks
-
-
-def release(pipe_or_denoiser: Any) -> None:
-    """Detach the recorder of a pipeline or a denoiser, whoever has it; it keeps what it recorded.
-
-    Raises:
-        TypeError: The argument has no UNet or transformer.
-        NotImplementedError: The pipeline has several denoisers.
-    """
-    recorder = _attached(_network(find_denoiser(pipe_or_denoiser)[0]))
-    if recorder is not None:
-        recorder.detach()
-
 
 def _network(denoiser: nn.Module) -> nn.Module:
     """torch.compile wraps the module; its layers are inside, its calls come from outside."""
     return getattr(denoiser, "_orig_mod", denoiser)
 
 
-def _layers(network: nn.Module, layout: TokenLayout) -> dict[str, Any]:
-    attention = {
-        name: module for name, module in network.named_modules() if hasattr(module, "get_processor")
-    }
-    layers = {name: module for name, module in attention.items() if layout.matches(name)}
-    if not layers:
-        raise ValueError(
-            f"layout {layout.name!r} must match an attention layer of "
-            f"{type(network).__name__}, but {layout.layers!r} matches none of "
-            f"{len(attention)}: {', '.join([*attention][:4])}, ..."
-        )
-    if layout.context_keys:
-        for name, module in layers.items():
-            if not getattr(module, "is_cross_attention", False):
-                raise ValueError(
-                    f"layout {layout.name!r} must match cross-attention layers alone, whose "
-                    f"keys are a context, got the {type(module).__name__} {name} of "
-                    f"{type(network).__name__}, whose keys are also the image's own"
-                )
-    return layers
-
-
-def _attached(network: nn.Module) -> Recorder | None:
-    reference = _ATTACHED.get(network)
+def attached_to(denoiser: nn.Module) -> Recorder | None:
+    """The recorder of a denoiser, ``None`` if it is not being recorded."""
+    reference = _ATTACHED.get(_network(denoiser))
     return None if reference is None else reference()
 
 

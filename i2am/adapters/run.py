@@ -1,12 +1,12 @@
 """One run of a denoiser: whose rows its calls are, and what its layers attend to."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from i2am.adapters.branches import Branches, Target
 from i2am.adapters.clock import RunClock
@@ -53,6 +53,33 @@ class Subject:
     levels: int | None
 
 
+def recorded_layers(network: nn.Module, layout: TokenLayout) -> dict[str, Any]:
+    """The attention modules of a denoiser that a layout matches, by path.
+
+    Raises:
+        ValueError: There is none, or one that the layout does not describe.
+    """
+    attention = {
+        name: module for name, module in network.named_modules() if hasattr(module, "get_processor")
+    }
+    layers = {name: module for name, module in attention.items() if layout.matches(name)}
+    if not layers:
+        raise ValueError(
+            f"layout {layout.name!r} must match an attention layer of "
+            f"{type(network).__name__}, but {layout.layers!r} matches none of "
+            f"{len(attention)}: {', '.join([*attention][:4])}, ..."
+        )
+    if layout.context_keys:
+        for name, module in layers.items():
+            if not getattr(module, "is_cross_attention", False):
+                raise ValueError(
+                    f"layout {layout.name!r} must match cross-attention layers alone, whose "
+                    f"keys are a context, got the {type(module).__name__} {name} of "
+                    f"{type(network).__name__}, whose keys are also the image's own"
+                )
+    return layers
+
+
 @dataclass
 class Run:
     """What a run has left until now, and the denoiser call that is open."""
@@ -67,6 +94,10 @@ class Run:
     failure: Exception | None = None
     beside_reference: bool = False
     """Whether any call had keys beside the reference tokens."""
+    misfits: dict[str, tuple[int, Grid]] = field(default_factory=dict)
+    """Layers whose queries are not the cells of their level's grid: how many, and that grid."""
+    read: bool = False
+    """Whether its maps were asked for."""
     said: set[str] = field(default_factory=set)
     """Remarks that were made."""
 
@@ -199,10 +230,28 @@ class Run:
     ) -> tuple[Tokens, Tokens] | None:
         if (call, frame.size) not in self._resolved:
             found = self.subject.layout.resolve(call, frame)
+            own = frame.own_grid(call.layer)
             if found is not None:
                 found = found[0].to(device), found[1]
+            elif own is not None and own[0] * own[1] != call.seqlen_q:
+                self.misfits[call.layer] = call.seqlen_q, own
             self._resolved[call, frame.size] = found
         return self._resolved[call, frame.size]
+
+    def check_grids(self, recorded: Collection[Grid]) -> None:
+        """Refuse maps that lack a level of the UNet altogether.
+
+        Raises:
+            RuntimeError: None of the layers of a level was recorded, because their queries are not
+                the cells of its grid.
+        """
+        for layer, (queries, grid) in self.misfits.items():
+            if grid not in recorded:
+                raise RuntimeError(
+                    f"attention must have the {grid[0]}x{grid[1]} queries of its level's grid, got "
+                    f"{queries} in {layer} and no other layer of that grid (merged tokens, tiles "
+                    "or windows?); leave such layers out by layers= of the layout"
+                )
 
 
 def _moment(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float | None:

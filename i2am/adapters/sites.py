@@ -10,7 +10,8 @@ Listener = Callable[..., None]
 ``[1 or seqlen_q]`` is what the layer multiplies the call's output by, ``None`` for 1."""
 
 Record = Callable[..., None]
-"""``record(query, key, *, bias=None, scale=None, query_lse=None, call_index=0, multiplier=None)``"""
+"""``record(query, key, *, bias, scale, query_lse, call_index, multiplier)``: all these may be left
+out."""
 
 LISTENERS: dict[int, Listener] = {}
 """Who listens, by the number that sites carry; a site nobody listens to does nothing."""

@@ -39,6 +39,6 @@ class LayerSums:
     reference_to_generated_by_key: Tensor | None = None
     """``[samples, time_groups, heads, voters, h, w]``: ``C`` of each voter, on request only."""
     multiplier: Tensor | None = None
-    """``[time_groups, h, w]``: what the layer multiplies its branch by, an adapter's scale times its
-    mask; ``None`` for 1. The sums are without it, maps are read with it: R2G times it, G2R times its
-    mean over the grid."""
+    """``[time_groups, h, w]``: what the layer multiplies its branch by, scale times mask of an
+    adapter; ``None`` for 1. The sums are without it, and maps are read with it: R2G times it, G2R
+    times its mean over the grid."""

@@ -134,13 +134,25 @@ class Frame:
                 "not [batch, channels, height, width], got one that asks for a level of a UNet"
             )
         height, width = self.size
-        level, own = 0, self._level(layer)
-        while (height, width) != (1, 1) and (
-            height * width > tokens if own is None else level < own
-        ):
-            height, width = (max((n + self.rounds_up) // 2, 1) for n in (height, width))
-            level += 1
+        own = self.own_grid(layer)
+        if own is not None:
+            return own if own[0] * own[1] == tokens else None
+        while height * width > tokens and (height, width) != (1, 1):
+            height, width = self._halved(height, width)
         return (height, width) if height * width == tokens else None
+
+    def own_grid(self, layer: str) -> Grid | None:
+        """The grid of the UNet level where a layer is, ``None`` if its path does not tell."""
+        level = self._level(layer)
+        if self.size is None or level is None:
+            return None
+        height, width = self.size
+        for _ in range(level):
+            height, width = self._halved(height, width)
+        return height, width
+
+    def _halved(self, height: int, width: int) -> Grid:
+        return max((height + self.rounds_up) // 2, 1), max((width + self.rounds_up) // 2, 1)
 
     def _level(self, layer: str) -> int | None:
         """How often the input was halved where a layer is, ``None`` if its path does not tell."""
