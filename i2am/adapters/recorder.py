@@ -291,6 +291,7 @@ class Recorder:
         if not self._calls.here():
             self._elsewhere += 1
             return
+        self._run.refuse_second()
         self._clock.arrive()
         self._run.open(args, kwargs, self._calls.name)
 

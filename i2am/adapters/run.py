@@ -1,5 +1,6 @@
 """One run of a denoiser: whose rows its calls are, and what its layers attend to."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -116,18 +117,25 @@ class Run:
         """How many calls of the denoiser were no guidance part, by what they are."""
         return {**(self.others + self.branches.others)}
 
-    def open(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> None:
-        """The denoiser is called; ``name`` is what the call is called, if anything.
+    def refuse_second(self) -> None:
+        """Refuse a call while another one is open.
 
         Raises:
-            NotImplementedError: Another call is open, or the input is no tensor.
-            ValueError: As :meth:`Branches.targets` does.
+            NotImplementedError: There is one, in another thread.
         """
         if self._frame is not None:
             raise NotImplementedError(
                 f"recording two calls of {self.subject.denoiser} at once is not supported: enter a "
                 "record() block in each thread or task, one after the other"
             )
+
+    def open(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> None:
+        """The denoiser is called; ``name`` is what the call is called, if anything.
+
+        Raises:
+            NotImplementedError: The input is no tensor.
+            ValueError: As :meth:`Branches.targets` does.
+        """
         if self.clock.over:
             self.others[AFTER] += 1
             return
@@ -239,18 +247,19 @@ class Run:
         return self._resolved[call, frame.size]
 
     def check_grids(self, recorded: Collection[Grid]) -> None:
-        """Refuse maps that lack a level of the UNet altogether.
+        """Refuse maps that lack the finest level of those that were asked for.
 
         Raises:
-            RuntimeError: None of the layers of a level was recorded, because their queries are not
-                the cells of its grid.
+            RuntimeError: None of its layers was recorded, because their queries are not the cells
+                of its grid.
         """
+        finest = max(map(math.prod, recorded))
         for layer, (queries, grid) in self.misfits.items():
-            if grid not in recorded:
+            if math.prod(grid) > finest:
                 raise RuntimeError(
                     f"attention must have the {grid[0]}x{grid[1]} queries of its level's grid, got "
-                    f"{queries} in {layer} and no other layer of that grid (merged tokens, tiles "
-                    "or windows?); leave such layers out by layers= of the layout"
+                    f"{queries} in {layer} and no other layer so fine (merged tokens, tiles or "
+                    "windows?); leave such layers out by layers= of the layout"
                 )
 
 
