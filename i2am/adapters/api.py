@@ -50,9 +50,10 @@ def record(
     denoising steps, and everything is put back at the end of the block, also after an exception.
     A run that cannot be recorded still makes its image: the recording ends with a warning, and
     :meth:`Recorder.maps` raises what was wrong.
-    Of several runs in one block the last one is kept. A compiled denoiser is recorded like any
-    other; processors that are watched rather than replaced (IP-Adapter's, third-party ones) break
-    its graph, which ``fullgraph=True`` refuses.
+    Of several runs in one block the last one is kept; ``maps`` warns where others were not read.
+    Calls of other threads and tasks are not recorded, see :class:`Recorder`. A compiled denoiser is
+    recorded like any other; processors that are watched rather than replaced (IP-Adapter's,
+    third-party ones) break its graph, which ``fullgraph=True`` refuses.
 
     Replays of a CUDA graph that was captured inside the block are recorded too, given a scheduler
     that steps outside of it: call the denoiser itself in the first two steps of every run (buffers
@@ -64,8 +65,9 @@ def record(
         layout: Which tokens are the generated and the reference image's; default what is known of
             the pipeline.
         directions: One or both of ``"reference_to_generated"``, ``"generated_to_reference"``.
-        time_groups: Groups of denoising steps kept apart, group 0 the noisiest; in a run of fewer
-            steps each step is one, with a warning.
+        time_groups: Groups of denoising steps kept apart, group 0 the noisiest, also of an
+            inversion, whose first steps are the cleanest; in a run of fewer steps each step is one,
+            with a warning.
         guidance: Classifier-free guidance branch, ``"conditional"``, ``"unconditional"`` or
             ``"both"``.
         regions: Regions of the generated image for specific-reference maps, by name: a

@@ -46,7 +46,8 @@ def guidance_order(pipe_or_denoiser: Any, layout: TokenLayout) -> GuidanceOrder:
     declared = layout.guidance_order
     batches, calls = _of(_BATCHES, pipe_or_denoiser), None
     # a loop of one's own in a subclass may do otherwise than the pipeline that it is based on
-    if type(pipe_or_denoiser).__module__.partition(".")[0] == "diffusers":
+    loops = [cls for cls in type(pipe_or_denoiser).__mro__ if "__call__" in vars(cls)]
+    if loops and loops[0].__module__.partition(".")[0] == "diffusers":
         calls = _of(_CALLS, pipe_or_denoiser)
     if declared is None:
         return GuidanceOrder(batches[0] if batches else GuidanceOrder.batch, calls)

@@ -69,18 +69,17 @@ class Multipliers:
         Raises:
             ValueError: It is not what it was before, so that sums cannot be multiplied by it.
         """
-        multiplier = torch.ones(1) if multiplier is None else multiplier
-        if together and len(multiplier) > 1 and bool((multiplier != multiplier[0]).any()):
+        multiplier = _ONE if multiplier is None else multiplier
+        if together and len(multiplier) > 1:
             raise ValueError(
-                f"sums='resized' cannot keep masks of an adapter, which differ by patch, got some "
+                "sums='resized' cannot keep masks of an adapter, which differ by patch, got some "
                 f"in {site.layer}; record(sums='native') can"
             )
         known = self._layers.setdefault(site.layer, {})
         before = known.setdefault(group, multiplier)
         if together:
-            first = next(iter(self._layers.values()))
-            before, multiplier = next(iter(first.values()))[:1], multiplier[:1]
-        if not torch.equal(before, multiplier):
+            before = next(iter(next(iter(self._layers.values())).values()))
+        if before is not multiplier and not torch.equal(before, multiplier):
             where = "in a recording of sums='resized'" if together else f"in time group {group}"
             raise ValueError(
                 f"the scale or mask of an adapter must not change {where}, got another in "
@@ -94,9 +93,9 @@ class Multipliers:
             return None
         with torch.inference_mode(False):
             # of a group without calls there is nothing to be multiplied
-            every = torch.ones(groups, height * width)
+            every = torch.ones(groups, height * width, device="cpu")
             for group, multiplier in known.items():
-                every[group] = multiplier.cpu() if not site.merged else multiplier[0].cpu()
+                every[group] = multiplier
             return every.unflatten(1, (height, width))
 
     def silence(self, site: AttentionSite) -> bool:
@@ -109,8 +108,11 @@ class Multipliers:
         return next((self._layers[name] for name in layers if name in self._layers), {})
 
 
+_ONE = torch.ones(1, device="cpu")
+
+
 def _multiplier(scale: float) -> Tensor | None:
-    return None if scale == 1 else torch.tensor([float(scale)])
+    return None if scale == 1 else torch.tensor([float(scale)], device="cpu")
 
 
 def _on_queries(mask: Tensor, queries: int) -> Tensor:
@@ -120,4 +122,5 @@ def _on_queries(mask: Tensor, queries: int) -> Tensor:
             f"recording ip_adapter_masks of their own for every sample is not supported, got "
             f"{len(mask)} masks of one image"
         )
-    return IPAdapterMaskProcessor.downsample(mask, 1, queries, 1)[0, :, 0].detach().float()
+    mask = mask.detach().float().cpu()
+    return IPAdapterMaskProcessor.downsample(mask, 1, queries, 1)[0, :, 0]

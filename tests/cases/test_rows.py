@@ -5,10 +5,11 @@ import itertools
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxKontextPipeline, StableDiffusionSAGPipeline, UNet2DConditionModel
 from diffusers.models.cache_utils import CacheMixin
 
 import i2am
+from i2am.adapters.guidance import guidance_order
 from i2am.layouts import TokenLayout
 
 GRID = (4, 3)
@@ -108,6 +109,36 @@ def test_marks_go_before_any_order(oracle, apart, declared):
         assert torch.equal(apart(order, call=marked), plain)
     maps = assert_branches(oracle, recorder, calls, order)
     assert maps.provenance["other_calls"] == {"image": STEPS}
+
+
+class Inherits(FluxKontextPipeline):
+    def __init__(self):
+        pass
+
+
+class LoopsByItself(Inherits):
+    def __call__(self):
+        pass
+
+
+class Degrades(StableDiffusionSAGPipeline):
+    def __init__(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "calls"),
+    [
+        (Inherits, ("conditional", "unconditional")),
+        (LoopsByItself, None),
+        (Degrades, ("conditional", "degraded")),
+        (object, None),
+    ],
+)
+def test_orders_of_calls_that_are_known(pipeline, calls):
+    layout = TokenLayout.cross_attention(GRID)
+    assert guidance_order(pipeline(), layout).calls == calls
+    assert guidance_order(pipeline(), layout).batch == TWO
 
 
 class NamedUNet(CacheMixin, UNet2DConditionModel):
