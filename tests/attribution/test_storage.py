@@ -167,7 +167,7 @@ def test_a_changed_description_is_found(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=3), "has schema 3, and this i2am reads schemas 1 and 2"),
+        (lambda d: d.update(schema=4), "has schema 4, and this i2am reads schemas 1 to 3"),
         (lambda d: d.pop("schema"), "it has no schema"),
         (lambda d: d.update(schema="1"), "schema must be an integer, got"),
         (lambda d: d.pop("sites"), "it has no sites"),
