@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         training,
         viewer,
     )
-    from i2am.adapters import Recorder, record
+    from i2am.adapters import Recorder, record, release
     from i2am.attribution import AttributionMaps, Direction, Patch, load_maps
     from i2am.layouts import TokenLayout
     from i2am.metrics import IMACS, imacs
@@ -46,6 +46,7 @@ __all__ = [
     "imacs",
     "load_maps",
     "record",
+    "release",
 ]
 
 _NAMES = {
@@ -58,6 +59,7 @@ _NAMES = {
     "imacs": "metrics",
     "load_maps": "attribution",
     "record": "adapters",
+    "release": "adapters",
 }
 
 _ROOMS = (

@@ -35,6 +35,7 @@ PUBLIC = [
     "imacs",
     "load_maps",
     "record",
+    "release",
 ]
 
 

@@ -7,9 +7,10 @@ import torch
 
 from i2am.adapters.attending import attend_by
 from i2am.adapters.clock import RunClock
-from i2am.adapters.inputs import find_denoiser, find_layout, require_guidance_order
+from i2am.adapters.guidance import guidance_order
+from i2am.adapters.inputs import find_denoiser, find_layout
 from i2am.adapters.pictures import Pictures
-from i2am.adapters.recorder import Recorder
+from i2am.adapters.recorder import Recorder, attached_to
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions, region_weights
@@ -50,9 +51,10 @@ def record(
     denoising steps, and everything is put back at the end of the block, also after an exception.
     A run that cannot be recorded still makes its image: the recording ends with a warning, and
     :meth:`Recorder.maps` raises what was wrong.
-    Of several runs in one block the last one is kept. A compiled denoiser is recorded like any
-    other; processors that are watched rather than replaced (IP-Adapter's, third-party ones) break
-    its graph, which ``fullgraph=True`` refuses.
+    Of several runs in one block the last one is kept; ``maps`` warns where others were not read.
+    Calls of other threads and tasks are not recorded, see :class:`Recorder`. A compiled denoiser is
+    recorded like any other; processors that are watched rather than replaced (IP-Adapter's,
+    third-party ones) break its graph, which ``fullgraph=True`` refuses.
 
     Replays of a CUDA graph that was captured inside the block are recorded too, given a scheduler
     that steps outside of it: call the denoiser itself in the first two steps of every run (buffers
@@ -64,8 +66,9 @@ def record(
         layout: Which tokens are the generated and the reference image's; default what is known of
             the pipeline.
         directions: One or both of ``"reference_to_generated"``, ``"generated_to_reference"``.
-        time_groups: Groups of denoising steps kept apart, group 0 the noisiest; in a run of fewer
-            steps each step is one, with a warning.
+        time_groups: Groups of denoising steps kept apart, group 0 the noisiest, also of an
+            inversion, whose first steps are the cleanest; in a run of fewer steps each step is one,
+            with a warning.
         guidance: Classifier-free guidance branch, ``"conditional"``, ``"unconditional"`` or
             ``"both"``.
         regions: Regions of the generated image for specific-reference maps, by name: a
@@ -133,7 +136,7 @@ def record(
     if isinstance(directions, str):
         directions = (directions,)
     layout = layout or find_layout(pipe_or_denoiser, denoiser)
-    require_guidance_order(pipe_or_denoiser, layout)
+    order = guidance_order(pipe_or_denoiser, layout)
     pictures = Pictures(pipe_or_denoiser, layout, mask, reference_mask, stretch=stretch)
 
     def make(**options: Any) -> Accumulator:
@@ -160,8 +163,21 @@ def record(
         denoiser,
         layout=layout,
         clock=clock,
+        order=order,
         wanted=GUIDANCE[guidance],
         make=make,
         pictures=pictures,
         attend=attend_by(attach, impl),
     )
+
+
+def release(pipe_or_denoiser: Any) -> None:
+    """Detach the recorder of a pipeline or a denoiser, whoever has it; it keeps what it recorded.
+
+    Raises:
+        TypeError: The argument has no UNet or transformer.
+        NotImplementedError: The pipeline has several denoisers.
+    """
+    recorder = attached_to(find_denoiser(pipe_or_denoiser)[0])
+    if recorder is not None:
+        recorder.detach()

@@ -2,8 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import MethodType
 from typing import Any
 
 from i2am.adapters.guard import UNGUARDED
@@ -15,6 +18,9 @@ class RunClock:
     A run begins with the first denoiser call after the announcement. Neither timestep values (PNDM
     and Heun repeat them) nor calls of the denoiser (two per evaluation with guidance in separate
     calls) identify a step, and a step may take several evaluations: see :meth:`_step_of`.
+
+    Groups are counted as the run goes. Timesteps tell at its end which of them is the noisiest, and
+    whether its steps were those of one pass over the schedule: see :meth:`check` and :attr:`rises`.
 
     Args:
         scheduler: The scheduler to follow, ``None`` for a denoiser in a loop of the caller's.
@@ -51,6 +57,7 @@ class RunClock:
         self.idle = 0
         self.timesteps: list[Any] = []
         self.steps = 1
+        self._schedule: Sequence[Any] = ()
         if scheduler is None and steps is not None:
             self._expect(steps)
 
@@ -60,10 +67,11 @@ class RunClock:
         on_run: Callable[[], None],
         on_step: Callable[[int | None], None],
         guard: AbstractContextManager[Any] = UNGUARDED,
+        here: Callable[[], bool] = lambda: True,
     ) -> None:
         """Whom to tell: when a run begins, and the number of samples after each evaluation; both,
-        where the scheduler is the caller, inside ``guard``."""
-        self._on_run, self._on_step, self._guard = on_run, on_step, guard
+        where the scheduler is the caller, inside ``guard``, and only of calls that are ``here``."""
+        self._on_run, self._on_step, self._guard, self._here = on_run, on_step, guard, here
 
     @property
     def groups(self) -> int:
@@ -72,9 +80,53 @@ class RunClock:
 
     @property
     def group(self) -> int:
-        """0-based time group of the current evaluation; 0 is the noisiest."""
+        """0-based time group of the current evaluation, in the order of the run."""
         step = min(self._step_of(self.evaluation), self.steps - 1)
         return step * self.groups // self.steps
+
+    @property
+    def over(self) -> bool:
+        """Whether a scheduler has made all steps that it announced."""
+        if self.scheduler is None or self.evaluations is None or self._announced:
+            return False
+        return self.evaluation >= self.evaluations
+
+    @property
+    def rises(self) -> bool:
+        """Whether noise grows along the run, as in an inversion, so that its last group is the
+        noisiest."""
+        made = self._made()
+        if not made or made[0] == made[-1]:
+            return False
+        config = getattr(self.scheduler, "config", None)
+        # timesteps that count what is clean
+        return (made[-1] > made[0]) != bool(getattr(config, "invert_sigmas", False))
+
+    def check(self) -> None:
+        """Refuse a run whose groups are not in order of noise, or whose steps are of several.
+
+        Raises:
+            RuntimeError: Timesteps went up and down, or the scheduler made one of them more often
+                than its schedule has it.
+        """
+        made = self._made()
+        if self.scheduler is None or not made:
+            return
+        starts = [i for i in range(len(made)) if i == 0 or self._step_of(i) > self._step_of(i - 1)]
+        first = [made[i] for i in starts]
+        if first not in (sorted(first), sorted(first, reverse=True)):
+            raise RuntimeError(
+                "time groups need timesteps that only fall, or only rise, got a run of "
+                f"{', '.join(f'{timestep:g}' for timestep in first)}"
+            )
+        schedule = Counter(float(timestep) for timestep in self._schedule)
+        for timestep, times in Counter(made).items():
+            if times > schedule.get(timestep, times):
+                raise RuntimeError(
+                    f"a scheduler must make the steps of one image, got {times} evaluations at "
+                    f"timestep {timestep:g}, which its schedule has {schedule[timestep]} times "
+                    "(windows, or several images by one scheduler?)"
+                )
 
     def arrive(self) -> None:
         """The denoiser is about to be called."""
@@ -85,18 +137,20 @@ class RunClock:
         self._announced = False
         self._stale |= self.captured
         self.captured = False
+        self._on_run()
         self.evaluation = 0
         self.idle = 0
         self.timesteps = []
-        self._on_run()
         if self.scheduler is not None:
-            self._expect(len(self.scheduler.timesteps))
+            self._schedule = self.scheduler.timesteps
+            self._expect(len(self._schedule))
 
     def advance(self, timestep: Any = None, samples: int | None = None) -> None:
         """The current evaluation is over.
 
         Raises:
-            RuntimeError: It was replayed by a CUDA graph of another run.
+            RuntimeError: It was replayed by a CUDA graph of another run, or comes after the last
+                one that was announced.
         """
         stale = self.captured if self._announced else self._stale and not self.captured
         if stale and not self._called:
@@ -107,6 +161,13 @@ class RunClock:
         called, self._called = self._called, False
         if self._announced:
             return  # somebody else's step: the denoiser was not called since the run was announced
+        if not called and not self.captured and self._again(timestep):
+            return  # another step of the evaluation before
+        if called and self.over:
+            raise RuntimeError(
+                f"a recorded run must have at most the {self.evaluations} evaluations that "
+                "set_timesteps announced, got one more; call set_timesteps before every run"
+            )
         self.idle += not called and not self.captured
         self.timesteps.append(timestep)
         # repeated timesteps may hide the place of the first one until the second
@@ -125,24 +186,24 @@ class RunClock:
         set_timesteps, step = self.scheduler.set_timesteps, self.scheduler.step
         signature = inspect.signature(step)
 
-        # pipelines inspect these signatures to decide what to pass: wraps keeps them
-        @functools.wraps(set_timesteps)
         def recording_set_timesteps(*args: Any, **kwargs: Any) -> Any:
             result = set_timesteps(*args, **kwargs)
-            self._announced = True
+            self._announced |= self._here()
             return result
 
-        @functools.wraps(step)
         def recording_step(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
-            with self._guard:
-                given = signature.bind_partial(*args, **kwargs).arguments
-                sample = given.get("sample")
-                self.advance(given.get("timestep"), None if sample is None else len(sample))
+            if self._here():
+                with self._guard:
+                    given = signature.bind_partial(*args, **kwargs).arguments
+                    sample = given.get("sample")
+                    self.advance(given.get("timestep"), None if sample is None else len(sample))
             return result
 
-        self._wrap("set_timesteps", recording_set_timesteps)
-        self._wrap("step", recording_step)
+        self._wrap(
+            "set_timesteps", _Wrapper(self.scheduler, set_timesteps, recording_set_timesteps)
+        )
+        self._wrap("step", _Wrapper(self.scheduler, step, recording_step))
 
     def detach(self) -> None:
         """Leave the scheduler as it was found."""
@@ -184,3 +245,38 @@ class RunClock:
         seen = [float(timestep) for timestep in self.timesteps]
         starts = range(len(schedule) - len(seen) + 1)
         return next((i for i in starts if schedule[i : i + len(seen)] == seen), 0)
+
+    def _again(self, timestep: Any) -> bool:
+        """Whether a step without a call is at the timestep of the one before."""
+        if not self.timesteps or timestep is None or self.timesteps[-1] is None:
+            return False
+        return float(timestep) == float(self.timesteps[-1])
+
+    def _made(self) -> list[float]:
+        """Timesteps of the evaluations that are over, where all are known."""
+        if any(timestep is None for timestep in self.timesteps):
+            return []
+        made = [float(timestep) for timestep in self.timesteps]
+        return made if all(map(math.isfinite, made)) else []
+
+
+class _Wrapper:
+    """A scheduler's method on the instance, which a copy of the scheduler does not keep."""
+
+    def __init__(self, scheduler: Any, original: Any, call: Callable[..., Any]) -> None:
+        # pipelines inspect these signatures to decide what to pass
+        functools.update_wrapper(self, original)
+        self._scheduler = scheduler
+        self._original = original
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._scheduler))
+        if copied is None:
+            return self  # without the scheduler, as in a copy of its attributes
+        if getattr(self._original, "__self__", None) is not self._scheduler:
+            return self._original
+        return MethodType(self._original.__func__, copied)

@@ -1,25 +1,14 @@
 """What a caller may hand to ``record()``: pipelines and denoisers; what is known of them."""
 
 import re
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
 
-from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, TokenLayout
+from i2am.layouts.token_layout import TokenLayout
 
 _DENOISER = re.compile(r"(^|_)(unet|transformer)(_|$)")
-
-# by class, or a class it inherits from; one order for every number of parts
-_GUIDANCE_ORDERS: dict[str, list[tuple[str, ...]]] = {
-    "StableDiffusionInstructPix2PixPipeline": [(CONDITIONAL, "image", UNCONDITIONAL)],
-    "StableDiffusionXLInstructPix2PixPipeline": [(CONDITIONAL, "image", UNCONDITIONAL)],
-    "PAGMixin": [(UNCONDITIONAL, CONDITIONAL, "perturbed"), (CONDITIONAL, "perturbed")],
-    "OmniGenPipeline": [(CONDITIONAL, UNCONDITIONAL, "image"), (CONDITIONAL, UNCONDITIONAL)],
-    "DreamLitePipeline": [(UNCONDITIONAL, "image", CONDITIONAL), (UNCONDITIONAL, CONDITIONAL)],
-    "LuminaPipeline": [(CONDITIONAL, UNCONDITIONAL)],
-}
 
 
 def find_denoiser(pipe_or_denoiser: Any) -> tuple[nn.Module, Any | None]:
@@ -66,29 +55,7 @@ def find_layout(pipe_or_denoiser: Any, denoiser: nn.Module) -> TokenLayout:
     if declared is not None:
         layout: TokenLayout = declared()
         return layout
-    layout = _implied_layout(pipe_or_denoiser, denoiser)
-    orders = _guidance_orders(pipe_or_denoiser)
-    return replace(layout, guidance_order=orders[0]) if orders else layout
-
-
-def require_guidance_order(pipe_or_denoiser: Any, layout: TokenLayout) -> None:
-    """Refuse a layout that mistakes the guidance parts of a pipeline's batch.
-
-    Raises:
-        ValueError: The pipeline is known to have them in another order.
-    """
-    orders = _guidance_orders(pipe_or_denoiser)
-    if orders and layout.guidance_order not in orders:
-        raise ValueError(
-            f"guidance_order of the layout must be {' or '.join(map(str, orders))} for "
-            f"{type(pipe_or_denoiser).__name__}, got {layout.guidance_order}"
-        )
-
-
-def _guidance_orders(pipe_or_denoiser: Any) -> list[tuple[str, ...]]:
-    """The orders of guidance parts in one batch, where a pipeline has others than most have."""
-    known = (_GUIDANCE_ORDERS.get(cls.__name__) for cls in type(pipe_or_denoiser).__mro__)
-    return next((orders for orders in known if orders is not None), [])
+    return _implied_layout(pipe_or_denoiser, denoiser)
 
 
 def _implied_layout(pipe_or_denoiser: Any, denoiser: nn.Module) -> TokenLayout:

@@ -1,7 +1,7 @@
 """What a recording saw, and what it has to say about it."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from i2am.attribution.sums import LayerSums
@@ -23,14 +23,23 @@ class Observations:
     calls: Counter[str] = field(default_factory=Counter)
     """Recorded attention calls by layer."""
 
-    def nothing(self, branch: str, *, met: Collection[str], lost: Mapping[str, str]) -> str:
+    def nothing(
+        self, branch: str, *, met: Collection[str], lost: Mapping[str, str], elsewhere: int
+    ) -> str:
         """Why there are no maps of a guidance branch, and what to do.
 
         Args:
             branch: The branch that was asked for.
             met: The branches that were met.
             lost: Layers whose processors were replaced, and by what.
+            elsewhere: Calls of the denoiser from contexts that are not recorded.
         """
+        if not self.denoiser_calls and elsewhere:
+            return (
+                f"no attribution was recorded: all {elsewhere} calls of the denoiser came from "
+                "other threads or tasks than the one that entered record(); call it from there or "
+                "by asyncio.to_thread, or start the thread with contextvars.copy_context().run"
+            )
         if not self.denoiser_calls:
             return (
                 "no attribution was recorded: the denoiser was not called; run the pipeline inside "
@@ -54,7 +63,7 @@ class Observations:
         )
 
     def remarks(
-        self, sums: Iterable[LayerSums], *, lost: Mapping[str, str], over: bool
+        self, sums: Sequence[LayerSums], *, lost: Mapping[str, str], over: bool
     ) -> list[str]:
         """What a reader of the maps has to know.
 
@@ -64,11 +73,25 @@ class Observations:
             over: Whether the run is over, so that what is missing will not come.
         """
         remarks = []
-        idle = [layer.site.layer for layer in sums if not layer.site.causal]
+        weightless = [
+            layer.site.layer
+            for layer in sums
+            if layer.multiplier is not None and not layer.multiplier.any()
+        ]
+        idle = [
+            layer.site.layer
+            for layer in sums
+            if not layer.site.causal and layer.site.layer not in weightless
+        ]
         if idle:
             remarks.append(
                 f"layers with a single reference token: {', '.join(idle)}; their query and key "
                 "cannot have influenced the image, so their maps show no cause"
+            )
+        if weightless:
+            remarks.append(
+                f"layers that multiply their branch by 0: {', '.join(weightless)}; it did not "
+                "influence the image, so their maps are 0"
             )
         if lost:
             remarks.append(_replaced(lost))

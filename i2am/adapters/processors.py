@@ -17,7 +17,7 @@ from torch import Tensor
 from i2am.adapters.attending import Attend, attend_beside, attend_guarded
 from i2am.adapters.guard import UNGUARDED
 from i2am.adapters.projections import additive_mask, key_states, split_heads
-from i2am.adapters.sites import Record
+from i2am.adapters.sites import Record, takes
 from i2am.adapters.watching import install_watching
 
 
@@ -47,6 +47,8 @@ class RecordingAttnProcessor(AttnProcessor2_0):
     ) -> Tensor:
         # read once: the recorder may be detached in the middle of a call
         record, attend, guard = self.record, self.attend, self.guard
+        if record is not None and not torch.compiler.is_compiling() and not takes(record):
+            record = None  # somebody else's call, who shares the model
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)

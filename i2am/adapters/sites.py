@@ -5,11 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Listener = Callable[[int, int, Tensor, Tensor, Tensor | None, float | None, Tensor | None], None]
-"""``listener(layer, call_index, query, key, bias, scale, query_lse)``"""
+Listener = Callable[..., None]
+"""``listener(layer, call_index, query, key, bias, scale, query_lse, multiplier)``: ``multiplier``
+``[1 or seqlen_q]`` is what the layer multiplies the call's output by, ``None`` for 1."""
 
 Record = Callable[..., None]
-"""``record(query, key, *, bias=None, scale=None, query_lse=None, call_index=0)``"""
+"""``record(query, key, *, bias, scale, query_lse, call_index, multiplier)``: all these may be left
+out."""
 
 LISTENERS: dict[int, Listener] = {}
 """Who listens, by the number that sites carry; a site nobody listens to does nothing."""
@@ -21,9 +23,11 @@ class Site:
     Args:
         listener: Key in :data:`LISTENERS`.
         layer: Index of the layer, handed on.
+        here: Whether the listener takes calls that come from here.
     """
 
-    def __init__(self, listener: int, layer: int) -> None:
+    def __init__(self, listener: int, layer: int, here: Callable[[], bool] = lambda: True) -> None:
+        self.here = here
         # Numbers in a tensor, not in attributes: compiled code is guarded by the latter's values,
         # and would be compiled once more for every layer and every recording.
         with torch.inference_mode(False):
@@ -38,10 +42,24 @@ class Site:
         scale: float | None = None,
         query_lse: Tensor | None = None,
         call_index: int = 0,
+        multiplier: Tensor | None = None,
     ) -> None:
         torch.ops.i2am.record_attention(
-            self.address, query.detach(), key.detach(), bias, scale, query_lse, call_index
+            self.address,
+            query.detach(),
+            key.detach(),
+            bias,
+            scale,
+            query_lse,
+            call_index,
+            multiplier,
         )
+
+
+def takes(record: Record) -> bool:
+    """Whether somebody wants to be told of a layer's call from here."""
+    here: Callable[[], bool] | None = getattr(record, "here", None)
+    return here is None or here()
 
 
 # address: a write that nobody makes, so that no compiler drops or reorders the call
@@ -54,13 +72,14 @@ def _record_attention(
     scale: float | None,
     query_lse: Tensor | None,
     call_index: int,
+    multiplier: Tensor | None,
 ) -> None:
     listener, layer = address.tolist()
     # the garbage collector, too, may detach a recorder, at any moment
     if (listen := LISTENERS.get(listener)) is not None:
-        listen(layer, call_index, query, key, bias, scale, query_lse)
+        listen(layer, call_index, query, key, bias, scale, query_lse, multiplier)
 
 
 @_record_attention.register_fake
-def _(address, query, key, bias, scale, query_lse, call_index):  # type: ignore[no-untyped-def]
+def _(address, query, key, bias, scale, query_lse, call_index, multiplier):  # type: ignore[no-untyped-def]
     return None

@@ -7,6 +7,7 @@ While it is recorded, such an object is an instance of a subclass of its class, 
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from i2am.adapters.attending import Attend, attend_beside, attend_guarded
 from i2am.adapters.guard import UNGUARDED
+from i2am.adapters.multipliers import AdapterCall, adapter_calls
 from i2am.adapters.projections import additive_mask, key_states, split_heads
-from i2am.adapters.sites import Record
+from i2am.adapters.sites import Record, takes
 
 _WATCHED = "_i2am_records"
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -68,11 +70,11 @@ def _watching_class(base: Any) -> Any:
     @torch.compiler.disable  # a function mode inside a compiled graph would see nothing
     def watch(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         watched = vars(self).get(_WATCHED, {}).get(attn)
-        if watched is None:
+        if watched is None or not takes(watched[0]):
             return base.__call__(self, attn, hidden_states, *args, **kwargs)
         record, attend, guard = watched
         given = signature.bind(self, attn, hidden_states, *args, **kwargs).arguments
-        with _WatchAttention(record, attend, guard, _call_indices(self, given)):
+        with _WatchAttention(record, attend, guard, _calls(self, given)):
             output = base.__call__(self, attn, hidden_states, *args, **kwargs)
         if base in _WITHOUT_SDPA:
             with guard:
@@ -88,25 +90,17 @@ def _watching_class(base: Any) -> Any:
     return type(f"Recording{base.__name__}", (base,), {"__call__": __call__})
 
 
-def _call_indices(processor: Any, given: dict[str, Any]) -> Iterator[int]:
-    """Indices of a processor's attention calls, as if none were left out.
-
-    IP-Adapter processors attend to the text, then to each adapter's images, all at once or, with
-    masks, one by one; they leave out adapters whose scale is 0.
-    """
+def _calls(processor: Any, given: dict[str, Any]) -> Iterator[AdapterCall]:
+    """Indices and multipliers of a processor's attention calls, as if none were left out."""
     context = given.get("encoder_hidden_states")
-    if not (hasattr(processor, "to_k_ip") and isinstance(context, tuple)):
-        yield from itertools.count()
-        return
-    masks = given.get("ip_adapter_masks")
-    yield 0
-    following = 1
-    for adapter, (images, scale) in enumerate(zip(context[1], processor.scale, strict=False)):
-        masked = masks is not None and masks[adapter] is not None
-        calls = range(following, following + (images.shape[1] if masked else 1))
-        following = calls.stop
-        if any(scale) if isinstance(scale, list) else scale:
-            yield from calls
+    if hasattr(processor, "to_k_ip") and hasattr(processor, "scale"):
+        of_unet = isinstance(context, tuple)
+        if of_unet or given.get("ip_hidden_states") is not None:
+            states = given["hidden_states"]
+            queries = math.prod(states.shape[2:]) if states.ndim == 4 else states.shape[1]
+            yield from adapter_calls(processor, given, queries)
+            return
+    yield from ((index, None) for index in itertools.count())
 
 
 class _WatchAttention(TorchFunctionMode):
@@ -117,14 +111,14 @@ class _WatchAttention(TorchFunctionMode):
         record: Record,
         attend: Attend,
         guard: AbstractContextManager[Any],
-        call_indices: Iterator[int],
+        calls: Iterator[AdapterCall],
     ) -> None:
         super().__init__()
         self.record = record
         self.attend = attend
         self.guard = guard
-        self.call_indices = call_indices
-        self.calls = 0
+        self.calls = calls
+        self.made = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -148,15 +142,18 @@ class _WatchAttention(TorchFunctionMode):
                 raise NotImplementedError("recording causal attention is not supported")
             if key.shape[1] != query.shape[1]:
                 key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            index, multiplier = next(self.calls, (self.made, None))
+            self.made += 1
+            options = {} if multiplier is None else {"multiplier": multiplier}
             self.record(
                 query,
                 key,
                 bias=mask,
                 scale=scale,
                 query_lse=lse,
-                call_index=next(self.call_indices, self.calls),
+                call_index=index,
+                **options,
             )
-            self.calls += 1
         return output
 
 

@@ -168,12 +168,12 @@ class JointMaps:
         """The same with `function` applied to both tensors."""
         return replace(self, g2r=function(self.g2r), r2g=function(self.r2g))
 
-    def first_groups(self, count: int) -> "JointMaps":
-        """The same with the first time groups alone."""
-        if count == self.time_groups:
+    def of_groups(self, groups: Sequence[int]) -> "JointMaps":
+        """The same with some time groups alone, in that order."""
+        if list(groups) == list(range(self.time_groups)):
             return self
-        kept = [*range(count), *range(self.time_groups, self.time_groups + self.heads)]
-        return replace(self, time_groups=count, g2r=self.g2r[:, kept], r2g=self.r2g[:, kept])
+        kept = [*groups, *range(self.time_groups, self.time_groups + self.heads)]
+        return replace(self, time_groups=len(groups), g2r=self.g2r[:, kept], r2g=self.r2g[:, kept])
 
     @property
     def extent(self) -> str:

@@ -66,6 +66,8 @@ def shares(layer: LayerSums, *, apart: bool) -> Tensor:
             f"the attention share was not recorded on {layer.site.layer}, as in files of schema 1 "
             "and 2; read measure='spread', or record reference_to_generated again"
         )
+    if layer.multiplier is not None:
+        sums = sums * layer.multiplier[:, None, None].to(sums.device)
     if not apart:
         sums, calls = sums.sum(1, keepdim=True), calls.sum(1, keepdim=True)
     # a group in which a cache skipped the layer has no call
@@ -85,7 +87,7 @@ def evened(layers: Sequence[LayerSums]) -> list[LayerSums]:
     even = []
     for layer, each in zip(layers, known, strict=True):
         factor = most / each.clamp_min(1)
-        held = {
+        held: dict[str, Any] = {
             name: sums * factor[(..., *[None] * (sums.ndim - 2))]
             for name, sums in tensors(layer).items()
             if name not in ("calls", "attention_share")
@@ -137,6 +139,12 @@ def check_layers(
             wanted = [*leading, layer.site.heads, *fourth, *grid]
             if shape != wanted:
                 raise ValueError(f"{name} of {layer.site.layer} must be {wanted}, got {shape}")
+        wanted = [(leading or [0, 0])[1], *layer.site.generated_grid]
+        if layer.multiplier is not None and list(layer.multiplier.shape) != wanted:
+            raise ValueError(
+                f"multiplier of {layer.site.layer} must be {wanted}, got "
+                f"{list(layer.multiplier.shape)}"
+            )
 
 
 def nonfinite(layers: Sequence[LayerSums]) -> list[str]:

@@ -173,6 +173,9 @@ class AttributionMaps:
         the reference is all that a layer attends to. And ``"spread"``, the paper's: how each token
         would divide one unit over the generated image, a sum over the recorded steps.
 
+        What a layer multiplies its branch by, the scale and mask of an IP-Adapter, multiplies its
+        map.
+
         Under ``preset="official"`` maps are resized bicubic and clamped per head and key before
         they are averaged. That is exact for one reference token, and for more where the recording
         kept the keys apart and let prefix tokens vote; otherwise the mean over keys comes first and
@@ -215,10 +218,12 @@ class AttributionMaps:
         def sums(layer: LayerSums) -> Tensor:
             if measure == "share":
                 return shares(layer, apart=apart)[:, :, :, vote, None]
-            by_key = layer.reference_to_generated_by_key
-            if preset.clamp_after_grid_resize and votes == "uniform" and by_key is not None:
-                return by_key
-            return recorded(layer, Direction.REFERENCE_TO_GENERATED)[:, :, :, vote, None]
+            held = layer.reference_to_generated_by_key
+            if not preset.clamp_after_grid_resize or votes != "uniform" or held is None:
+                held = recorded(layer, Direction.REFERENCE_TO_GENERATED)[:, :, :, vote, None]
+            if layer.multiplier is None:
+                return held
+            return held * layer.multiplier[:, None, None].to(held.device)
 
         return self._read(sums, per, size, preset, layer_weighting)
 
@@ -490,7 +495,11 @@ class AttributionMaps:
         self._refuse_gridless("generated_to_reference", preset)
 
         def sums(layer: LayerSums) -> Tensor:
-            return recorded(layer, Direction.GENERATED_TO_REFERENCE)[:, :, :, index, None]
+            held = recorded(layer, Direction.GENERATED_TO_REFERENCE)[:, :, :, index, None]
+            if layer.multiplier is None:
+                return held
+            multiplier = layer.multiplier.mean((-2, -1)).to(held.device)
+            return held * multiplier[:, None, None, None, None]
 
         return self._read(sums, per, size, preset, layer_weighting)
 

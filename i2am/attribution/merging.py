@@ -1,10 +1,12 @@
 """Several results of one job, one after the other along the sample axis."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from i2am.attribution.layers import tensors
 from i2am.attribution.sums import LayerSums
@@ -77,3 +79,12 @@ def _facts(maps: "AttributionMaps") -> Iterator[tuple[str, object]]:
     for layer in maps.layer_sums:
         yield f"the grids, heads and tokens of {layer.site.layer}", layer.site
         yield f"the recorded sums of {layer.site.layer}", ", ".join(tensors(layer))
+        yield f"the multipliers of {layer.site.layer}", _described(layer.multiplier)
+
+
+def _described(multiplier: Tensor | None) -> str:
+    if multiplier is None:
+        return "none"
+    # places count too
+    digest = hashlib.sha256(multiplier.cpu().contiguous().numpy().tobytes()).hexdigest()[:8]
+    return f"{multiplier.min():.3g} to {multiplier.max():.3g} ({digest})"

@@ -13,7 +13,8 @@ from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.files import open_regular, require, write
 
 SCHEMA = 3
-"""Version of the file layout that is written: with attention shares and counted calls."""
+"""Version of the file layout that is written: with attention shares, counted calls and
+multipliers."""
 
 READABLE = (1, 2, 3)
 """Versions that are read: 1 has neither joint maps nor shares, 2 no shares."""
@@ -46,6 +47,11 @@ def save_maps(maps: AttributionMaps, path: str | Path) -> None:
         f"{number:03d}.{name}": sums
         for number, layer in enumerate(maps.layer_sums)
         for name, sums in tensors(layer).items()
+    }
+    content |= {
+        f"{number:03d}.multiplier": layer.multiplier
+        for number, layer in enumerate(maps.layer_sums)
+        if layer.multiplier is not None
     }
     joint: dict[str, Any] = {}
     if maps.joint is not None:
@@ -94,7 +100,10 @@ def load_maps(path: str | Path) -> AttributionMaps:
         content = container.load_all(file)
     try:
         layers = [
-            LayerSums(_site(site), **{name: content.get(f"{number:03d}.{name}") for name in SUMS})
+            LayerSums(
+                _site(site),
+                **{name: content.get(f"{number:03d}.{name}") for name in (*SUMS, "multiplier")},
+            )
             for number, site in enumerate(document["sites"])
         ]
         return AttributionMaps(

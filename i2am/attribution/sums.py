@@ -20,7 +20,8 @@ class AttentionSite:
     """``(height, width)`` of the reference tokens, row-major; ``None`` where they have no place."""
     reference_tokens: int
     causal: bool = True
-    """False for a single reference token: attention to it is 1 whatever query and key are."""
+    """False for a single reference token, attention to which is 1 whatever query and key are, and
+    for a branch that the layer multiplies by 0."""
     merged: tuple[str, ...] = ()
     """Layers whose resized sums these are (``sums="resized"``); empty for a layer by itself."""
 
@@ -42,3 +43,7 @@ class LayerSums:
     that goes to the reference tokens, and to those in the reference mask."""
     calls: Tensor | None = None
     """``[samples, time_groups]``: how many calls were added up."""
+    multiplier: Tensor | None = None
+    """``[time_groups, h, w]``: what the layer multiplies its branch by, scale times mask of an
+    adapter; ``None`` for 1. The sums are without it, and maps are read with it: R2G times it, G2R
+    times its mean over the grid."""

@@ -8,7 +8,7 @@ from i2am.layouts.token_layout import AttentionCall, Frame, Resolved, TokenLayou
 
 def generated_tokens(call: AttentionCall, frame: Frame) -> Tokens | None:
     """All queries, on the grid of the UNet level that has that many tokens."""
-    grid = frame.level_grid(call.seqlen_q)
+    grid = frame.level_grid(call.seqlen_q, call.layer)
     return None if grid is None else Tokens(0, call.seqlen_q, grid)
 
 

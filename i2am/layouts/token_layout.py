@@ -19,6 +19,8 @@ from i2am.attribution.grid import Grid
 CONDITIONAL = "conditional"
 UNCONDITIONAL = "unconditional"
 
+_LEVEL = re.compile(r"(?P<block>down|up|mid)_block(s\.(?P<number>\d+))?\.")
+
 CROSS_ATTENTION_LAYERS = r"transformer_blocks\.\d+\.attn2$"
 
 
@@ -110,11 +112,18 @@ class Frame:
     """Its keyword arguments."""
     rounds_up: bool = True
     """Whether its strided convolutions halve 5 to 3, as with padding; without, to 2."""
+    levels: int | None = None
+    """How many levels a UNet has, ``None`` for other denoisers."""
 
-    def level_grid(self, tokens: int) -> Grid | None:
+    def level_grid(self, tokens: int, layer: str = "") -> Grid | None:
         """The grid of a UNet level with that many tokens, ``None`` if no level has.
 
         Never a square root: grids may have any shape.
+
+        Args:
+            tokens: How many.
+            layer: Path of the layer that has them: where it names its level, no other will do
+                (merged tokens, tiles and windows may be as many as another level has).
 
         Raises:
             ValueError: The input of the denoiser has no height and width.
@@ -125,9 +134,34 @@ class Frame:
                 "not [batch, channels, height, width], got one that asks for a level of a UNet"
             )
         height, width = self.size
+        own = self.own_grid(layer)
+        if own is not None:
+            return own if own[0] * own[1] == tokens else None
         while height * width > tokens and (height, width) != (1, 1):
-            height, width = (max((n + self.rounds_up) // 2, 1) for n in (height, width))
+            height, width = self._halved(height, width)
         return (height, width) if height * width == tokens else None
+
+    def own_grid(self, layer: str) -> Grid | None:
+        """The grid of the UNet level where a layer is, ``None`` if its path does not tell."""
+        level = self._level(layer)
+        if self.size is None or level is None:
+            return None
+        height, width = self.size
+        for _ in range(level):
+            height, width = self._halved(height, width)
+        return height, width
+
+    def _halved(self, height: int, width: int) -> Grid:
+        return max((height + self.rounds_up) // 2, 1), max((width + self.rounds_up) // 2, 1)
+
+    def _level(self, layer: str) -> int | None:
+        """How often the input was halved where a layer is, ``None`` if its path does not tell."""
+        if self.levels is None or (found := _LEVEL.match(layer)) is None:
+            return None
+        block, number = found["block"], int(found["number"] or 0)
+        if block == "down":
+            return number
+        return self.levels - 1 - number  # the middle is where the way up begins
 
 
 Resolved = tuple[Tokens, Tokens]
@@ -144,8 +178,10 @@ class TokenLayout:
         layers: Regular expression searched in the paths of the attention modules.
         guidance_order: Names of the classifier-free guidance parts in one batch, in order and all
             of them: a batch of more or fewer parts, but for one of conditional rows alone, is not
-            recorded. Parts that come as calls of their own are told apart by their order,
-            conditional first.
+            recorded. Where parts come as calls of their own, it is the order of the calls of one
+            evaluation. Default what is known of the pipeline; else unconditional before conditional
+            in a batch, while separate calls of unknown order are not recorded (or need names, see
+            :meth:`i2am.Recorder.calls`).
         prefix_votes: Let all keys of the call, prefix tokens included, share the uniform R2G vote
             (preset ``official``) instead of the reference tokens alone.
         note: What a reader of the maps has to know of these tokens, kept with the result.
@@ -161,14 +197,14 @@ class TokenLayout:
     name: str
     resolve: Callable[[AttentionCall, Frame], Resolved | None]
     layers: str = CROSS_ATTENTION_LAYERS
-    guidance_order: tuple[str, ...] = (UNCONDITIONAL, CONDITIONAL)
+    guidance_order: tuple[str, ...] | None = None
     prefix_votes: bool = False
     note: str = ""
     context_keys: bool = False
     through_processor: bool = False
 
     def __post_init__(self) -> None:
-        if CONDITIONAL not in self.guidance_order:
+        if self.guidance_order is not None and CONDITIONAL not in self.guidance_order:
             raise ValueError(
                 f"guidance_order must contain {CONDITIONAL!r}, got {self.guidance_order}"
             )

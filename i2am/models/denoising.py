@@ -23,8 +23,7 @@ class DenoisingLoop:
     guidance_order: ClassVar[tuple[str, str]] = ("unconditional", "conditional")
     """Order of the halves in one batch, or of the calls."""
     guidance_in_one_batch: ClassVar[bool] = True
-    """False calls the UNet once per half; the conditional half must come first then, as the
-    recorder takes calls in that order."""
+    """False calls the UNet once per half, in that order."""
 
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0

@@ -132,7 +132,7 @@ def test_grouped_heads_are_left_to_pytorch(monkeypatch):
         seen.append((query.shape, key.shape, rest["query_lse"]))
 
     expected = F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
-    with _WatchAttention(record, never, UNGUARDED, iter([0])):
+    with _WatchAttention(record, never, UNGUARDED, iter([(0, None)])):
         output = F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
     assert torch.equal(output, expected)
     assert seen == [(query.shape, torch.Size([1, 4, 5, 8]), None)]

@@ -88,13 +88,13 @@ PLACES = {
     "sums": (Accumulator, "add"),
     "run begins": (RunClock, "arrive"),
     "step": (RunClock, "advance"),
-    "samples": (Branches, "reveal"),
+    "samples": (Branches, "end"),
     "rows": (Branches, "targets"),
     "group": (Branches, "begin"),
     "log-sum-exp": (attending, "attention_with_lse"),
     "attending": (attending, "kernel_attention"),
     "projections": (watching, "key_states"),
-    "calls of an adapter": (watching, "_call_indices"),
+    "calls of an adapter": (watching, "_calls"),
 }
 EVERYWHERE = ["layout", "sums", "run begins", "step", "samples", "rows", "group"]
 # processors are recorded in these ways, and each comes to some places of its own

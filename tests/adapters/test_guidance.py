@@ -18,6 +18,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 import i2am
 from i2am.adapters import api
 from i2am.adapters.branches import Branches
+from i2am.adapters.guidance import GuidanceOrder
 from i2am.layouts import TokenLayout
 from i2am.models import CustomConfiguration
 
@@ -29,7 +30,7 @@ ORDERS = {
     "unconditional first": ("unconditional", "conditional"),
     "conditional first": ("conditional", "unconditional"),
     "three parts": ("conditional", "image", "unconditional"),
-    "two calls": ("unconditional", "conditional"),
+    "two calls": ("conditional", "unconditional"),
     "off": ("unconditional", "conditional"),
 }
 
@@ -269,8 +270,9 @@ def test_order_that_is_not_the_pipelines(tiny, cls, order):
     own = {"__init__": lambda self: None, "components": loop.components}
     pipeline = type("Own", (cls,), own)()
     message = rf"guidance_order of the layout must be \({order}\).* for Own, got \('uncond"
+    layout = TokenLayout.cross_attention(GRID, guidance_order=("unconditional", "conditional"))
     with pytest.raises(ValueError, match=message):
-        i2am.record(pipeline, layout=TokenLayout.cross_attention(GRID))
+        i2am.record(pipeline, layout=layout)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +355,7 @@ def test_first_evaluation_leaves_nothing_behind(tiny, monkeypatch, guidance):
     def on_step(index):
         alive.append([ref() for ref in made if ref() is not None and ref().unresolved])
 
-    layout = TokenLayout.cross_attention(GRID)
+    layout = TokenLayout.cross_attention(GRID, guidance_order=("conditional", "unconditional"))
     with i2am.record(loop, layout=layout, time_groups=1, guidance=guidance) as recorder:
         loop(tiny.reference(2), guidance="two calls", on_step=on_step)
     assert len(made) >= 3
@@ -373,21 +375,15 @@ def test_first_evaluation_leaves_nothing_behind(tiny, monkeypatch, guidance):
         ([2, 2], {(0, "conditional"), (1, "unconditional")}),
         ([2, 2, 2], {(0, "conditional"), (1, "unconditional")}),
         ([4, 2], {(0, "conditional"), (0, "unconditional")}),
-        ([4, 4], {(0, "conditional"), (0, "unconditional")}),
     ],
-    ids=["off", "one batch", "two calls", "a third call", "a call beside", "a batch beside"],
+    ids=["off", "one batch", "two calls", "a third call", "a call beside"],
 )
 def test_calls_beside_guidance_are_nobodys(calls, expected):
-    """Self-attention guidance calls the denoiser once more, panoramas once for every window."""
-    branches = Branches(
-        lambda unresolved: object(),
-        order=("unconditional", "conditional"),
-        wanted=("conditional", "unconditional"),
-    )
-    branches.reveal(2)
+    """Self-attention guidance calls the denoiser once more."""
+    branches = known_branches(first=calls)
     met = set()
     for number, rows in enumerate(calls):
-        for part, accumulator in branches.targets(number, rows):
+        for part, accumulator in branches.targets(rows):
             [name] = [name for name, made in branches.recorded.items() if made is accumulator]
             met.add((number, name))
             assert part.stop - part.start == 2
@@ -395,23 +391,37 @@ def test_calls_beside_guidance_are_nobodys(calls, expected):
     assert branches.met == {name for _, name in expected}
 
 
+def known_branches(first, samples=2):
+    """Branches of a run whose first evaluation is over."""
+    branches = Branches(
+        lambda unresolved: SimpleNamespace(samples=None),
+        order=GuidanceOrder(calls=("conditional", "unconditional")),
+        wanted=("conditional", "unconditional"),
+    )
+    for rows in first:
+        branches.targets(rows)
+    branches.end(samples)
+    return branches
+
+
+def test_windows_are_refused():
+    """Several batches of one evaluation: of which one maps would be, nobody can tell."""
+    branches = known_branches(first=[4])
+    branches.targets(4)
+    with pytest.raises(ValueError, match=r"one batch of guidance parts.* got another of 4 rows"):
+        branches.targets(4)
+
+
 @pytest.mark.parametrize(
     ("rows", "samples"), [(3, 2), (2, 4)], ids=["a part of a sample", "fewer rows than samples"]
 )
 def test_rows_that_are_no_multiple_of_the_samples(rows, samples):
-    def branches():
-        pending = SimpleNamespace(samples=rows)
-        return Branches(lambda unresolved: pending, order=("conditional",), wanted=())
-
     message = rf"batch must be a multiple of the {samples} samples .* got {rows} rows"
-    first = branches()
-    first.targets(0, rows)
     with pytest.raises(ValueError, match=message):
-        first.reveal(samples)
-    later = branches()
-    later.reveal(samples)
+        known_branches(first=[rows], samples=samples)
+    later = known_branches(first=[samples], samples=samples)
     with pytest.raises(ValueError, match=message):
-        later.targets(0, rows)
+        later.targets(rows)
 
 
 def test_stable_diffusion_without_guidance_has_no_unconditional_rows(tiny):

@@ -44,8 +44,10 @@ def assert_identical(make, **recording):
 def test_custom_pipeline(tiny, dtype, guidance):
     loop = tiny.loop().to(dtype)
     reference = tiny.reference(2).to(dtype)
+    order = ("conditional", "unconditional") if guidance == "two calls" else None
+    layout = replace(PATCHES, guidance_order=order)
     maps = assert_identical(
-        lambda: loop(reference, guidance=guidance), pipe_or_denoiser=loop, layout=PATCHES
+        lambda: loop(reference, guidance=guidance), pipe_or_denoiser=loop, layout=layout
     )
     assert len(maps.layers) == 4
     assert maps.n_samples == 2

@@ -1,5 +1,7 @@
 """The maps are those of the run: recomputed from its queries and keys, call by call."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -394,11 +396,12 @@ def test_masks_and_regions(tiny, oracle, guidance):
     torch.manual_seed(0)
     mask, reference_mask = torch.rand(2, 16, 12), torch.rand(2, 8, 6)
     region = torch.rand(16, 12)
+    order = ("conditional", "unconditional") if guidance == "two calls" else None
     with oracle.spy(loop.unet, loop.scheduler) as calls:
         loop(tiny.reference(4), guidance=guidance)
     with i2am.record(
         loop,
-        layout=PATCHES,
+        layout=replace(PATCHES, guidance_order=order),
         time_groups=1,
         mask=mask,
         reference_mask=reference_mask,

@@ -241,7 +241,7 @@ class TestTokenLayout:
         assert layout.guidance_order == order
         assert layout.prefix_votes
         plain = make()
-        assert plain.guidance_order == ("unconditional", "conditional")
+        assert plain.guidance_order is None
         assert not plain.prefix_votes
 
     def test_order_without_a_conditional_part_is_refused(self):
