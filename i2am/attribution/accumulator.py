@@ -19,7 +19,7 @@ from i2am.attribution.resized import ResizedSums
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.attribution.time_groups import TimeGroups, refuse_capture
 from i2am.attribution.weights import as_batch, own_mask
-from i2am.kernels import Impl, accumulate_attention_statistics
+from i2am.kernels import Impl, Over, Probe, accumulate
 
 UNIFORM = "uniform"
 MASK = "mask"
@@ -208,29 +208,22 @@ class Accumulator:
             self._layers[site.layer] = layer
         elif layer.site != site:
             raise ValueError(f"{site.layer} changed during the run, from {layer.site} to {site}")
-        lse = accumulate_attention_statistics(
-            query,
-            key,
-            r2g=None if layer.r2g is None else layer.r2g[:, 0],
-            g2r=None if layer.g2r is None else layer.g2r[:, 0],
-            scale=scale,
-            bias=bias,
-            query_weights=layer.query_weights,
-            key_weights=layer.key_weights,
-            query_lse=query_lse,
-            impl=self.impl,
-        )
-        if self._joint is not None:
-            self._joint.add(
-                site,
-                query,
-                key[:, :, layer.reference],
-                query_lse=lse[0],
-                key_lse=lse[1][..., layer.reference],
-                scale=scale,
-                bias=bias if bias is None or bias.shape[-1] == 1 else bias[..., layer.reference],
-                impl=self.impl,
-            )
+        probes = []
+        if layer.g2r is not None:
+            probes.append(Probe(Over.KEYS, layer.g2r[:, 0], left=layer.query_weights))
+        if layer.r2g is not None:
+            probes.append(Probe(Over.QUERIES, layer.r2g[:, 0], right=layer.key_weights))
+        joint = [] if self._joint is None else self._joint.probes(site, query)
+        options = {"scale": scale, "impl": self.impl}
+        if isinstance(layer.reference, slice) and layer.reference == slice(None):
+            probes += joint
+            joint = []
+        lse, _ = accumulate(query, key, probes, bias=bias, normaliser=query_lse, **options)
+        if joint:
+            some = layer.reference
+            if bias is not None and bias.ndim and bias.shape[-1] > 1:
+                bias = bias[..., some]
+            accumulate(query, key[:, :, some], joint, bias=bias, normaliser=lse, **options)
         if layer.by_key is not None:
             over_queries = _softmax_over_queries(query, key, scale, bias)
             layer.by_key[:, 0] += over_queries[..., layer.voters]
