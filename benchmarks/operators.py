@@ -52,9 +52,7 @@ class Inputs(NamedTuple):
 
 def uniform_probes(r2g: Tensor, g2r: Tensor) -> list[Probe]:
     """Both maps of a call: every key has one vote, and every query counts alike."""
-    votes, rows = (
-        sums.new_full((1, 1, sums.shape[-1]), 1 / sums.shape[-1]) for sums in (g2r, r2g)
-    )
+    votes, rows = (sums.new_full((1, 1, sums.shape[-1]), 1 / sums.shape[-1]) for sums in (g2r, r2g))
     return [Probe("keys", g2r, left=rows), Probe("queries", r2g, right=votes)]
 
 

@@ -200,7 +200,9 @@ def unpacked(sums: Sequence[Tensor], tensors: Sequence[Tensor], plan: Sequence[i
     probes = []
     for number, into in enumerate(sums):
         over_keys, left, right = plan[len(counts) + 3 * number :][:3]
-        probes.append(Probe(Over.KEYS if over_keys else Over.QUERIES, into, sides[left], sides[right]))
+        probes.append(
+            Probe(Over.KEYS if over_keys else Over.QUERIES, into, sides[left], sides[right])
+        )
     return probes
 
 

@@ -131,9 +131,7 @@ class _Call(NamedTuple):
     key_lse: Tensor
     """Written."""
 
-    def run(
-        self, rows: Weighted | None, votes: Weighted | None, shares: Weighted | None
-    ) -> Tensor:
+    def run(self, rows: Weighted | None, votes: Weighted | None, shares: Weighted | None) -> Tensor:
         """Launch what adds ``W P``, ``C V^T`` and ``P V^T``; returns ``query_lse``."""
         query, key, row_lse = self.query, self.key, None
         query_lse = self.query_lse

@@ -343,7 +343,9 @@ def plan(
     groups = 1 if group_shares is None else group_shares.shape[2]
     known_lse = query_lse if row_lse is None else row_lse
     width = configs.width(head_dim, read_together(query, key))
-    config = configs.short(width, query.element_size(), seqlen_q, seqlen_k, max(rows, votes, groups))
+    config = configs.short(
+        width, query.element_size(), seqlen_q, seqlen_k, max(rows, votes, groups)
+    )
     chunks = triton.cdiv(seqlen_q, config.chunk)
     columns = key_lse.new_empty((batch, heads, chunks, seqlen_k))
     partial = None if g2r is None else key_lse.new_empty((batch, heads, chunks, rows, seqlen_k))
