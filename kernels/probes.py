@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-import torch
 from torch import Tensor
 
 from i2am.kernels.arguments import check_sums, statistics_dtype

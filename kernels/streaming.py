@@ -64,7 +64,8 @@ def accumulate(
     few = sum(weights.shape[1] for weights, _ in found.rows) <= FEW_ROWS
     by_keys = [few and size <= SMALL_LSE for size in largest]
     tile = max(TILE_ELEMENTS, seqlen_q, seqlen_k)
-    if not all(by_keys) and seqlen_q * seqlen_k <= KEPT_ELEMENTS:
+    twice = bool(found.votes or found.values) and not all(by_keys)
+    if twice and seqlen_q * seqlen_k <= KEPT_ELEMENTS:
         tile = max(tile, KEPT_ELEMENTS)
     buffer = query.new_empty(min(heads * seqlen_q * seqlen_k, tile), dtype=compute)
     for item in range(batch):
@@ -85,7 +86,7 @@ def accumulate(
             sweep.key_blocks()
         else:
             sweep.query_blocks(shifted=SMALL_LSE < largest[item] < math.inf)
-    del buffer
+    del buffer, sweep
     for pooled in found.pooled:
         # it needs this module's tiles
         from i2am.kernels.joint_streaming import accumulate_pooled
@@ -297,8 +298,8 @@ class _Sweep:
         """Add ``C V^T`` and ``P V^T`` of a tile ``[h, m, n]``, in one product.
 
         ``C`` is the tile over ``columns`` ``[h, n]``, times ``key_weight`` ``[h, m]`` if given;
-        ``P`` is the tile times ``back`` ``[h, m]``. Without ``columns`` or ``back`` there is no such
-        part.
+        ``P`` is the tile times ``back`` ``[h, m]``. Without ``columns`` or ``back`` that part is
+        left out.
         """
         weights = []
         votes = self.votes.weights if columns is not None else None

@@ -258,7 +258,7 @@ def shares(scores, lse):
 
 @triton.jit
 def shares_of_rows(scores, over_queries, column_lse, row_lse):
-    """``P`` of a tile whose ``C`` is known, by an exponential per row and column where that is safe.
+    """``P`` of a tile whose ``C`` is known, where it is safe without an exponential per score.
 
     ``P = C exp(column_lse - pivot) exp(pivot - row_lse)``: what underflows is below ``e ** -27``
     while the last factor is at most ``e ** 60``.

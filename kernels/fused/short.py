@@ -6,7 +6,8 @@ are owned by the queries, and every program holds all keys:
     over_chunks   one program owns a chunk of the queries of one (batch, head), a few tiles of them:
                   their log-sum-exps are exact at once, columns and W P it sums over its chunk
     over_queries  one program owns one tile of queries: combines the chunks' column log-sum-exps and
-                  adds C V^T and P V^T; the first of a (batch, head) also writes them and adds the chunks' W P
+                  adds C V^T and P V^T; the first of a (batch, head) also writes them and adds the
+                  chunks' W P
 
 No atomics: partial sums are combined in the order of the chunks, whose number depends on shapes
 only. Memory beside the tiles is 1 + R numbers per key, chunk and (batch, head), at most 32 chunks.

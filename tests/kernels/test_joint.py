@@ -48,15 +48,27 @@ def probes(sums, left=None, right=None):
 
 
 def joint(
-    query, key, *, kept=None, impl="reference", exact=False, left=None, right=None, **arguments
+    query,
+    key,
+    *,
+    kept=slice(None),
+    impl="reference",
+    exact=False,
+    given=True,
+    left=None,
+    right=None,
+    **arguments,
 ):
-    """What is added to accumulators of 0, by name; `kept` chooses keys after the softmax."""
+    """What is added to accumulators of 0, by name; `kept` chooses keys after the softmax, whose
+    log-sum-exp is `given` as an attention call would."""
     if exact:
         query, key = query.double(), key.double()
     normaliser = None
-    if kept is not None:
+    if given:
         normaliser = attention_statistics(query, key, impl="reference", **arguments).query_lse
-        key = key[:, :, kept]
+    key = key[:, :, kept]
+    if arguments.get("bias") is not None:
+        arguments["bias"] = arguments["bias"][..., kept]
     batch, heads, queries, _ = query.shape
     cells = (left.cells if left else queries, right.cells if right else key.shape[2])
     zeros = {
@@ -109,12 +121,13 @@ def test_the_reference_reads_like_the_formulae(pooling):
         torch.testing.assert_close(found[name], expected.mean(1))
 
 
-@pytest.mark.parametrize("logits", [70, 200, 2000])
+@pytest.mark.parametrize("given", [True, False], ids=["normaliser", "none"])
+@pytest.mark.parametrize("logits", [15, 70, 200, 2000])
 @poolings
-def test_large_logits(pooling, impl, logits):
+def test_large_logits(pooling, impl, logits, given):
     query, key = inputs(logits=logits)
     exact = joint(query, key, exact=True, **pooling)
-    found = joint(query, key, impl=impl, **pooling)
+    found = joint(query, key, impl=impl, given=given, **pooling)
     # the log-sum-exps that are given were rounded at that size, and so is every score
     budget = 2 * torch.finfo(torch.float32).eps * logits
     for name in NAMES:
@@ -185,7 +198,8 @@ def test_it_adds(pooling, impl):
     once = joint(query, key, impl=impl, **pooling)
     before = {name: torch.rand_like(sums) for name, sums in once.items()}
     sums = {name: held.clone() for name, held in before.items()}
-    accumulate(query, key, probes(sums, **pooling), impl=impl)
+    lse = attention_statistics(query, key, impl="reference").query_lse
+    accumulate(query, key, probes(sums, **pooling), normaliser=lse, impl=impl)
     for name in NAMES:
         torch.testing.assert_close(sums[name], before[name] + once[name])
 
@@ -196,7 +210,8 @@ def test_heads_are_optional_and_accumulators_have_any_strides(impl):
     wide = torch.full((B, 3, N, M + 2), torch.nan, device=DEVICE)
     views = {"g2r": wide[:, 1, :, 1:-1].mT, "r2g": torch.zeros(B, M, N, device=DEVICE)}
     views["g2r"].zero_()
-    accumulate(query, key, probes(views), impl=impl)
+    lse = attention_statistics(query, key, impl="reference").query_lse
+    accumulate(query, key, probes(views), normaliser=lse, impl=impl)
     for name, sums in views.items():
         assert torch.equal(sums, all_[name])
     assert wide.isnan().sum() == wide.numel() - B * M * N
