@@ -597,7 +597,7 @@ def test_addresses_are_64_bit(kernel, head_dim, expected, monkeypatch):
             key_weights=second["votes"],
             r2g=second["r2g"],
             g2r=second["g2r"],
-            normaliser=lse,
+            query_lse=lse,
             row_lse=None,
             key_lse=torch.zeros(3, 3, 4),
             values=second["values"],
