@@ -168,7 +168,7 @@ class _Sweep:
                 if self.rows.weights is not None:
                     weights = self.rows.weights * back[heads, None]
                     self.rows.add(weights @ exponentials, heads, keys)
-                shares = back[heads]
+                shares: Tensor | None = back[heads]
                 key_max = exponentials.new_zeros(())
                 columns = exponentials.sum(dim=1)
                 if not _within_shared_range(columns):

@@ -214,16 +214,25 @@ class Accumulator:
         if layer.r2g is not None:
             probes.append(Probe(Over.QUERIES, layer.r2g[:, 0], right=layer.key_weights))
         joint = [] if self._joint is None else self._joint.probes(site, query)
-        options = {"scale": scale, "impl": self.impl}
         if isinstance(layer.reference, slice) and layer.reference == slice(None):
             probes += joint
             joint = []
-        lse, _ = accumulate(query, key, probes, bias=bias, normaliser=query_lse, **options)
+        lse, _ = accumulate(
+            query, key, probes, scale=scale, bias=bias, normaliser=query_lse, impl=self.impl
+        )
         if joint:
             some = layer.reference
             if bias is not None and bias.ndim and bias.shape[-1] > 1:
                 bias = bias[..., some]
-            accumulate(query, key[:, :, some], joint, bias=bias, normaliser=lse, **options)
+            accumulate(
+                query,
+                key[:, :, some],
+                joint,
+                scale=scale,
+                bias=bias,
+                normaliser=lse,
+                impl=self.impl,
+            )
         if layer.by_key is not None:
             over_queries = _softmax_over_queries(query, key, scale, bias)
             layer.by_key[:, 0] += over_queries[..., layer.voters]
