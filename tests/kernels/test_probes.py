@@ -38,10 +38,13 @@ def groups_of(N, count=3):
 
 
 def fields_of(N):
-    """Values as they come: ones, coordinates, their squares, norms of both signs."""
+    """Values as they come: ones, a coordinate, squares, norms of both signs.
+
+    Not more than share a launch with the votes of `fused`.
+    """
     y, x = torch.arange(N, device=DEVICE) // 5, torch.arange(N, device=DEVICE) % 5
     norms = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    return torch.stack([torch.ones_like(norms), y, x, y**2 + x**2, norms])[None].float()
+    return torch.stack([torch.ones_like(norms), y, y**2 + x**2, norms])[None].float()
 
 
 def read(query, key, values, **options):
