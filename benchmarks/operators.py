@@ -20,7 +20,7 @@ from shapes import AttentionShape
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from i2am.kernels import accumulate_attention_statistics, attention, attention_statistics
+from i2am.kernels import Probe, accumulate, attention, attention_statistics
 from i2am.kernels.native import attention_with_lse
 from i2am.testing import assert_matches_reference, make_qkv
 
@@ -43,17 +43,17 @@ class Inputs(NamedTuple):
     impl: str | None
 
     def record(self, query_lse: Tensor | None = None) -> None:
-        accumulate_attention_statistics(
-            self.query,
-            self.key,
-            r2g=self.r2g,
-            g2r=self.g2r,
-            query_lse=query_lse,
-            impl=self.impl,
-        )
+        probes = uniform_probes(self.r2g, self.g2r)
+        accumulate(self.query, self.key, probes, normaliser=query_lse, impl=self.impl)
 
     def attend(self) -> tuple[Tensor, Tensor]:
         return attention(self.query, self.key, self.value, impl=self.impl)
+
+
+def uniform_probes(r2g: Tensor, g2r: Tensor) -> list[Probe]:
+    """Both maps of a call: every key has one vote, and every query counts alike."""
+    votes, rows = (sums.new_full((1, 1, sums.shape[-1]), 1 / sums.shape[-1]) for sums in (g2r, r2g))
+    return [Probe("keys", g2r, left=rows), Probe("queries", r2g, right=votes)]
 
 
 def plain(of: Inputs) -> Call:

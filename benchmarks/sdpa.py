@@ -157,7 +157,9 @@ def _name(number: int) -> str:
 
 if __name__ == "__main__":
     # what ncu watches: a call, so that all is compiled, and the same again
-    from i2am.kernels import accumulate_attention_statistics
+    from operators import uniform_probes
+
+    from i2am.kernels import accumulate
 
     size = tuple(map(int, sys.argv[1:]))
     query, key, value = make_qkv(*size, dtype=torch.bfloat16, device="cuda")
@@ -167,5 +169,5 @@ if __name__ == "__main__":
         for tokens in (query, key)
     )
     for _ in range(3):
-        accumulate_attention_statistics(query, key, r2g=r2g, g2r=g2r, query_lse=lse)
+        accumulate(query, key, uniform_probes(r2g, g2r), normaliser=lse)
     torch.cuda.synchronize()

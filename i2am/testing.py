@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from i2am.attribution import Accumulator, AttentionSite, AttributionMaps, Grid
+from i2am.kernels import AttentionStatistics, Over, Probe, accumulate, attention
 from i2am.memory import peak_bytes as peak_bytes
 
 
@@ -39,6 +40,60 @@ def make_qkv(
         scores = (query.double() @ key.double().mT) * head_dim**-0.5
         query = (query * (logits / scores.abs().max().item())).to(dtype)
     return query, key, value
+
+
+def accumulate_maps(
+    query: Tensor,
+    key: Tensor,
+    *,
+    r2g: Tensor | None = None,
+    g2r: Tensor | None = None,
+    query_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    shares: Tensor | None = None,
+    values: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Adds ``C U`` to ``r2g``, ``W P`` to ``g2r`` and ``P V^T`` to ``shares``, each where given;
+    weights are uniform where not. The rest is as in :func:`i2am.kernels.accumulate`."""
+
+    def uniform(tokens: Tensor) -> Tensor:
+        size = tokens.shape[2]
+        return torch.ones(1, 1, size, dtype=torch.float64, device=tokens.device) / size
+
+    probes = []
+    if g2r is not None:
+        rows = uniform(query) if query_weights is None else query_weights
+        probes.append(Probe(Over.KEYS, g2r, left=rows))
+    if r2g is not None:
+        votes = uniform(key) if key_weights is None else key_weights
+        votes = votes.unsqueeze(-2) if votes.ndim in (1, 2) else votes
+        probes.append(Probe(Over.QUERIES, r2g, right=votes[None] if votes.ndim == 2 else votes))
+    if shares is not None:
+        probes.append(Probe(Over.KEYS, shares, right=values))
+    return accumulate(query, key, probes, **options)
+
+
+def attention_with_statistics(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    query_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, AttentionStatistics]:
+    """The attention output, and the statistics of the call by the log-sum-exp that it left."""
+    output, lse = attention(query, key, value, **options)
+    batch, heads, seqlen_q, _ = query.shape
+    rows = 1 if query_weights is None else query_weights.shape[1]
+    several = key_weights is not None and key_weights.ndim == 3
+    votes = key_weights.shape[1] if key_weights is not None and several else 1
+    r2g = lse.new_zeros((batch, heads, votes, seqlen_q))
+    g2r = lse.new_zeros((batch, heads, rows, key.shape[2]))
+    weights = {"query_weights": query_weights, "key_weights": key_weights}
+    found = accumulate_maps(query, key, r2g=r2g, g2r=g2r, normaliser=lse, **weights, **options)
+    return output, AttentionStatistics(r2g if several else r2g[:, :, 0], g2r, *found)
 
 
 def hardware_rounding(query: Tensor, key: Tensor, *, scale: float | None = None) -> float:

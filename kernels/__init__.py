@@ -16,23 +16,18 @@ if __name__ == "kernels":
         sys.modules["kernels"] = _owner
         _spec.loader.exec_module(_owner)
 else:
-    from i2am.kernels.api import (
-        accumulate_attention_statistics,
-        attention,
-        attention_statistics,
-        attention_with_statistics,
-    )
-    from i2am.kernels.joint import accumulate_joint_statistics
+    from i2am.kernels.api import accumulate, attention, attention_statistics
     from i2am.kernels.pooling import Pooling
+    from i2am.kernels.probes import Over, Probe
     from i2am.kernels.types import AttentionStatistics, Impl
 
     __all__ = [
         "AttentionStatistics",
         "Impl",
+        "Over",
         "Pooling",
-        "accumulate_attention_statistics",
-        "accumulate_joint_statistics",
+        "Probe",
+        "accumulate",
         "attention",
         "attention_statistics",
-        "attention_with_statistics",
     ]

@@ -3,6 +3,7 @@
 Operators are registered with ``torch.library``, so ``torch.compile(fullgraph=True)`` keeps them.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -11,12 +12,76 @@ from torch import Tensor
 from i2am.kernels import reference, streaming
 from i2am.kernels.arguments import (
     check_statistics,
-    check_sums,
     expanded_bias,
     given_scale,
     prepare,
+    statistics_dtype,
 )
+from i2am.kernels.probes import Over, Probe, as_weights, checked, packed, unpacked
 from i2am.kernels.types import AttentionStatistics, Impl
+
+
+def accumulate(
+    query: Tensor,
+    key: Tensor,
+    probes: Sequence[Probe],
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    normaliser: Tensor | None = None,
+    impl: Impl | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add what probes read of both softmaxes of ``S = scale * query @ key^T + bias``, in place.
+
+    ``P`` (softmax over the keys) is what the model uses, ``C`` (softmax over the queries) is what
+    reference-to-generated attribution needs. Inference only, no gradient. fp32 statistics for
+    fp16, bf16 and fp32 inputs, fp64 for fp64. Deterministic to the bit for equal inputs,
+    on a CPU with one number of threads.
+
+    Args:
+        query: ``[batch, heads, seqlen_q, head_dim]``, any strides.
+        key: ``[batch, heads, seqlen_k, head_dim]``, dtype and device of ``query``.
+        probes: What is added where, see :class:`Probe`; all of them together cost little more than
+            the most expensive one.
+        scale: Softmax scale, default ``head_dim ** -0.5``.
+        bias: Additive mask broadcastable to ``[batch, heads, seqlen_q, seqlen_k]``; a bool mask is
+            True where attention is allowed; the lowest numbers of a dtype count as ``-inf``. Fully
+            masked rows and columns contribute 0.
+        normaliser: Natural log-sum-exp over the keys, ``[batch, heads, seqlen_q]``, of the whole
+            sequence where ``key`` is a part of it: ``P = exp(S - normaliser)``, and 0 where it is
+            ``-inf``. One of exactly these keys saves a pass. It is taken as it is: nothing finds
+            out that a wrong one was given. ``C`` does not depend on it.
+        impl: ``"fused"``, ``"streaming"``, ``"reference"``; default fused on CUDA (compute
+            capability 8.0 or newer), else streaming.
+
+    Returns:
+        ``(query_lse, key_lse)``: natural log-sum-exps over the keys (``normaliser`` itself where
+        given) and over the queries, ``[batch, heads, seqlen_q]`` and ``[batch, heads, seqlen_k]``,
+        fp32 (fp64 with fp64 inputs).
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit, a probe is of no supported kind, or
+            ``impl`` is unknown.
+        RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
+        NotImplementedError: A gradient is asked for.
+
+    Example:
+        >>> query, key = torch.randn(1, 8, 48, 40), torch.randn(1, 8, 13, 40)
+        >>> shares = torch.zeros(1, 8, 2, 48)
+        >>> groups = torch.arange(13)[None, None] % 2 == torch.arange(2)[:, None]
+        >>> lse = accumulate(query, key, [Probe("keys", shares, right=groups)])
+        >>> bool(shares.sum(2).allclose(torch.ones(())))
+        True
+    """
+    probes = list(probes)
+    sides = [side for probe in probes for side in (probe.left, probe.right)]
+    others = [*(side for side in sides if isinstance(side, Tensor)), *(p.into for p in probes)]
+    chosen = prepare(query, key, impl, others=(bias, normaliser, *others))
+    bias = expanded_bias(bias, query, key)
+    check_statistics("normaliser", normaliser, tuple(query.shape[:3]), query)
+    return _accumulated(
+        query, key, bias, normaliser, checked(probes, query, key), given_scale(scale, query), chosen
+    )
 
 
 def attention_statistics(
@@ -29,26 +94,18 @@ def attention_statistics(
     key_weights: Tensor | None = None,
     impl: Impl | str | None = None,
 ) -> AttentionStatistics:
-    """Weighted sums of both softmaxes of ``S = scale * query @ key^T + bias``.
-
-    ``P`` (softmax over the keys) is what the model uses, ``C`` (softmax over the queries) is what
-    reference-to-generated attribution needs. Inference only, no gradient. fp32 statistics for
-    fp16, bf16 and fp32 inputs, fp64 for fp64. Deterministic to the bit for equal inputs,
-    on a CPU with one number of threads.
+    """Weighted sums of both softmaxes, see :func:`accumulate`, by name.
 
     Args:
-        query: ``[batch, heads, seqlen_q, head_dim]``, any strides.
-        key: ``[batch, heads, seqlen_k, head_dim]``, dtype and device of ``query``.
-        scale: Softmax scale, default ``head_dim ** -0.5``.
-        bias: Additive mask broadcastable to ``[batch, heads, seqlen_q, seqlen_k]``; a bool mask is
-            True where attention is allowed; the lowest numbers of a dtype count as ``-inf``. Fully
-            masked rows and columns contribute 0.
+        query: As in :func:`accumulate`, like the arguments not listed here.
+        key: ``[batch, heads, seqlen_k, head_dim]``.
+        scale: Softmax scale.
+        bias: Additive or bool mask.
         query_weights: ``W``, ``[batch or 1, rows, seqlen_q]``; default one row of ``1 / seqlen_q``.
         key_weights: ``u``, ``[seqlen_k]``, ``[batch, seqlen_k]`` or, for several vote vectors in
             one sweep, ``[batch or 1, votes, seqlen_k]``; default uniform ``1 / seqlen_k``. Zeros
             drop tokens from the vote, not from the softmax.
-        impl: ``"fused"``, ``"streaming"``, ``"reference"``; default fused on CUDA (compute
-            capability 8.0 or newer), else streaming.
+        impl: Which implementation.
 
     Returns:
         ``(r2g, g2r, query_lse, key_lse)``: see :class:`AttentionStatistics`.
@@ -67,11 +124,15 @@ def attention_statistics(
     bias = expanded_bias(bias, query, key)
     rows = _query_weights(query_weights, query)
     votes = _key_weights(key_weights, key)
-    r2g, g2r = _empty_sums(query, key, rows, votes)
-    query_lse, key_lse = torch.ops.i2am.accumulate(
-        query, key, bias, rows, votes, None, r2g, g2r, given_scale(scale, query), chosen.value
+    batch, heads, seqlen_q, _ = query.shape
+    r2g = rows.new_zeros((batch, heads, votes.shape[1], seqlen_q))
+    g2r = rows.new_zeros((batch, heads, rows.shape[1], key.shape[2]))
+    probes = [Probe(Over.KEYS, g2r, left=rows), Probe(Over.QUERIES, r2g, right=votes)]
+    query_lse, key_lse = _accumulated(
+        query, key, bias, None, probes, given_scale(scale, query), chosen
     )
-    return _named(r2g, g2r, query_lse, key_lse, key_weights)
+    with_votes = key_weights is not None and key_weights.ndim == 3
+    return AttentionStatistics(r2g if with_votes else r2g[:, :, 0], g2r, query_lse, key_lse)
 
 
 def attention(
@@ -86,7 +147,7 @@ def attention(
     """Plain attention with its row log-sum-exp, which saves the statistics a pass.
 
     Args:
-        query: As in :func:`attention_statistics`, like all other arguments.
+        query: As in :func:`accumulate`, like all other arguments.
         key: ``[batch, heads, seqlen_k, head_dim]``.
         value: ``[batch, heads, seqlen_k, head_dim]``, dtype and device of ``query``.
         scale: Softmax scale.
@@ -98,7 +159,7 @@ def attention(
         whose fully masked rows are 0, and ``[batch, heads, seqlen_q]``, fp32 or fp64.
 
     Raises:
-        ValueError: As :func:`attention_statistics`, or ``value`` does not fit ``key``.
+        ValueError: As :func:`accumulate`, or ``value`` does not fit ``key``.
         RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
         NotImplementedError: A gradient is asked for.
     """
@@ -110,104 +171,6 @@ def attention(
     return result
 
 
-def attention_with_statistics(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    query_weights: Tensor | None = None,
-    key_weights: Tensor | None = None,
-    impl: Impl | str | None = None,
-) -> tuple[Tensor, AttentionStatistics]:
-    """The attention output together with its statistics; the row log-sum-exp is computed once.
-
-    Args:
-        query: As in :func:`attention_statistics`, like all other arguments.
-        key: ``[batch, heads, seqlen_k, head_dim]``.
-        value: ``[batch, heads, seqlen_k, head_dim]``, dtype and device of ``query``.
-        scale: Softmax scale.
-        bias: Additive or bool mask.
-        query_weights: ``W``.
-        key_weights: ``u``.
-        impl: Which implementation.
-
-    Returns:
-        ``(output, statistics)``; ``output`` is ``[batch, heads, seqlen_q, head_dim]`` in the dtype
-        of ``query``; its fully masked rows are 0.
-
-    Raises:
-        ValueError: As :func:`attention_statistics`, or ``value`` does not fit ``key``.
-        RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
-        NotImplementedError: A gradient is asked for.
-    """
-    chosen = prepare(query, key, impl, value, others=(bias, query_weights, key_weights))
-    bias = expanded_bias(bias, query, key)
-    rows = _query_weights(query_weights, query)
-    votes = _key_weights(key_weights, key)
-    r2g, g2r = _empty_sums(query, key, rows, votes)
-    softmax_scale = given_scale(scale, query)
-    output, lse = torch.ops.i2am.attention(query, key, value, bias, softmax_scale, chosen.value)
-    query_lse, key_lse = torch.ops.i2am.accumulate(
-        query, key, bias, rows, votes, lse, r2g, g2r, softmax_scale, chosen.value
-    )
-    return output, _named(r2g, g2r, _own_lse(query_lse, lse), key_lse, key_weights)
-
-
-def accumulate_attention_statistics(
-    query: Tensor,
-    key: Tensor,
-    *,
-    r2g: Tensor | None = None,
-    g2r: Tensor | None = None,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    query_weights: Tensor | None = None,
-    key_weights: Tensor | None = None,
-    query_lse: Tensor | None = None,
-    impl: Impl | str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Add the sums of :func:`attention_statistics` into given accumulators, in place.
-
-    Args:
-        query: As in :func:`attention_statistics`, like the arguments not listed here.
-        key: ``[batch, heads, seqlen_k, head_dim]``.
-        r2g: ``[batch, heads, votes, seqlen_q]``, fp32 (fp64 with fp64 inputs), any strides; the
-            votes axis is always there. No two elements may share memory. ``None`` skips the
-            direction.
-        g2r: ``[batch, heads, rows, seqlen_k]``, likewise.
-        scale: Softmax scale.
-        bias: Additive or bool mask.
-        query_weights: ``W``.
-        key_weights: ``u``.
-        query_lse: Natural log-sum-exp over the keys ``[batch, heads, seqlen_q]`` where the caller
-            has it, of exactly these inputs: it saves one pass.
-        impl: Which implementation.
-
-    Returns:
-        ``(query_lse, key_lse)``, ``[batch, heads, seqlen_q]`` and ``[batch, heads, seqlen_k]``,
-        fp32 (fp64 with fp64 inputs).
-
-    Raises:
-        ValueError: As :func:`attention_statistics`, or an accumulator does not fit.
-        RuntimeError: ``impl="fused"`` without a GPU or Triton's interpreter.
-        NotImplementedError: A gradient is asked for.
-    """
-    chosen = prepare(query, key, impl, others=(bias, query_weights, key_weights, r2g, g2r))
-    bias = expanded_bias(bias, query, key)
-    rows = _query_weights(query_weights, query)
-    votes = _key_weights(key_weights, key)
-    batch, heads, seqlen_q, _ = query.shape
-    check_sums("r2g", r2g, (batch, heads, votes.shape[1], seqlen_q), query)
-    check_sums("g2r", g2r, (batch, heads, rows.shape[1], key.shape[2]), query)
-    check_statistics("query_lse", query_lse, (batch, heads, seqlen_q), query)
-    row_lse, key_lse = torch.ops.i2am.accumulate(
-        query, key, bias, rows, votes, query_lse, r2g, g2r, given_scale(scale, query), chosen.value
-    )
-    return _own_lse(row_lse, query_lse), key_lse
-
-
 def module_of(impl: Impl) -> ModuleType:
     """The module with ``accumulate`` and ``attention``; triton is imported only when asked for."""
     if impl is Impl.FUSED:
@@ -217,48 +180,54 @@ def module_of(impl: Impl) -> ModuleType:
     return streaming if impl is Impl.STREAMING else reference
 
 
-@torch.library.custom_op("i2am::accumulate", mutates_args=("r2g", "g2r"))
+def _accumulated(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    normaliser: Tensor | None,
+    probes: list[Probe],
+    scale: float,
+    impl: Impl,
+) -> tuple[Tensor, Tensor]:
+    """The operator on checked arguments."""
+    sums, sides, plan = packed(probes)
+    row_lse, key_lse = torch.ops.i2am.accumulate(
+        query, key, bias, normaliser, sums, sides, plan, scale, impl.value
+    )
+    return (row_lse if normaliser is None else normaliser), key_lse
+
+
+@torch.library.custom_op("i2am::accumulate", mutates_args=("sums",))
 def _accumulate(
     query: Tensor,
     key: Tensor,
     bias: Tensor | None,
-    query_weights: Tensor,
-    key_weights: Tensor,
-    query_lse: Tensor | None,
-    r2g: Tensor | None,
-    g2r: Tensor | None,
+    normaliser: Tensor | None,
+    sums: Sequence[Tensor],
+    sides: Sequence[Tensor],
+    plan: Sequence[int],
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    if g2r is not None and key.shape[2] == 1 and bias is None and impl != Impl.REFERENCE:
-        # a single key takes all of every row: P is 1
-        g2r += query_weights.to(g2r.dtype).sum(-1)[:, None, :, None]
-        g2r = None
     # statistics are fp32 also where the model runs under autocast
     with torch.autocast(query.device.type, enabled=False):
         row_lse, key_lse = module_of(Impl(impl)).accumulate(
             query,
             key,
+            unpacked(sums, sides, plan),
             scale=scale,
             bias=bias,
-            query_weights=query_weights,
-            key_weights=key_weights,
-            r2g=r2g,
-            g2r=g2r,
-            query_lse=query_lse,
+            normaliser=normaliser,
         )
-    if query_lse is not None and impl == Impl.FUSED:
-        # an operator must not return one of its inputs: _own_lse puts it in place of this
-        row_lse = query_lse.new_empty(0)
-    return row_lse, key_lse
+    # an operator must not return one of its inputs
+    return row_lse if normaliser is None else row_lse.new_empty(0), key_lse
 
 
 @_accumulate.register_fake
-def _(query, key, bias, query_weights, key_weights, query_lse, r2g, g2r, scale, impl):  # type: ignore[no-untyped-def]
-    statistics = torch.promote_types(query.dtype, torch.float32)
-    given = query_lse is not None and impl == Impl.FUSED
+def _(query, key, bias, normaliser, sums, sides, plan, scale, impl):  # type: ignore[no-untyped-def]
+    statistics = statistics_dtype(query)
     return (
-        query.new_empty(0 if given else query.shape[:3], dtype=statistics),
+        query.new_empty(query.shape[:3] if normaliser is None else 0, dtype=statistics),
         key.new_empty(key.shape[:3], dtype=statistics),
     )
 
@@ -275,7 +244,7 @@ def _attention(
 
 @_attention.register_fake
 def _(query, key, value, bias, scale, impl):  # type: ignore[no-untyped-def]
-    statistics = torch.promote_types(query.dtype, torch.float32)
+    statistics = statistics_dtype(query)
     return (
         query.new_empty((*query.shape[:3], value.shape[3])),
         query.new_empty(query.shape[:3], dtype=statistics),
@@ -283,20 +252,15 @@ def _(query, key, value, bias, scale, impl):  # type: ignore[no-untyped-def]
 
 
 def _query_weights(weights: Tensor | None, query: Tensor) -> Tensor:
-    batch, _, seqlen_q, _ = query.shape
     if weights is None:
-        return _uniform(query).expand(batch, 1, seqlen_q)
-    if weights.ndim != 3 or weights.shape[0] not in (1, batch) or weights.shape[2] != seqlen_q:
-        raise ValueError(
-            f"query_weights must be [{batch} or 1, rows, {seqlen_q}], got {tuple(weights.shape)}"
-        )
-    return _as_statistics(weights, query).expand(batch, -1, -1)
+        return _uniform(query)
+    return as_weights("query_weights", weights, query, query.shape[2], "rows")
 
 
 def _key_weights(weights: Tensor | None, key: Tensor) -> Tensor:
     batch, _, seqlen_k, _ = key.shape
     if weights is None:
-        return _uniform(key).expand(batch, 1, seqlen_k)
+        return _uniform(key)
     full = weights.unsqueeze(-2) if weights.ndim in (1, 2) else weights
     full = full[None] if full.ndim == 2 else full
     if full.ndim != 3 or full.shape[0] not in (1, batch) or full.shape[2] != seqlen_k:
@@ -304,35 +268,10 @@ def _key_weights(weights: Tensor | None, key: Tensor) -> Tensor:
             f"key_weights must be [{seqlen_k}], [{batch}, {seqlen_k}] or [{batch} or 1, votes, "
             f"{seqlen_k}], got {tuple(weights.shape)}"
         )
-    return _as_statistics(full, key).expand(batch, -1, -1)
+    return as_weights("key_weights", full, key, seqlen_k, "votes")
 
 
 def _uniform(tokens: Tensor) -> Tensor:
-    seqlen = tokens.shape[2]
-    statistics = torch.promote_types(tokens.dtype, torch.float32)
-    return tokens.new_full((1, 1, seqlen), 1.0 / seqlen, dtype=statistics)
-
-
-def _as_statistics(weights: Tensor, like: Tensor) -> Tensor:
-    return weights.to(like.device, torch.promote_types(like.dtype, torch.float32))
-
-
-def _empty_sums(query: Tensor, key: Tensor, rows: Tensor, votes: Tensor) -> tuple[Tensor, Tensor]:
-    batch, heads, seqlen_q, _ = query.shape
-    statistics = torch.promote_types(query.dtype, torch.float32)
-    return (
-        query.new_zeros((batch, heads, votes.shape[1], seqlen_q), dtype=statistics),
-        query.new_zeros((batch, heads, rows.shape[1], key.shape[2]), dtype=statistics),
-    )
-
-
-def _own_lse(returned: Tensor, given: Tensor | None) -> Tensor:
-    """What the operator returned, or what it was given and took as it is."""
-    return given if given is not None and returned.ndim == 1 else returned
-
-
-def _named(
-    r2g: Tensor, g2r: Tensor, query_lse: Tensor, key_lse: Tensor, key_weights: Tensor | None
-) -> AttentionStatistics:
-    with_votes = key_weights is not None and key_weights.ndim == 3
-    return AttentionStatistics(r2g if with_votes else r2g[:, :, 0], g2r, query_lse, key_lse)
+    batch, _, seqlen, _ = tokens.shape
+    weights = tokens.new_full((1, 1, seqlen), 1.0 / seqlen, dtype=statistics_dtype(tokens))
+    return weights.expand(batch, 1, seqlen)

@@ -90,6 +90,11 @@ def prepare(
     return implementation(impl, query.device)
 
 
+def statistics_dtype(query: Tensor) -> torch.dtype:
+    """fp32, fp64 with fp64 inputs."""
+    return torch.promote_types(query.dtype, torch.float32)
+
+
 def given_scale(scale: float | None, query: Tensor) -> float:
     """The softmax scale, by default ``head_dim ** -0.5``."""
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -139,7 +144,7 @@ def check_statistics(name: str, sums: Tensor | None, shape: tuple[int, ...], que
     Raises:
         ValueError: Its shape, dtype or device does not fit.
     """
-    statistics = torch.promote_types(query.dtype, torch.float32)
+    statistics = statistics_dtype(query)
     if sums is None:
         return
     if tuple(sums.shape) != shape or sums.dtype != statistics or sums.device != query.device:

@@ -1,4 +1,4 @@
-"""Joint statistics on the CPU: one sweep over tiles, pooled and averaged while they are in cache.
+"""Pooled probes on the CPU: one sweep over tiles, pooled and averaged while they are in cache.
 
 The log-sum-exps are known, so every tile is final: a block of queries of a few heads against all
 keys. A tile is pooled by whole rows (:func:`torch.nn.functional.embedding_bag`, a weighted sum of
@@ -17,30 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from i2am.kernels.pooling import Pooling
-from i2am.kernels.streaming import LOG2E, SHARED_RANGE, TILE_ELEMENTS, TRUSTED_LSE, exp_, tiles
-
-Sums = tuple[Tensor, Tensor | None]
-"""Accumulators of the mean over the heads, and of every head."""
+from i2am.kernels.probes import Pooled
+from i2am.kernels.streaming import LOG2E, SHARED_RANGE, SMALL_LSE, TILE_ELEMENTS, exp_, tiles
 
 
-def accumulate_joint(
+def accumulate_pooled(
     query: Tensor,
     key: Tensor,
+    pooled: Pooled,
     *,
     scale: float,
     bias: Tensor | None,
     query_lse: Tensor,
     key_lse: Tensor,
-    query_pooling: Pooling | None,
-    key_pooling: Pooling | None,
-    g2r: Sums,
-    r2g: Sums,
 ) -> None:
-    """Add ``W P V^T`` to ``g2r`` and ``W C V^T`` to ``r2g``."""
+    """Add ``W P V^T`` and ``W C V^T``, given both log-sum-exps."""
     compute = torch.promote_types(query.dtype, torch.float32)
     heads, seqlen_k = query.shape[1], key.shape[2]
-    keys = None if key_pooling is None else _RowSums.of(key_pooling, heads, compute)
-    blocks = list(_blocks(query_pooling, heads, query.shape[2], against=seqlen_k, dtype=compute))
+    keys = None if pooled.right is None else _RowSums.of(pooled.right, heads, compute)
+    blocks = list(_blocks(pooled.left, heads, query.shape[2], against=seqlen_k, dtype=compute))
     largest = max(_length(block.heads) * _length(block.queries) for block in blocks) * seqlen_k
     buffers = query.new_empty(2, largest, dtype=compute)
     for item in range(len(query)):
@@ -54,11 +49,15 @@ def accumulate_joint(
             keys=keys,
             buffers=buffers,
         )
+        wanted = [sums for sums in (pooled.over_keys, pooled.over_queries) if sums]
         for block in blocks:
-            for (mean, per_head), maps in zip((g2r, r2g), sample.maps(block), strict=True):
-                if per_head is not None:
-                    per_head[item, block.heads, block.cells] += maps
-                mean[item, block.cells].add_(maps.sum(0), alpha=1 / heads)
+            maps_of_block = sample.maps(block, bool(pooled.over_keys), bool(pooled.over_queries))
+            for accumulators, maps in zip(wanted, maps_of_block, strict=True):
+                for sums in accumulators:
+                    if sums.ndim == 4:
+                        sums[item, block.heads, block.cells] += maps
+                    else:
+                        sums[item, block.cells].add_(maps.sum(0), alpha=1 / heads)
 
 
 @dataclass
@@ -131,15 +130,15 @@ class _Sample:
         largest = both.masked_fill(both.isinf(), 0).abs().max()
         self.shared = bool(largest <= SHARED_RANGE)
         # small logits can bear a factor of log2(e) in their scale
-        self.unit = LOG2E if largest <= TRUSTED_LSE else 1.0
+        self.unit = LOG2E if largest <= SMALL_LSE else 1.0
         self.rows = self.query_lse.neg().exp()
         self.columns = self.key_lse.neg().exp()
         self.column_weights = None
         if self.shared and self.keys is not None:
             self.column_weights = self.keys.weighted(self.columns)
 
-    def maps(self, block: _Block) -> Iterator[Tensor]:
-        """``W P V^T`` and then ``W C V^T``, ``[h, cells of queries, cells of keys]``.
+    def maps(self, block: _Block, over_keys: bool, over_queries: bool) -> Iterator[Tensor]:
+        """``W P V^T`` and then ``W C V^T``, ``[h, cells of queries, cells of keys]``, if wanted.
 
         The second may overwrite the first.
         """
@@ -147,14 +146,18 @@ class _Sample:
         scores, other = self._scores(heads, queries)
         if self.shared:
             exponentials = scores.exp_() if self.unit == 1.0 else scores.exp2_()
-            yield self._pooled(exponentials, block, other, rows=self.rows[heads, queries])
-            yield self._pooled(exponentials, block, other, columns=self.columns[heads])
+            if over_keys:
+                yield self._pooled(exponentials, block, other, rows=self.rows[heads, queries])
+            if over_queries:
+                yield self._pooled(exponentials, block, other, columns=self.columns[heads])
             return
         rows, columns = self.query_lse[heads, queries, None], self.key_lse[heads, None]
         if self.keys is not None:
             rows, columns = rows.mT, columns.mT
-        yield self._pooled(exp_(torch.sub(scores, rows, out=other)), block, other)
-        yield self._pooled(exp_(scores.sub_(columns)), block, scores)
+        if over_keys:
+            yield self._pooled(exp_(torch.sub(scores, rows, out=other)), block, other)
+        if over_queries:
+            yield self._pooled(exp_(scores.sub_(columns)), block, scores)
 
     def _scores(self, heads: slice, queries: slice) -> tuple[Tensor, Tensor]:
         """``scale * Q K^T + bias`` and as much room: ``[h, m, N]``, where keys are pooled

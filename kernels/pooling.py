@@ -1,6 +1,6 @@
 """Pooling: cells that are weighted means of tokens, as a sparse matrix in compressed rows."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,6 +86,20 @@ class Pooling:
             starts=self.starts.to(device),
             weights=self.weights.to(device),
         )
+
+    def tensors(self) -> list[Tensor]:
+        """All that there is to it; the last one, of whole numbers, stays on the CPU."""
+        ends = [end for band in self.bands for part in band for end in (part.start, part.stop)]
+        return [self.tokens, self.starts, self.weights, torch.tensor([self.size, *ends])]
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> "Pooling":
+        """The inverse of :meth:`tensors`."""
+        tokens, starts, weights, numbers = tensors
+        size, *ends = numbers.tolist()
+        parts = [slice(*pair) for pair in zip(ends[::2], ends[1::2], strict=True)]
+        bands = tuple(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
+        return cls(tokens, starts, weights, bands, size)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """``[cells, tokens]``"""

@@ -4,10 +4,12 @@ Memory is O(seqlen_q * seqlen_k) per head. Runs anywhere and in fp64, where it i
 other implementations are measured with.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from i2am.kernels.pooling import Pooling
+from i2am.kernels.probes import Over, Probe, Side
 
 
 def _softmax_from_lse(scores: Tensor, lse: Tensor) -> Tensor:
@@ -24,28 +26,27 @@ def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Te
 def accumulate(
     query: Tensor,
     key: Tensor,
+    probes: Sequence[Probe],
     *,
     scale: float,
     bias: Tensor | None,
-    query_weights: Tensor,
-    key_weights: Tensor,
-    r2g: Tensor | None,
-    g2r: Tensor | None,
-    query_lse: Tensor | None,
+    normaliser: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Add ``C u`` to ``r2g`` and ``W P`` to ``g2r``; returns ``(query_lse, key_lse)``.
-
-    ``query_lse`` is accepted like everywhere and computed afresh: the specification trusts nobody.
-    """
+    """Add what the probes read of both softmaxes; returns ``(query_lse, key_lse)``."""
     scores = _scores(query, key, scale, bias)
-    query_lse = scores.logsumexp(dim=-1)  # [B, H, M]
+    query_lse = scores.logsumexp(dim=-1) if normaliser is None else normaliser  # [B, H, M]
     key_lse = scores.logsumexp(dim=-2)  # [B, H, N]
-    if r2g is not None:
-        over_queries = _softmax_from_lse(scores, key_lse[..., None, :])  # C
-        r2g += (over_queries @ key_weights[:, None].mT.to(scores.dtype)).mT
-    if g2r is not None:
-        over_keys = _softmax_from_lse(scores, query_lse[..., None])  # P
-        g2r += query_weights[:, None].to(scores.dtype) @ over_keys
+    over_keys = _softmax_from_lse(scores, query_lse[..., None])  # P
+    over_queries = _softmax_from_lse(scores, key_lse[..., None, :])  # C
+    for probe in probes:
+        sums = over_keys if probe.over == Over.KEYS else over_queries
+        if probe.left is not None:
+            sums = _dense(probe.left, scores.dtype) @ sums
+        if probe.right is not None:
+            sums = sums @ _dense(probe.right, scores.dtype).mT
+        if isinstance(probe.right, Tensor):
+            sums = sums.mT
+        probe.into.add_(sums if probe.into.ndim == 4 else sums.mean(dim=1))
     return query_lse, key_lse
 
 
@@ -59,28 +60,9 @@ def attention(
     return (over_keys @ value.to(scores.dtype)).to(query.dtype), query_lse
 
 
-def accumulate_joint(
-    query: Tensor,
-    key: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None,
-    query_lse: Tensor,
-    key_lse: Tensor,
-    query_pooling: Pooling | None,
-    key_pooling: Pooling | None,
-    g2r: tuple[Tensor, Tensor | None],
-    r2g: tuple[Tensor, Tensor | None],
-) -> None:
-    """Add ``W P V^T`` to ``g2r`` and ``W C V^T`` to ``r2g``: mean over the heads, every head."""
-    scores = _scores(query, key, scale, bias)
-    over_keys = _softmax_from_lse(scores, query_lse[..., None])  # P
-    over_queries = _softmax_from_lse(scores, key_lse[..., None, :])  # C
-    for softmax, (mean, per_head) in ((over_keys, g2r), (over_queries, r2g)):
-        if query_pooling is not None:
-            softmax = query_pooling.dense(scores.dtype) @ softmax
-        if key_pooling is not None:
-            softmax = softmax @ key_pooling.dense(scores.dtype).mT
-        mean += softmax.mean(dim=1)
-        if per_head is not None:
-            per_head += softmax
+def _dense(side: Side, dtype: torch.dtype) -> Tensor:
+    """``[B or 1, 1, rows, tokens]``"""
+    assert side is not None
+    if isinstance(side, Tensor):
+        return side[:, None].to(dtype)
+    return side.dense(dtype)[None, None]

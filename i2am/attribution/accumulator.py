@@ -19,7 +19,7 @@ from i2am.attribution.resized import ResizedSums
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.attribution.time_groups import TimeGroups, refuse_capture
 from i2am.attribution.weights import as_batch, own_mask
-from i2am.kernels import Impl, accumulate_attention_statistics
+from i2am.kernels import Impl, Over, Probe, accumulate
 
 UNIFORM = "uniform"
 MASK = "mask"
@@ -212,33 +212,35 @@ class Accumulator:
             self._layers[site.layer] = layer
         elif layer.site != site:
             raise ValueError(f"{site.layer} changed during the run, from {layer.site} to {site}")
-        lse = accumulate_attention_statistics(
-            query,
-            key,
-            r2g=None if layer.r2g is None else layer.r2g[:, 0],
-            g2r=None if layer.g2r is None else layer.g2r[:, 0],
-            scale=scale,
-            bias=bias,
-            query_weights=layer.query_weights,
-            key_weights=layer.key_weights,
-            query_lse=query_lse,
-            impl=self.impl,
+        probes = []
+        if layer.g2r is not None:
+            probes.append(Probe(Over.KEYS, layer.g2r[:, 0], left=layer.query_weights))
+        if layer.r2g is not None:
+            probes.append(Probe(Over.QUERIES, layer.r2g[:, 0], right=layer.key_weights))
+        if layer.share is not None:
+            probes.append(Probe(Over.KEYS, layer.share[:, 0], right=layer.key_groups))
+        joint = [] if self._joint is None else self._joint.probes(site, query)
+        if isinstance(layer.reference, slice) and layer.reference == slice(None):
+            probes += joint
+            joint = []
+        lse, _ = accumulate(
+            query, key, probes, scale=scale, bias=bias, normaliser=query_lse, impl=self.impl
         )
-        if self._joint is not None:
-            self._joint.add(
-                site,
+        if joint:
+            some = layer.reference
+            if bias is not None and bias.ndim and bias.shape[-1] > 1:
+                bias = bias[..., some]
+            accumulate(
                 query,
-                key[:, :, layer.reference],
-                query_lse=lse[0],
-                key_lse=lse[1][..., layer.reference],
+                key[:, :, some],
+                joint,
                 scale=scale,
-                bias=bias if bias is None or bias.shape[-1] == 1 else bias[..., layer.reference],
+                bias=bias,
+                normaliser=lse,
                 impl=self.impl,
             )
         # on the device, because a replayed graph counts too
         layer.calls[:, 0] += 1
-        if layer.share is not None:
-            layer.share[:, 0] += _attention_share(query, key, layer.key_groups, scale, bias)
         if layer.by_key is not None:
             over_queries = _softmax_over_queries(query, key, scale, bias)
             layer.by_key[:, 0] += over_queries[..., layer.voters]
@@ -411,20 +413,6 @@ class Accumulator:
                 by_key,
                 torch.zeros(shape[:2], dtype=statistics, device=query.device),
             )
-
-
-def _attention_share(
-    query: Tensor, key: Tensor, groups: Tensor, scale: float | None, bias: Tensor | None
-) -> Tensor:
-    """``P v`` ``[batch, heads, votes, seqlen_q]``"""
-    scores = query.to(groups.dtype) @ key.to(groups.dtype).mT
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None and bias.dtype == torch.bool:
-        scores = scores.masked_fill(~bias, -torch.inf)
-    elif bias is not None:
-        scores = scores + bias
-    unseen = scores.isneginf().all(-1, keepdim=True)
-    return (scores.softmax(-1).masked_fill(unseen, 0) @ groups.mT[:, None]).mT
 
 
 def _softmax_over_queries(

@@ -16,7 +16,7 @@ from i2am.attribution.grid import Grid, ResizeMode, area_weights, resize
 from i2am.attribution.joint import JointMaps
 from i2am.attribution.sums import AttentionSite
 from i2am.attribution.time_groups import TimeGroups, refuse_capture
-from i2am.kernels import Impl, Pooling, accumulate_joint_statistics
+from i2am.kernels import Over, Pooling, Probe
 
 CELLS = 1024
 """Most cells of a grid that is not asked for by its size: 32 x 32, or 32 x 24."""
@@ -60,32 +60,15 @@ class JointSums:
         """All sums that are kept by time group."""
         return [sums for level in self._levels.values() for sums in level.mean]
 
-    def add(
-        self,
-        site: AttentionSite,
-        query: Tensor,
-        key: Tensor,
-        *,
-        query_lse: Tensor,
-        key_lse: Tensor,
-        scale: float | None,
-        bias: Tensor | None,
-        impl: Impl | str | None,
-    ) -> None:
-        """Add one call; a layer without a reference grid does not take part.
+    def probes(self, site: AttentionSite, query: Tensor) -> list[Probe]:
+        """What adds one call up; nothing for a layer without a reference grid.
 
         Args:
-            site: The layer.
+            site: The layer; the keys of the call are its reference tokens.
             query: ``[batch, heads, seqlen_q, head_dim]``: the tokens of the generated grid.
-            key: ``[batch, heads, seqlen_k, head_dim]``: the reference tokens.
-            query_lse: Log-sum-exp over all keys of the call, ``[batch, heads, seqlen_q]``.
-            key_lse: Log-sum-exp over the queries, ``[batch, heads, seqlen_k]``.
-            scale: Softmax scale.
-            bias: Additive or bool mask of these keys.
-            impl: Implementation.
         """
         if site.reference_grid is None:
-            return
+            return []
         self._layers[site.layer] = site.heads
         grids = (
             _pooled(site.generated_grid, self._grids[0]),
@@ -99,30 +82,23 @@ class JointSums:
             level = self._levels.get(grids)
             if level is None:
                 shape = (len(query), self._time_groups, *cells)
-                level = self._levels[grids] = _Level(_zeros(query_lse, *shape, turned=turned))
+                level = self._levels[grids] = _Level(_zeros(query, *shape, turned=turned))
             if not self._heads:
                 # nobody could read them: kept neither here nor where they began
                 for each in self._levels.values():
                     each.heads = None
             elif level.heads is None:
-                level.heads = _zeros(query_lse, *query.shape[:2], *cells, turned=turned)
-        g2r, r2g = (sums[:, 0] for sums in level.mean)
-        heads = level.heads or (None, None)
-        accumulate_joint_statistics(
-            query,
-            key,
-            query_lse=query_lse,
-            key_lse=key_lse,
-            g2r=g2r,
-            r2g=r2g,
-            g2r_per_head=heads[0],
-            r2g_per_head=heads[1],
-            query_pooling=self._pooling(site.generated_grid, grids[0], query.device),
-            key_pooling=self._pooling(site.reference_grid, grids[1], query.device),
-            scale=scale,
-            bias=bias,
-            impl=impl,
-        )
+                level.heads = _zeros(query, *query.shape[:2], *cells, turned=turned)
+        left = self._pooling(site.generated_grid, grids[0], query.device)
+        right = self._pooling(site.reference_grid, grids[1], query.device)
+        probes = []
+        for over, mean, heads in zip(
+            (Over.KEYS, Over.QUERIES), level.mean, level.heads or (None, None), strict=True
+        ):
+            probes.append(Probe(over, mean[:, 0], left, right))
+            if heads is not None:
+                probes.append(Probe(over, heads, left, right))
+        return probes
 
     def resolve(self, rows: slice) -> "JointSums":
         """Copies of some rows of the batch."""
@@ -240,7 +216,8 @@ def _zeros(like: Tensor, *shape: int, turned: bool) -> tuple[Tensor, Tensor]:
         g2r, r2g = _zeros(like, *leading, columns, rows, turned=False)
         return g2r.mT, r2g.mT
     refuse_capture(like)
-    return like.new_zeros(shape), like.new_zeros(shape)
+    statistics = torch.promote_types(like.dtype, torch.float32)
+    return like.new_zeros(shape, dtype=statistics), like.new_zeros(shape, dtype=statistics)
 
 
 def _grid(value: object) -> Grid | None:

@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all of them")
     parser.add_argument("--quick", action="store_true", help="fewer kernels")
     options = parser.parse_args(arguments)
-    print(f"{'target':8}{'kernel':52}{'registers':>10}{'spilled':>9}{'shared':>9}  matrix")
+    print(f"{'target':8}{'kernel':56}{'registers':>10}{'spilled':>9}{'shared':>9}  matrix")
     failures = count = 0
     for case in cases(quick=options.quick):
         for name in options.target or TARGETS:
@@ -189,13 +189,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 needs = report(compile_for(case.launch, TARGETS[name].gpu))
             except Exception as error:  # whatever a compiler throws is a row of the table
                 failures += 1
-                print(f"{name:8}{case.name:52}does not compile: {_reason(error)}", flush=True)
+                print(f"{name:8}{case.name:56}does not compile: {_reason(error)}", flush=True)
                 continue
             problems = case.problems(needs, TARGETS[name])
             failures += bool(problems)
             numbers = f"{needs.registers:10}{needs.spilled:9}{needs.shared:9}"
             remarks = f"  <- {', '.join(problems)}" if problems else ""
-            print(f"{name:8}{case.name:52}{numbers}  {needs.matrix or '-'}{remarks}", flush=True)
+            print(f"{name:8}{case.name:56}{numbers}  {needs.matrix or '-'}{remarks}", flush=True)
     print(f"{count} kernels compiled with Triton {triton.__version__}, {failures} unfit")
     return 1 if failures else 0
 
@@ -220,6 +220,7 @@ def _statistics(
     owners: int,
     *,
     rows: int,
+    groups: int = 0,
     biased: bool = False,
     apart: bool = False,
 ) -> Launch:
@@ -229,11 +230,15 @@ def _statistics(
         _tokens(KEYS, head_dim, dtype, apart),
         scale=head_dim**-0.5,
         bias=_bias(owners) if biased else None,
-        # many rows come as several blocks, beside which the log-sum-exp has a pass of its own
-        lse=_fp32(BATCH, HEADS, owners) if rows < MAX_ROW_BLOCK else None,
+        # many rows come as several blocks, beside which the log-sum-exp has a pass of its own; what
+        # shares are normalised by is known
+        lse=_fp32(BATCH, HEADS, owners) if rows < MAX_ROW_BLOCK and not groups else None,
         other_lse=_fp32(BATCH, HEADS, KEYS) if with_sums else None,
         weights=_fp32(BATCH, rows, KEYS) if with_sums else None,
         sums=_fp32(BATCH, HEADS, rows, owners) if with_sums else None,
+        owner_lse=_fp32(BATCH, HEADS, owners) if groups else None,
+        values=_fp32(BATCH, groups, KEYS) if groups else None,
+        shares=_fp32(BATCH, HEADS, groups, owners) if groups else None,
     )
 
 
@@ -244,6 +249,7 @@ def _short(
     keys: int,
     kernel: str,
     rows: int = 1,
+    groups: int = 0,
     biased: bool = False,
     given: bool = False,
     apart: bool = False,
@@ -260,6 +266,8 @@ def _short(
         query_lse=_fp32(BATCH, HEADS, LONG) if given else None,
         row_lse=None if given else _fp32(BATCH, HEADS, LONG),
         key_lse=_fp32(BATCH, HEADS, keys),
+        values=_fp32(BATCH, groups, keys) if groups else None,
+        group_shares=_fp32(BATCH, HEADS, groups, LONG) if groups else None,
     )
     return chunks if kernel == "chunks" else queries
 
@@ -319,14 +327,32 @@ VARIANTS: dict[str, Callable[[torch.dtype, int], Launch]] = {
     f"lse, {MAX_LOOPED_ROWS} rows": partial(_statistics, owners=LONG, rows=MAX_LOOPED_ROWS),
     f"{MAX_ROW_BLOCK} rows": partial(_statistics, owners=LONG, rows=MAX_ROW_BLOCK),
     "lse, 1 row, bias": partial(_statistics, owners=LONG, rows=1, biased=True),
+    "1 row, 1 share, short": partial(_statistics, owners=SHORT, rows=1, groups=1),
+    "1 row, 1 share, long": partial(_statistics, owners=LONG, rows=1, groups=1),
+    f"1 row, {MAX_LOOPED_ROWS} shares, bias": partial(
+        _statistics, owners=LONG, rows=1, groups=MAX_LOOPED_ROWS, biased=True
+    ),
+    f"{MAX_LOOPED_ROWS} rows, {MAX_ROW_BLOCK} shares": partial(
+        _statistics, owners=LONG, rows=MAX_LOOPED_ROWS, groups=MAX_ROW_BLOCK
+    ),
+    f"{MAX_ROW_BLOCK} shares": partial(_statistics, owners=LONG, rows=0, groups=MAX_ROW_BLOCK),
     **{
         f"{kernel}, {keys} keys": partial(_short, keys=keys, kernel=kernel)
         for keys in SHORT_KEYS
         for kernel in ("chunks", "queries")
     },
     **{
-        f"{kernel}, {keys} keys, bias, {MAX_LOOPED_ROWS} rows": partial(
-            _short, keys=keys, kernel=kernel, rows=MAX_LOOPED_ROWS, biased=True
+        f"queries, {keys} keys, 1 share": partial(_short, keys=keys, kernel="queries", groups=1)
+        for keys in SHORT_KEYS
+    },
+    **{
+        f"{kernel}, {keys} keys, bias, {MAX_LOOPED_ROWS} rows and shares": partial(
+            _short,
+            keys=keys,
+            kernel=kernel,
+            rows=MAX_LOOPED_ROWS,
+            groups=MAX_LOOPED_ROWS,
+            biased=True,
         )
         for keys in SHORT_KEYS
         for kernel in ("chunks", "queries")
@@ -345,9 +371,12 @@ QUICK_VARIANTS = (
     "lse, 1 row, long",
     f"{MAX_ROW_BLOCK} rows",
     "lse, 1 row, bias",
+    "1 row, 1 share, long",
+    f"{MAX_ROW_BLOCK} shares",
     "chunks, 16 keys",
     "chunks, 128 keys",
     "queries, 128 keys",
+    "queries, 128 keys, 1 share",
     f"{MAX_ROW_BLOCK} rows, apart",
     "attention",
     "attention, apart",

@@ -91,6 +91,7 @@ class StatisticsConfig(NamedTuple):
     BLOCK_D: int
     BLOCK_TAIL: int
     BLOCK_ROWS: int
+    BLOCK_GROUPS: int
     num_warps: int
     num_stages: int
     maxnreg: int | None
@@ -124,12 +125,11 @@ class ForwardConfig(NamedTuple):
 
 
 def statistics(
-    head_dim: int, itemsize: int, owners: int, rows: int, bias: bool
+    head_dim: int, itemsize: int, owners: int, rows: int, bias: bool, groups: int = 0
 ) -> StatisticsConfig:
-    """Tiles for a pass over ``owners`` tokens with ``rows`` weight rows."""
-    block_rows = _power_of_2(rows)
-    if rows > MAX_LOOPED_ROWS:
-        block_rows = min(max(block_rows, MIN_DOT), MAX_ROW_BLOCK)
+    """Tiles for a pass over ``owners`` tokens with ``rows`` weight rows and ``groups`` shares."""
+    block_rows, block_groups = _row_block(rows), _row_block(groups)
+    rows += groups
     length = "long" if owners >= LONG_OWNERS and head_dim <= 128 else "short"
     if itemsize == 4:
         tile = TILES["statistics, fp32"]
@@ -144,6 +144,7 @@ def statistics(
         tile.others,
         *_score_features(head_dim, itemsize),
         block_rows,
+        block_groups,
         tile.num_warps,
         tile.num_stages,
         tile.maxnreg,
@@ -228,6 +229,11 @@ def _short_tile(head_dim: int, itemsize: int, seqlen_k: int) -> Tile:
 
 def _score_features(head_dim: int, itemsize: int) -> tuple[int, int]:
     return (FP32_CHUNK, 0) if itemsize == 4 else features(head_dim)
+
+
+def _row_block(rows: int) -> int:
+    block = _power_of_2(max(rows, 1))
+    return block if rows <= MAX_LOOPED_ROWS else min(max(block, MIN_DOT), MAX_ROW_BLOCK)
 
 
 def _power_of_2(size: int) -> int:

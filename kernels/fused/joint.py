@@ -1,4 +1,4 @@
-"""Joint statistics by the passes that add weighted sums: every cell is a weight row.
+"""Pooled probes by the passes that add weighted sums: every cell is a weight row.
 
 One side is pooled by the kernel (a block of weight rows computes scores only where one of them is
 not 0), the other by a matrix product with what it leaves. Transient memory is that of one sample:
@@ -8,50 +8,48 @@ not 0), the other by a matrix product with what it leaves. Transient memory is t
 import torch
 from torch import Tensor
 
-from i2am.kernels import fused
 from i2am.kernels.fused import statistics
 from i2am.kernels.pooling import Pooling
+from i2am.kernels.probes import Pooled
 
 
-def accumulate_joint(
+def accumulate_pooled(
     query: Tensor,
     key: Tensor,
+    pooled: Pooled,
     *,
     scale: float,
     bias: Tensor | None,
     query_lse: Tensor,
     key_lse: Tensor,
-    query_pooling: Pooling | None,
-    key_pooling: Pooling | None,
-    g2r: tuple[Tensor, Tensor | None],
-    r2g: tuple[Tensor, Tensor | None],
 ) -> None:
-    """Add ``W P V^T`` to ``g2r`` and ``W C V^T`` to ``r2g``.
-
-    Raises:
-        RuntimeError: The tensors are not on a GPU and Triton's interpreter is off.
-        ValueError: The dtype is fp64, or head_dim exceeds 256.
-    """
-    fused.check(query)
-    rows, columns = _weights(query_pooling, query), _weights(key_pooling, key)
+    """Add ``W P V^T`` and ``W C V^T``, given both log-sum-exps."""
+    rows, columns = _weights(pooled.left, query), _weights(pooled.right, key)
     for item in range(len(query)):
         one = slice(item, item + 1)
         mask = None if bias is None else bias[one]
-        # [heads, cells of queries, seqlen_k], then the keys pooled
-        maps = _weighted(
-            key[one],
-            query[one],
-            scale=scale,
-            bias=None if mask is None else mask.mT,
-            other_lse=query_lse[one],
-            weights=rows,
-        )
-        _add(maps if key_pooling is None else maps @ columns[0].mT, g2r, item)
-        # [heads, cells of keys, seqlen_q], then the queries pooled
-        maps = _weighted(
-            query[one], key[one], scale=scale, bias=mask, other_lse=key_lse[one], weights=columns
-        ).mT
-        _add(maps if query_pooling is None else rows[0] @ maps, r2g, item)
+        if pooled.over_keys:
+            # [heads, cells of queries, seqlen_k], then the keys pooled
+            maps = _weighted(
+                key[one],
+                query[one],
+                scale=scale,
+                bias=None if mask is None else mask.mT,
+                other_lse=query_lse[one],
+                weights=rows,
+            )
+            _add(maps if pooled.right is None else maps @ columns[0].mT, pooled.over_keys, item)
+        if pooled.over_queries:
+            # [heads, cells of keys, seqlen_q], then the queries pooled
+            maps = _weighted(
+                query[one],
+                key[one],
+                scale=scale,
+                bias=mask,
+                other_lse=key_lse[one],
+                weights=columns,
+            ).mT
+            _add(maps if pooled.left is None else rows[0] @ maps, pooled.over_queries, item)
 
 
 def _weighted(
@@ -79,8 +77,6 @@ def _weights(pooling: Pooling | None, tokens: Tensor) -> Tensor:
     return torch.eye(tokens.shape[2], device=tokens.device)[None]
 
 
-def _add(maps: Tensor, sums: tuple[Tensor, Tensor | None], item: int) -> None:
-    mean, per_head = sums
-    mean[item] += maps.mean(0)
-    if per_head is not None:
-        per_head[item] += maps
+def _add(maps: Tensor, accumulators: list[Tensor], item: int) -> None:
+    for sums in accumulators:
+        sums[item] += maps if sums.ndim == 4 else maps.mean(0)

@@ -22,6 +22,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _LOG2E = tl.constexpr(1.4426950408889634)
+_SHARED_RANGE = tl.constexpr(60.0)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -256,6 +257,24 @@ def shares(scores, lse):
 
 
 @triton.jit
+def shares_of_rows(scores, over_queries, column_lse, row_lse):
+    """``P`` of a tile whose ``C`` is known, where it is safe without an exponential per score.
+
+    ``P = C exp(column_lse - pivot) exp(pivot - row_lse)``: what underflows is below ``e ** -27``
+    while the last factor is at most ``e ** 60``.
+    """
+    pivot = tl.max(column_lse, 0)
+    pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
+    if pivot - tl.min(row_lse, 0) <= _SHARED_RANGE:
+        back = exponential(column_lse - pivot)
+        over_keys = over_queries * back[None, :] * exponential(pivot - row_lse)[:, None]
+    else:
+        over_keys = exponential(scores - row_lse[:, None])
+    return over_keys
+
+
+@triton.jit
 def weighted_sums(shared, weights_ptr, stride_r, mask, rows, BLOCK_ROWS: tl.constexpr):
     """``sum_y weights[r, y] * shared[x, y]`` as ``[x, BLOCK_ROWS]``; ``weights_ptr`` is ``[y]``."""
     offs_rows = tl.arange(0, BLOCK_ROWS)
@@ -266,6 +285,29 @@ def weighted_sums(shared, weights_ptr, stride_r, mask, rows, BLOCK_ROWS: tl.cons
         sums += tl.where(offs_rows[None, :] == r, row[:, None], 0.0)
         weights_ptr += stride_r
     return sums
+
+
+@triton.jit
+def weighted_tile(
+    shared,
+    weights_ptr,
+    stride_r,
+    mask,
+    rows,
+    BLOCK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """:func:`weighted_sums`, by a matrix product where there are many rows."""
+    if BLOCK_ROWS >= 16:
+        offs_rows = tl.arange(0, BLOCK_ROWS)
+        w = tl.load(
+            weights_ptr[:, None] + offs_rows[None, :].to(tl.int64) * stride_r,
+            mask=mask[:, None] & (offs_rows < rows)[None, :],
+            other=0.0,
+        )
+        return dot(shared, w, None, PRECISION)
+    else:
+        return weighted_sums(shared, weights_ptr, stride_r, mask, rows, BLOCK_ROWS)
 
 
 @triton.jit

@@ -6,7 +6,8 @@ are owned by the queries, and every program holds all keys:
     over_chunks   one program owns a chunk of the queries of one (batch, head), a few tiles of them:
                   their log-sum-exps are exact at once, columns and W P it sums over its chunk
     over_queries  one program owns one tile of queries: combines the chunks' column log-sum-exps and
-                  adds C u; the first of a (batch, head) also writes them and adds the chunks' W P
+                  adds C V^T and P V^T; the first of a (batch, head) also writes them and adds the
+                  chunks' W P
 
 No atomics: partial sums are combined in the order of the chunks, whose number depends on shapes
 only. Memory beside the tiles is 1 + R numbers per key, chunk and (batch, head), at most 32 chunks.
@@ -30,6 +31,7 @@ from i2am.kernels.fused.primitives import (
     read_together,
     score_tile,
     shares,
+    shares_of_rows,
     strides,
     weight_strides,
     weighted_sums,
@@ -165,9 +167,12 @@ def over_queries(
     columns_ptr,
     partial_ptr,
     votes_ptr,
+    row_lse_ptr,
+    values_ptr,
     lse_ptr,
     r2g_ptr,
     g2r_ptr,
+    shares_ptr,
     stride_query_b,
     stride_query_h,
     stride_query_m,
@@ -191,11 +196,22 @@ def over_queries(
     stride_g2r_h,
     stride_g2r_r,
     stride_g2r_n,
+    stride_row_lse_b,
+    stride_row_lse_h,
+    stride_row_lse_m,
+    stride_values_b,
+    stride_values_g,
+    stride_values_n,
+    stride_shares_b,
+    stride_shares_h,
+    stride_shares_g,
+    stride_shares_m,
     H,
     M,
     N,
     rows,
     votes,
+    groups,
     chunk,
     scale,
     UNIT: tl.constexpr,
@@ -207,10 +223,11 @@ def over_queries(
     BLOCK_C: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_VOTES: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
 ):
-    """Writes ``lse`` ``[B, H, N]``; adds into ``r2g`` and ``g2r``, each where given."""
+    """Writes ``lse`` ``[B, H, N]``; adds into ``r2g``, ``g2r`` and ``shares``, where given."""
     pid = tl.program_id(0)
-    blocks = tl.cdiv(M, BLOCK_M) if r2g_ptr is not None else 1
+    blocks = tl.cdiv(M, BLOCK_M) if r2g_ptr is not None or shares_ptr is not None else 1
     bh, block = (pid // blocks).to(tl.int64), pid % blocks
     b, h = bh // H, bh % H
     C = tl.cdiv(M, chunk)
@@ -238,7 +255,7 @@ def over_queries(
             add_into(
                 g2r_ptr, offs_n, mask_n, stride_g2r_n, offs_rows, mask_rows, stride_g2r_r, sums
             )
-    if r2g_ptr is not None:
+    if r2g_ptr is not None or shares_ptr is not None:
         query_ptr += (b * stride_query_b + h * stride_query_h) * UNIT
         key_ptr += (b * stride_key_b + h * stride_key_h) * UNIT
         if bias_ptr is not None:
@@ -252,14 +269,35 @@ def over_queries(
         q, q_tail = load_features(*queries, HEAD_DIM, BLOCK_D, BLOCK_TAIL)
         # [BLOCK_M, BLOCK_N]
         scores = score_tile(q, q_tail, *queries, *keys, *bias, scale, HEAD_DIM, BLOCK_D, BLOCK_TAIL)
-        u_ptr = votes_ptr + b * stride_votes_b + offs_n.to(tl.int64) * stride_votes_n
-        # [BLOCK_M, BLOCK_VOTES]
-        sums = weighted_sums(
-            shares(scores, lse[None, :]), u_ptr, stride_votes_u, mask_n, votes, BLOCK_VOTES
-        )
-        r2g_ptr += b * stride_r2g_b + h * stride_r2g_h
-        offs_u = tl.arange(0, BLOCK_VOTES)
-        add_into(r2g_ptr, offs_m, mask_m, stride_r2g_m, offs_u, offs_u < votes, stride_r2g_u, sums)
+        offs_n64 = offs_n.to(tl.int64)
+        probability = shares(scores, lse[None, :])
+        if shares_ptr is not None:
+            row_lse = tl.load(
+                row_lse_ptr
+                + b * stride_row_lse_b
+                + h * stride_row_lse_h
+                + offs_m.to(tl.int64) * stride_row_lse_m,
+                mask=mask_m,
+                other=float("-inf"),
+            )
+            over_keys = shares_of_rows(scores, probability, lse, row_lse)
+            v_ptr = values_ptr + b * stride_values_b + offs_n64 * stride_values_n
+            # [BLOCK_M, BLOCK_GROUPS]
+            sums = weighted_sums(over_keys, v_ptr, stride_values_g, mask_n, groups, BLOCK_GROUPS)
+            shares_ptr += b * stride_shares_b + h * stride_shares_h
+            offs_g = tl.arange(0, BLOCK_GROUPS)
+            mask_g = offs_g < groups
+            add_into(
+                shares_ptr, offs_m, mask_m, stride_shares_m, offs_g, mask_g, stride_shares_g, sums
+            )
+        if r2g_ptr is not None:
+            u_ptr = votes_ptr + b * stride_votes_b + offs_n64 * stride_votes_n
+            # [BLOCK_M, BLOCK_VOTES]
+            sums = weighted_sums(probability, u_ptr, stride_votes_u, mask_n, votes, BLOCK_VOTES)
+            r2g_ptr += b * stride_r2g_b + h * stride_r2g_h
+            offs_u = tl.arange(0, BLOCK_VOTES)
+            mask_u = offs_u < votes
+            add_into(r2g_ptr, offs_m, mask_m, stride_r2g_m, offs_u, mask_u, stride_r2g_u, sums)
 
 
 over_chunks_of_one = keeping_loops(over_chunks, "M", "N")
@@ -279,6 +317,8 @@ def plan(
     query_lse: Tensor | None,
     row_lse: Tensor | None,
     key_lse: Tensor,
+    values: Tensor | None = None,
+    group_shares: Tensor | None = None,
 ) -> tuple[Launch, Launch]:
     """Both launches, in order; allocates what the first leaves for the second.
 
@@ -294,13 +334,19 @@ def plan(
         query_lse: fp32 ``[B, H, M]`` where it is known.
         row_lse: Contiguous fp32 ``[B, H, M]``, written; ``None`` if ``query_lse`` is known.
         key_lse: Contiguous fp32 ``[B, H, N]``, written.
+        values: fp32 ``[B, G, N]``, wanted with ``group_shares``.
+        group_shares: fp32 ``[B, H, G, M]``, added into; ``None`` skips it.
     """
     batch, heads, seqlen_q, head_dim = query.shape
     seqlen_k = key.shape[2]
     rows = 1 if g2r is None else g2r.shape[2]
     votes = 1 if r2g is None else r2g.shape[2]
+    groups = 1 if group_shares is None else group_shares.shape[2]
+    known_lse = query_lse if row_lse is None else row_lse
     width = configs.width(head_dim, read_together(query, key))
-    config = configs.short(width, query.element_size(), seqlen_q, seqlen_k, max(rows, votes))
+    config = configs.short(
+        width, query.element_size(), seqlen_q, seqlen_k, max(rows, votes, groups)
+    )
     chunks = triton.cdiv(seqlen_q, config.chunk)
     columns = key_lse.new_empty((batch, heads, chunks, seqlen_k))
     partial = None if g2r is None else key_lse.new_empty((batch, heads, chunks, rows, seqlen_k))
@@ -333,17 +379,25 @@ def plan(
     }
     second = {
         "votes_ptr": key_weights,
+        "row_lse_ptr": None if group_shares is None else known_lse,
+        "values_ptr": values,
         "lse_ptr": key_lse,
         "r2g_ptr": r2g,
         "g2r_ptr": g2r,
+        "shares_ptr": group_shares,
         **weight_strides("votes", key_weights, "bun"),
         **strides("r2g", r2g, "bhum"),
         **strides("g2r", g2r, "bhrn"),
+        **strides("row_lse", None if group_shares is None else known_lse, "bhm"),
+        **weight_strides("values", values, "bgn"),
+        **strides("shares", group_shares, "bhgm"),
         "votes": votes,
+        "groups": groups,
         "BLOCK_C": configs.MAX_CHUNKS,
         "BLOCK_VOTES": triton.next_power_of_2(votes),
+        "BLOCK_GROUPS": triton.next_power_of_2(groups),
     }
-    blocks = 1 if r2g is None else triton.cdiv(seqlen_q, config.BLOCK_M)
+    blocks = 1 if r2g is None and group_shares is None else triton.cdiv(seqlen_q, config.BLOCK_M)
     kernels = (over_chunks, over_queries)
     if 1 in (seqlen_q, seqlen_k):
         kernels = (over_chunks_of_one, over_queries_of_one)

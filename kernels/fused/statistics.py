@@ -6,11 +6,13 @@ Memory beside the tiles is the log-sum-exp of each side.
 
     lse[owner]        = log sum_other exp(S[owner, other])
     sums[r, owner]   += sum_other weights[r, other] * exp(S[owner, other] - other_lse[other])
+    shares[g, owner] += sum_other values[g, other]  * exp(S[owner, other] - owner_lse[owner])
 
-With owner = key the sums are W P, with owner = query they are C u: the softmax in them runs over
-the owner's own side, so its normaliser belongs to the other token. Wanted together, both come from
-one exponential per score, exp(S - other_lse) exp(other_lse) being exp(S); a block in which that
-could underflow walks once more for its log-sum-exp.
+With owner = key the sums are W P, with owner = query they are C V^T: the softmax in them runs over
+the owner's own side, so its normaliser belongs to the other token. The shares are P V^T, owned by
+queries, whose own normaliser it takes. Wanted together, all come from one exponential per score,
+exp(S - other_lse) exp(other_lse) being exp(S); a block in which that could underflow walks once
+more for its log-sum-exp, a tile in which it could takes an exponential more for its shares.
 """
 
 # B batch, H heads, D head_dim, R weight rows; owners and others are M and N, or N and M
@@ -33,9 +35,11 @@ from i2am.kernels.fused.primitives import (
     read_together,
     score_tile,
     shares,
+    shares_of_rows,
     strides,
     weight_strides,
     weighted_sums,
+    weighted_tile,
 )
 
 # e ** -60: what fp32 lost below it (from e ** -87 on) is less than e ** -27 of the sum
@@ -107,8 +111,11 @@ def owner_pass(
     bias_ptr,
     other_lse_ptr,
     weights_ptr,
+    owner_lse_ptr,
+    values_ptr,
     lse_ptr,
     sums_ptr,
+    shares_ptr,
     stride_owner_b,
     stride_owner_h,
     stride_owner_t,
@@ -131,10 +138,21 @@ def owner_pass(
     stride_sums_h,
     stride_sums_r,
     stride_sums_t,
+    stride_owner_lse_b,
+    stride_owner_lse_h,
+    stride_owner_lse_t,
+    stride_values_b,
+    stride_values_r,
+    stride_values_t,
+    stride_shares_b,
+    stride_shares_h,
+    stride_shares_r,
+    stride_shares_t,
     H,
     owners,
     others,
     rows,
+    groups,
     scale,
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -143,9 +161,10 @@ def owner_pass(
     BLOCK_D: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
     ROW_PRECISION: tl.constexpr,
 ):
-    """Writes ``lse`` and adds into ``sums``, each where its pointer is given."""
+    """Writes ``lse``, adds into ``sums`` and ``shares``, each where its pointer is given."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(owners, BLOCK_OWNER)
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
@@ -173,10 +192,22 @@ def owner_pass(
         BLOCK_D,
         BLOCK_TAIL,
     )
-    if sums_ptr is not None:
-        sums = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
+    if sums_ptr is not None or shares_ptr is not None:
         # thousands of tiles may come: fp32 sums over all of them keep what rounding takes
-        sums_lost = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
+        if sums_ptr is not None:
+            sums = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
+            sums_lost = tl.zeros([BLOCK_OWNER, BLOCK_ROWS], tl.float32)
+        if shares_ptr is not None:
+            groups_sums = tl.zeros([BLOCK_OWNER, BLOCK_GROUPS], tl.float32)
+            groups_lost = tl.zeros([BLOCK_OWNER, BLOCK_GROUPS], tl.float32)
+            owner_lse = tl.load(
+                owner_lse_ptr
+                + b * stride_owner_lse_b
+                + h * stride_owner_lse_h
+                + offs_owner.to(tl.int64) * stride_owner_lse_t,
+                mask=mask_owner,
+                other=float("-inf"),
+            )
         if lse_ptr is not None:
             pivot = tl.full([1], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_OWNER], tl.float32)
@@ -185,7 +216,8 @@ def owner_pass(
             offs_other = start + tl.arange(0, BLOCK_OTHER)
             mask_other = offs_other < others
             offs_other64 = offs_other.to(tl.int64)
-            w_ptr = weights_ptr + b * stride_weights_b + offs_other64 * stride_weights_t
+            if sums_ptr is not None:
+                w_ptr = weights_ptr + b * stride_weights_b + offs_other64 * stride_weights_t
             if BLOCK_ROWS >= 16:
                 # [BLOCK_OTHER, BLOCK_ROWS]
                 w = tl.load(
@@ -220,35 +252,52 @@ def owner_pass(
                     BLOCK_D,
                     BLOCK_TAIL,
                 )
-                other_lse = tl.load(
-                    other_lse_ptr
-                    + b * stride_other_lse_b
-                    + h * stride_other_lse_h
-                    + offs_other64 * stride_other_lse_t,
-                    mask=mask_other,
-                    other=float("-inf"),
-                )
-                probability = shares(scores, other_lse[None, :])
-                if lse_ptr is not None:
-                    # exp(S) once more, without an exponential per score
-                    new_pivot = tl.maximum(pivot, tl.max(other_lse, 0))
-                    # nothing but masked tokens so far: -inf - -inf would be NaN
-                    finite = tl.where(new_pivot == float("-inf"), 0.0, new_pivot)
-                    correction = exponential(pivot - finite)
-                    back = exponential(other_lse - finite)
-                    total, total_lost = compensated_add(
-                        total * correction,
-                        total_lost * correction,
-                        tl.sum(probability * back[None, :], 1),
+                if sums_ptr is not None:
+                    other_lse = tl.load(
+                        other_lse_ptr
+                        + b * stride_other_lse_b
+                        + h * stride_other_lse_h
+                        + offs_other64 * stride_other_lse_t,
+                        mask=mask_other,
+                        other=float("-inf"),
                     )
-                    pivot = new_pivot
-                if BLOCK_ROWS >= 16:
-                    tile = dot(probability, w, None, ROW_PRECISION)
-                else:
-                    tile = weighted_sums(
-                        probability, w_ptr, stride_weights_r, mask_other, rows, BLOCK_ROWS
+                    probability = shares(scores, other_lse[None, :])
+                    if lse_ptr is not None:
+                        # exp(S) once more, without an exponential per score
+                        new_pivot = tl.maximum(pivot, tl.max(other_lse, 0))
+                        # nothing but masked tokens so far: -inf - -inf would be NaN
+                        finite = tl.where(new_pivot == float("-inf"), 0.0, new_pivot)
+                        correction = exponential(pivot - finite)
+                        back = exponential(other_lse - finite)
+                        total, total_lost = compensated_add(
+                            total * correction,
+                            total_lost * correction,
+                            tl.sum(probability * back[None, :], 1),
+                        )
+                        pivot = new_pivot
+                    if BLOCK_ROWS >= 16:
+                        tile = dot(probability, w, None, ROW_PRECISION)
+                    else:
+                        tile = weighted_sums(
+                            probability, w_ptr, stride_weights_r, mask_other, rows, BLOCK_ROWS
+                        )
+                    sums, sums_lost = compensated_add(sums, sums_lost, tile)
+                if shares_ptr is not None:
+                    if sums_ptr is not None:
+                        over_keys = shares_of_rows(scores, probability, other_lse, owner_lse)
+                    else:
+                        over_keys = shares(scores, owner_lse[:, None])
+                    v_ptr = values_ptr + b * stride_values_b + offs_other64 * stride_values_t
+                    tile = weighted_tile(
+                        over_keys,
+                        v_ptr,
+                        stride_values_r,
+                        mask_other,
+                        groups,
+                        BLOCK_GROUPS,
+                        ROW_PRECISION,
                     )
-                sums, sums_lost = compensated_add(sums, sums_lost, tile)
+                    groups_sums, groups_lost = compensated_add(groups_sums, groups_lost, tile)
     if lse_ptr is not None:
         if sums_ptr is not None:
             lse = log_sum_exp(tl.where(pivot == float("-inf"), 0.0, pivot), total)
@@ -291,6 +340,19 @@ def owner_pass(
             stride_sums_r,
             sums,
         )
+    if shares_ptr is not None:
+        shares_ptr += b * stride_shares_b + h * stride_shares_h
+        offs_groups = tl.arange(0, BLOCK_GROUPS)
+        add_into(
+            shares_ptr,
+            offs_owner,
+            mask_owner,
+            stride_shares_t,
+            offs_groups,
+            offs_groups < groups,
+            stride_shares_r,
+            groups_sums,
+        )
 
 
 owner_pass_of_one = keeping_loops(owner_pass, "owners", "others")
@@ -306,6 +368,9 @@ def plan(
     other_lse: Tensor | None = None,
     weights: Tensor | None = None,
     sums: Tensor | None = None,
+    owner_lse: Tensor | None = None,
+    values: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> Launch:
     """One pass of the owners over the others.
 
@@ -318,11 +383,16 @@ def plan(
         other_lse: fp32 ``[B, H, others]``, wanted with ``sums``.
         weights: fp32 ``[B, R, others]``, wanted with ``sums``.
         sums: fp32 ``[B, H, R, owners]``, added into; ``None`` skips it.
+        owner_lse: fp32 ``[B, H, owners]``, wanted with ``shares``.
+        values: fp32 ``[B, G, others]``, wanted with ``shares``; at most ``configs.MAX_ROW_BLOCK``
+            groups, and with ``sums`` as few as fit a block of few rows.
+        shares: fp32 ``[B, H, G, owners]``, added into; ``None`` skips it.
     """
     batch, heads, owners, head_dim = owner.shape
     rows = 1 if sums is None else sums.shape[2]
+    groups = 0 if shares is None else shares.shape[2]
     width = configs.width(head_dim, read_together(owner, other))
-    config = configs.statistics(width, owner.element_size(), owners, rows, bias is not None)
+    config = configs.statistics(width, owner.element_size(), owners, rows, bias is not None, groups)
     blocks = triton.cdiv(owners, config.BLOCK_OWNER) * triton.cdiv(rows, config.BLOCK_ROWS)
     arguments = {
         "owner_ptr": owner,
@@ -330,17 +400,24 @@ def plan(
         "bias_ptr": bias,
         "other_lse_ptr": other_lse,
         "weights_ptr": weights,
+        "owner_lse_ptr": owner_lse,
+        "values_ptr": values,
         "lse_ptr": lse,
         "sums_ptr": sums,
+        "shares_ptr": shares,
         **feature_strides(owner=(owner, "t"), other=(other, "t")),
         **strides("bias", bias, ("b", "h", "owner", "other")),
         **strides("other_lse", other_lse, "bht"),
         **weight_strides("weights", weights, "brt"),
         **strides("sums", sums, "bhrt"),
+        **strides("owner_lse", owner_lse, "bht"),
+        **weight_strides("values", values, "brt"),
+        **strides("shares", shares, "bhrt"),
         "H": heads,
         "owners": owners,
         "others": other.shape[2],
         "rows": rows,
+        "groups": groups,
         "scale": scale,
         "HEAD_DIM": head_dim,
         "ROW_PRECISION": configs.ROW_PRECISION,

@@ -91,15 +91,15 @@ def test_what_pytorch_hands_over_saves_a_sweep(tiny, monkeypatch):
     from i2am.attribution import accumulator
 
     given = []
-    original = accumulator.accumulate_attention_statistics
+    original = accumulator.accumulate
 
-    def spy(query, key, *, query_lse, **rest):
+    def spy(query, key, probes, *, normaliser, **rest):
         exact = (query.double() @ key.double().mT * query.shape[-1] ** -0.5).logsumexp(-1)
-        torch.testing.assert_close(query_lse.double(), exact, rtol=1e-5, atol=1e-5)
-        given.append(query_lse)
-        return original(query, key, query_lse=query_lse, **rest)
+        torch.testing.assert_close(normaliser.double(), exact, rtol=1e-5, atol=1e-5)
+        given.append(normaliser)
+        return original(query, key, probes, normaliser=normaliser, **rest)
 
-    monkeypatch.setattr(accumulator, "accumulate_attention_statistics", spy)
+    monkeypatch.setattr(accumulator, "accumulate", spy)
     loop = tiny.loop()
     pipeline = tiny.ip_adapters(tiny.stable_diffusion(), "full")
     for attach in ("beside", "fused"):

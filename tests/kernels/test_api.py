@@ -10,19 +10,21 @@ from i2am import kernels
 from i2am.kernels import (
     AttentionStatistics,
     Impl,
-    accumulate_attention_statistics,
+    Pooling,
+    Probe,
     attention_statistics,
-    attention_with_statistics,
     reference,
     streaming,
 )
 from i2am.kernels.arguments import implementation
-from i2am.testing import make_qkv
+from i2am.kernels.probes import packed
+from i2am.testing import accumulate_maps, attention_with_statistics, make_qkv
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 B, H, M, N, D = 2, 3, 23, 17, 8
+POOLING = Pooling.of([(5 * i, torch.ones(1, 5) / 5) for i in range(3)], M)
 
 
 @pytest.fixture(params=["reference", "streaming"])
@@ -54,7 +56,7 @@ def accumulated(query, key, **arguments):
     dtype = torch.promote_types(query.dtype, torch.float32)
     r2g = torch.zeros(batch, heads, votes, seqlen_q, dtype=dtype)
     g2r = torch.zeros(batch, heads, rows, seqlen_k, dtype=dtype)
-    accumulate_attention_statistics(query, key, r2g=r2g, g2r=g2r, **arguments)
+    accumulate_maps(query, key, r2g=r2g, g2r=g2r, **arguments)
     return r2g, g2r
 
 
@@ -307,7 +309,14 @@ def test_output_is_that_of_scaled_dot_product_attention(impl, dtype, mask):
     ulp = torch.finfo(dtype).eps * expected.abs().max().item()
     torch.testing.assert_close(output, expected, rtol=0, atol=roundings * ulp)
     alone = attention_statistics(query, key, bias=bias, scale=0.2, impl=impl)
-    close(statistics, alone)
+    for name in ("r2g", "key_lse"):
+        close(getattr(statistics, name), getattr(alone, name))
+    # P is that of the log-sum-exp that the attention call left
+    normaliser, g2r = statistics.query_lse, torch.zeros_like(statistics.g2r)
+    torch.testing.assert_close(normaliser, alone.query_lse, rtol=1e-5, atol=1e-5)
+    options = {"bias": bias, "scale": 0.2, "normaliser": normaliser, "impl": "reference"}
+    accumulate_maps(query, key, g2r=g2r, **options)
+    close(statistics.g2r, g2r)
 
 
 # --- in place -------------------------------------------------------------------------------------
@@ -328,7 +337,7 @@ def test_adds_in_place_to_strided_views_and_leaves_the_neighbours_alone(impl, dt
     r2g, g2r = view(all_r2g), view(all_g2r)
     expected = attention_statistics(query, key, query_weights=rows, key_weights=votes, impl=impl)
     for times in (1, 2):
-        accumulate_attention_statistics(
+        accumulate_maps(
             query, key, r2g=r2g, g2r=g2r, query_weights=rows, key_weights=votes, impl=impl
         )
         close(r2g, view(before[0]) + times * expected.r2g)
@@ -342,16 +351,16 @@ def test_none_skips_a_direction(impl):
     query, key, _ = make_qkv(B, H, M, N, D)
     both_r2g, both_g2r = accumulated(query, key, impl=impl)
     r2g, g2r = torch.zeros_like(both_r2g), torch.zeros_like(both_g2r)
-    accumulate_attention_statistics(query, key, r2g=r2g, impl=impl)
-    accumulate_attention_statistics(query, key, g2r=g2r, impl=impl)
-    accumulate_attention_statistics(query, key, impl=impl)
+    accumulate_maps(query, key, r2g=r2g, impl=impl)
+    accumulate_maps(query, key, g2r=g2r, impl=impl)
+    accumulate_maps(query, key, impl=impl)
     assert torch.equal(r2g, both_r2g)
     assert torch.equal(g2r, both_g2r)
 
 
 def test_accumulating_returns_the_log_sum_exps(impl):
     query, key, _ = make_qkv(B, H, M, N, D)
-    query_lse, key_lse = accumulate_attention_statistics(query, key, impl=impl)
+    query_lse, key_lse = accumulate_maps(query, key, impl=impl)
     expected = attention_statistics(query, key, impl=impl)
     close(query_lse, expected.query_lse)
     close(key_lse, expected.key_lse)
@@ -361,7 +370,7 @@ def test_nan_in_an_accumulator_stays_where_it_was(impl):
     query, key, _ = make_qkv(B, H, M, N, D)
     r2g, g2r = torch.zeros(B, H, 1, M), torch.zeros(B, H, 1, N)
     r2g[0, 1, 0, 5] = g2r[1, 0, 0, 4] = torch.nan
-    accumulate_attention_statistics(query, key, r2g=r2g, g2r=g2r, impl=impl)
+    accumulate_maps(query, key, r2g=r2g, g2r=g2r, impl=impl)
     assert r2g.isnan().nonzero().tolist() == [[0, 1, 0, 5]]
     assert g2r.isnan().nonzero().tolist() == [[1, 0, 0, 4]]
 
@@ -432,8 +441,8 @@ from i2am import kernels
 q = torch.ones(1, 1, 2, 4)
 for call in (
     lambda: kernels.attention_statistics(q, q, impl="fused"),
-    lambda: kernels.attention_with_statistics(q, q, q, impl="fused"),
-    lambda: kernels.accumulate_attention_statistics(q, q, impl="fused"),
+    lambda: kernels.attention(q, q, q, impl="fused"),
+    lambda: kernels.accumulate(q, q, [], impl="fused"),
 ):
     try:
         call()
@@ -483,7 +492,7 @@ def test_a_gradient_of_value_or_of_an_accumulator_is_refused():
         attention_with_statistics(query, key, value.clone().requires_grad_())
     r2g = torch.zeros(B, H, 1, M, requires_grad=True)
     with pytest.raises(NotImplementedError, match="inference-only"):
-        accumulate_attention_statistics(query, key, r2g=r2g)
+        accumulate_maps(query, key, r2g=r2g)
     assert (r2g == 0).all()
 
 
@@ -502,7 +511,7 @@ def test_accumulators_from_outside_can_be_added_to_in_inference_mode(impl):
     expected_r2g, expected_g2r = accumulated(query, key, impl=impl)
     r2g, g2r = torch.zeros(B, H, 1, M), torch.zeros(B, H, 1, N)
     with torch.inference_mode():
-        accumulate_attention_statistics(query, key, r2g=r2g, g2r=g2r, impl=impl)
+        accumulate_maps(query, key, r2g=r2g, g2r=g2r, impl=impl)
     assert torch.equal(r2g, expected_r2g)
     assert torch.equal(g2r, expected_g2r)
 
@@ -510,41 +519,44 @@ def test_accumulators_from_outside_can_be_added_to_in_inference_mode(impl):
 # --- torch.library and torch.compile --------------------------------------------------------------
 
 
-def operator_inputs(dtype, *, bias, lse, r2g, g2r):
+def operator_inputs(dtype, *, bias, lse=False, probes=""):
     query, key, value = make_qkv(B, H, M, N, D, dtype=dtype)
     sums = torch.promote_types(dtype, torch.float32)
-    rows, votes = rand(1, 2, M).to(sums).expand(B, 2, M), rand(B, 2, N).to(sums)
     mask = randn(M, N).expand(B, H, M, N) if bias else None
     row_lse = (query.to(sums) @ key.to(sums).mT).logsumexp(-1) if lse else None
+    rows, votes = rand(1, 2, M).to(sums).expand(B, 2, M), rand(B, 2, N).to(sums)
     # transposed accumulators: the operator must cope with any strides
-    r2g = torch.zeros(B, H, M, 2, dtype=sums).mT if r2g else None
-    g2r = torch.zeros(B, H, N, 2, dtype=sums).mT if g2r else None
-    return query, key, value, mask, rows, votes, row_lse, r2g, g2r
+    kinds = {
+        "r2g": Probe("queries", torch.zeros(B, H, M, 2, dtype=sums).mT, right=votes),
+        "g2r": Probe("keys", torch.zeros(B, H, N, 2, dtype=sums).mT, left=rows),
+        "shares": Probe("keys", torch.zeros(B, H, M, 2, dtype=sums).mT, right=votes.clone()),
+        "pooled": Probe("queries", torch.zeros(B, 3, N, dtype=sums), left=POOLING),
+    }
+    return query, key, value, mask, row_lse, [kinds[name] for name in probes.split()]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "given",
     [
-        {"bias": True, "lse": False, "r2g": True, "g2r": True},
-        {"bias": False, "lse": True, "r2g": True, "g2r": False},
-        {"bias": False, "lse": False, "r2g": False, "g2r": True},
-        {"bias": True, "lse": True, "r2g": False, "g2r": False},
+        {"bias": True, "probes": "r2g g2r shares"},
+        {"bias": False, "lse": True, "probes": "r2g pooled"},
+        {"bias": False, "probes": "g2r"},
+        {"bias": True, "lse": True},
     ],
-    ids=lambda given: "+".join(name for name, there in given.items() if there),
+    ids=str,
 )
 def test_operator_accumulate_is_registered_properly(impl, dtype, given):
-    query, key, _, mask, rows, votes, lse, r2g, g2r = operator_inputs(dtype, **given)
+    query, key, _, mask, lse, probes = operator_inputs(dtype, **given)
     torch.library.opcheck(
-        torch.ops.i2am.accumulate.default,
-        (query, key, mask, rows, votes, lse, r2g, g2r, 1.0, impl),
+        torch.ops.i2am.accumulate.default, (query, key, mask, lse, *packed(probes), 1.0, impl)
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 def test_operator_attention_is_registered_properly(impl, dtype, bias):
-    query, key, value, mask, *_ = operator_inputs(dtype, bias=bias, lse=False, r2g=False, g2r=False)
+    query, key, value, mask, *_ = operator_inputs(dtype, bias=bias)
     torch.library.opcheck(torch.ops.i2am.attention.default, (query, key, value, mask, 1.0, impl))
 
 
@@ -584,8 +596,8 @@ def test_compiles_in_place_into_one_graph():
     r2g, g2r = torch.zeros(B, 3, H, 1, M), torch.zeros(B, 3, H, 1, N)
 
     def step(query, key, r2g, g2r):
-        accumulate_attention_statistics(query * 2, key, r2g=r2g[:, 1], g2r=g2r[:, 1])
-        accumulate_attention_statistics(query, key, r2g=r2g[:, 2])
+        accumulate_maps(query * 2, key, r2g=r2g[:, 1], g2r=g2r[:, 1])
+        accumulate_maps(query, key, r2g=r2g[:, 2])
 
     torch.compile(step, fullgraph=True, backend="aot_eager")(query, key, r2g, g2r)
     expected_r2g, expected_g2r = torch.zeros_like(r2g), torch.zeros_like(g2r)
@@ -624,6 +636,14 @@ REFUSED = {
         changed(bias=torch.zeros(M, N, device="meta")),
         "bias must be on the device of query, cpu, got meta",
     ),
+    "impl": (
+        changed(impl="Fused"),
+        "impl must be one of 'fused', 'streaming', 'reference' or None, got 'Fused'",
+    ),
+}
+
+# as the convenience function names them
+REFUSED_WEIGHTS = {
     "query_weights ndim": (
         changed(query_weights=torch.ones(M)),
         r"query_weights must be \[2 or 1, rows, 23\], got \(23,\)",
@@ -643,10 +663,6 @@ REFUSED = {
     ),
     "key_weights batch": (changed(key_weights=torch.ones(3, N)), r"key_weights must .*\(3, 17\)"),
     "key_weights length": (changed(key_weights=torch.ones(M)), r"key_weights must .*\(23,\)"),
-    "impl": (
-        changed(impl="Fused"),
-        "impl must be one of 'fused', 'streaming', 'reference' or None, got 'Fused'",
-    ),
 }
 
 
@@ -656,11 +672,17 @@ def test_refuses(function, arguments, match):
     if function is accumulated:  # sized by the good call, so that only the bad argument is wrong
         sums = {"r2g": torch.zeros(B, H, 1, M), "g2r": torch.zeros(B, H, 1, N)}
         with pytest.raises(ValueError, match=match):
-            accumulate_attention_statistics(**arguments, **sums)
+            accumulate_maps(**arguments, **sums)
         assert not any(part.any() for part in sums.values())
         return
     with pytest.raises(ValueError, match=match):
         function(**arguments)
+
+
+@pytest.mark.parametrize(("arguments", "match"), REFUSED_WEIGHTS.values(), ids=REFUSED_WEIGHTS)
+def test_refuses_weights(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        attention_statistics(**arguments)
 
 
 def test_refuses_a_value_that_does_not_fit_the_key():
@@ -676,19 +698,25 @@ def test_refuses_a_value_that_does_not_fit_the_key():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"r2g": torch.zeros(B, H, M)}, r"r2g must be \(2, 3, 1, 23\) in torch.float32 on cpu"),
-        ({"r2g": torch.zeros(B, H, 2, M)}, r"r2g must be .*got \(2, 3, 2, 23\)"),
-        ({"r2g": torch.zeros(B, H, 1, M).double()}, r"r2g must be .*in torch.float64"),
-        ({"g2r": torch.zeros(B, H, 1, M)}, r"g2r must be \(2, 3, 1, 17\).*got \(2, 3, 1, 23\)"),
-        ({"g2r": torch.zeros(B, H, 1, N, device="meta")}, r"g2r must be .*on meta"),
-        ({"query_lse": torch.zeros(B, H, N)}, r"query_lse must be \(2, 3, 23\).*\(2, 3, 17\)"),
-        ({"query_lse": torch.zeros(B, H, M).half()}, r"query_lse must be .*torch.float16"),
+        (
+            {"r2g": torch.zeros(B, H, M)},
+            r"probes\[0\].into must be \(2, 3, 1, 23\) in torch.float32 on cpu",
+        ),
+        ({"r2g": torch.zeros(B, H, 2, M)}, r"probes\[0\].into must be .*got \(2, 3, 2, 23\)"),
+        ({"r2g": torch.zeros(B, H, 1, M).double()}, r"probes\[0\].into must be .*in torch.float64"),
+        (
+            {"g2r": torch.zeros(B, H, 1, M)},
+            r"probes\[0\].into must be \(2, 3, 1, 17\).*got \(2, 3, 1, 23\)",
+        ),
+        ({"g2r": torch.zeros(B, H, 1, N, device="meta")}, r"probes\[0\].into must be .*on meta"),
+        ({"normaliser": torch.zeros(B, H, N)}, r"normaliser must be \(2, 3, 23\).*\(2, 3, 17\)"),
+        ({"normaliser": torch.zeros(B, H, M).half()}, r"normaliser must be .*torch.float16"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )
 def test_refuses_an_accumulator_that_does_not_fit(arguments, match):
     with pytest.raises(ValueError, match=match):
-        accumulate_attention_statistics(**changed(**arguments))
+        accumulate_maps(**changed(**arguments))
 
 
 @pytest.mark.parametrize(
@@ -703,8 +731,10 @@ def test_refuses_an_accumulator_that_does_not_fit(arguments, match):
     ids=["batch", "tokens", "heads", "by one element", "no step"],
 )
 def test_refuses_an_accumulator_that_overlaps_itself(impl, name, sums):
-    with pytest.raises(ValueError, match=rf"{name} must not overlap itself, .*got strides \("):
-        accumulate_attention_statistics(**changed(impl=impl, **{name: sums}))
+    with pytest.raises(
+        ValueError, match=r"probes\[0\].into must not overlap itself, .*got strides \("
+    ):
+        accumulate_maps(**changed(impl=impl, **{name: sums}))
     assert not sums.any()
 
 
@@ -722,7 +752,7 @@ def test_refuses_an_accumulator_that_overlaps_itself(impl, name, sums):
 def test_takes_an_accumulator_whose_elements_lie_apart(impl, view):
     r2g, g2r = view(M), view(N)
     query, key, _ = make_qkv(len(r2g), H, M, N, D)
-    accumulate_attention_statistics(query, key, r2g=r2g, g2r=g2r, impl=impl)
+    accumulate_maps(query, key, r2g=r2g, g2r=g2r, impl=impl)
     expected = accumulated(query, key, impl=impl)
     close(r2g, expected[0])
     close(g2r, expected[1])
@@ -732,7 +762,7 @@ def test_a_log_sum_exp_that_heads_share_is_read_and_not_added_to(impl):
     query, key, _ = make_qkv(1, 1, M, N, D)
     query, key = query.expand(1, H, M, D), key.expand(1, H, N, D)
     lse = attention_statistics(query[:, :1], key[:, :1], impl=impl).query_lse.expand(1, H, M)
-    accumulate_attention_statistics(query, key, query_lse=lse, impl=impl)
+    accumulate_maps(query, key, normaliser=lse, impl=impl)
 
 
 # --- names ----------------------------------------------------------------------------------------

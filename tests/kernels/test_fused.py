@@ -13,8 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from i2am.kernels import attention_statistics, attention_with_statistics, reference
-from i2am.testing import assert_matches_reference, hardware_rounding, make_qkv
+from i2am.kernels import Probe, attention_statistics, reference
+from i2am.testing import (
+    assert_matches_reference,
+    attention_with_statistics,
+    hardware_rounding,
+    make_qkv,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -83,7 +88,9 @@ def passes(monkeypatch):
         if "owner_ptr" not in arguments:
             seen.append(launch.kernel.fn.__name__)
         else:
-            results = [name for name in ("lse", "sums") if arguments[f"{name}_ptr"] is not None]
+            results = [
+                name for name in ("lse", "sums", "shares") if arguments[f"{name}_ptr"] is not None
+            ]
             seen.append(f"{arguments['owners']} over {arguments['others']}: {' '.join(results)}")
         original(launch, device)
 
@@ -328,9 +335,10 @@ def test_both_maps_are_distributions():
 M, N = 37, 131
 ROWS_LSE, COLUMNS_LSE = f"{M} over {N}: lse", f"{N} over {M}: lse"
 ROWS, COLUMNS = f"{M} over {N}: sums", f"{N} over {M}: lse sums"
+BOTH, SHARES = f"{M} over {N}: sums shares", f"{M} over {N}: shares"
 
 
-def accumulate(*, r2g=True, g2r=True, query_lse=None, rows=1, impl=None, M=M, N=N):
+def accumulate(*, r2g=True, g2r=True, shares=0, normaliser=None, rows=1, impl=None, M=M, N=N):
     """Accumulators that already hold 0.5, inside larger poisoned ones; and the log-sum-exps."""
     from i2am.kernels import fused
 
@@ -339,25 +347,27 @@ def accumulate(*, r2g=True, g2r=True, query_lse=None, rows=1, impl=None, M=M, N=
     sums_g = torch.full((4, 2, 1, 3 * M), torch.nan, device=DEVICE)[::2, ..., 1::3]
     g2r_sums = sums_r.permute(0, 3, 2, 1).fill_(0.5) if g2r else None
     r2g_sums = sums_g.fill_(0.5) if r2g else None
+    groups = torch.full((2, 2, shares, M), 0.5, device=DEVICE)
+    probes = [
+        Probe("keys", g2r_sums, left=uniform(1, rows, M).expand(2, rows, M)) if g2r else None,
+        Probe("queries", r2g_sums, right=uniform(1, 1, N, seed=1).expand(2, 1, N)) if r2g else None,
+        Probe("keys", groups, right=uniform(1, shares, N, seed=2).expand(2, shares, N)),
+    ]
     lses = (impl or fused).accumulate(
         query,
         key,
+        [probe for probe in probes if probe is not None],
         scale=40**-0.5,
         bias=None,
-        query_weights=uniform(1, rows, M).expand(2, rows, M),
-        key_weights=uniform(1, 1, N, seed=1).expand(2, 1, N),
-        r2g=r2g_sums,
-        g2r=g2r_sums,
-        query_lse=query_lse,
+        normaliser=normaliser,
     )
-    return r2g_sums, g2r_sums, *lses
+    return r2g_sums, g2r_sums, *lses, groups
 
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_sums_are_added_in_place(rows):
     actual, expected = accumulate(rows=rows), accumulate(rows=rows, impl=reference)
     for ours, theirs in zip(actual, expected, strict=True):
-        assert not ours.is_contiguous() or ours.ndim == 3
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     # nothing beside them was touched
     storage = torch.empty(0, device=DEVICE).set_(actual[0].untyped_storage())
@@ -372,8 +382,13 @@ def test_sums_are_added_in_place(rows):
         ({"g2r": False}, [COLUMNS_LSE, f"{M} over {N}: lse sums"]),
         ({"r2g": False, "g2r": False}, [COLUMNS_LSE, ROWS_LSE]),
         ({"rows": 40}, [ROWS_LSE, COLUMNS_LSE, f"{N} over {M}: sums", ROWS]),
+        ({"shares": 2}, [ROWS_LSE, COLUMNS, BOTH]),
+        ({"shares": 40}, [ROWS_LSE, COLUMNS, BOTH, COLUMNS_LSE, SHARES]),
+        ({"shares": 1, "r2g": False}, [ROWS_LSE, COLUMNS, SHARES]),
+        ({"shares": 1, "g2r": False}, [COLUMNS_LSE, ROWS_LSE, BOTH]),
+        ({"shares": 1, "r2g": False, "g2r": False}, [COLUMNS_LSE, ROWS_LSE, SHARES]),
     ],
-    ids=["both", "generated to reference", "reference to generated", "neither", "many rows"],
+    ids=str,
 )
 def test_only_what_is_wanted_runs(wanted, expected, passes):
     actual = accumulate(**wanted)
@@ -383,19 +398,25 @@ def test_only_what_is_wanted_runs(wanted, expected, passes):
         # other kernels, so maybe other roundings
         if ours is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    expected_shares = accumulate(**wanted, impl=reference)[4]
+    torch.testing.assert_close(actual[4], expected_shares, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("wanted", "expected"),
-    [({}, [COLUMNS, ROWS]), ({"g2r": False}, [COLUMNS_LSE, ROWS])],
-    ids=["both", "reference to generated"],
+    [
+        ({}, [COLUMNS, ROWS]),
+        ({"g2r": False}, [COLUMNS_LSE, ROWS]),
+        ({"shares": 1}, [COLUMNS, BOTH]),
+    ],
+    ids=["both", "reference to generated", "shares"],
 )
 def test_a_known_row_log_sum_exp_saves_a_pass(wanted, expected, passes):
-    r2g, g2r, query_lse, key_lse = accumulate()
+    r2g, g2r, query_lse, key_lse, _ = accumulate()
     passes.clear()
     # smaller shares, in strided memory: what was given is what is used
     given = torch.stack([query_lse + 2.0, query_lse], dim=-1)[..., 0]
-    again = accumulate(query_lse=given, **wanted)
+    again = accumulate(normaliser=given, **wanted)
     assert passes == expected
     assert again[2] is given
     torch.testing.assert_close(again[0], r2g, rtol=1e-6, atol=1e-7)
@@ -418,8 +439,16 @@ SHORT_M, SHORT_N = 131, 77
 TWO = ["over_chunks", "over_queries"]
 short_wanted = pytest.mark.parametrize(
     "wanted",
-    [{}, {"r2g": False}, {"g2r": False}, {"r2g": False, "g2r": False}, {"rows": 4}],
-    ids=["both", "generated to reference", "reference to generated", "neither", "several rows"],
+    [
+        {},
+        {"r2g": False},
+        {"g2r": False},
+        {"r2g": False, "g2r": False},
+        {"rows": 4},
+        {"shares": 3},
+        {"shares": 1, "r2g": False, "g2r": False},
+    ],
+    ids=str,
 )
 
 
@@ -456,11 +485,11 @@ def test_chunks_of_several_tiles():
 @short_wanted
 def test_few_keys_take_two_launches(wanted, given, passes):
     sizes = {"M": SHORT_M, "N": SHORT_N, "rows": wanted.get("rows", 1)}
-    expected = accumulate(impl=reference, **sizes)
+    expected = accumulate(impl=reference, shares=wanted.get("shares", 0), **sizes)
     # in strided memory
     lse = torch.stack([expected[2], expected[2]], dim=-1)[..., 0] if given else None
     passes.clear()
-    actual = accumulate(query_lse=lse, **sizes | wanted)
+    actual = accumulate(normaliser=lse, **sizes | wanted)
     assert passes == TWO
     assert (actual[2] is lse) == given
     for ours, theirs in zip(actual, expected, strict=True):
@@ -473,14 +502,13 @@ def test_few_keys_take_two_launches(wanted, given, passes):
 
 
 def test_few_keys_use_the_log_sum_exp_that_is_given():
-    _, g2r, query_lse, _ = accumulate(M=SHORT_M, N=SHORT_N)
-    again = accumulate(query_lse=query_lse + 2.0, M=SHORT_M, N=SHORT_N)
+    _, g2r, query_lse, _, _ = accumulate(M=SHORT_M, N=SHORT_N)
+    again = accumulate(normaliser=query_lse + 2.0, M=SHORT_M, N=SHORT_N)
     torch.testing.assert_close(again[1], (g2r - 0.5) * math.exp(-2.0) + 0.5)
 
 
-def test_a_single_key_without_its_closed_form(passes):
-    """api.py does not ask for this G2R: P is 1, and so is what the kernels find."""
-    _, g2r, query_lse, key_lse = accumulate(M=SHORT_M, N=1)
+def test_a_single_key_takes_all_of_every_row(passes):
+    _, g2r, query_lse, key_lse, _ = accumulate(M=SHORT_M, N=1)
     assert passes == TWO
     rows = uniform(1, 1, SHORT_M).sum()
     torch.testing.assert_close(g2r, (rows + 0.5).expand_as(g2r))
@@ -559,8 +587,9 @@ def test_addresses_are_64_bit(kernel, head_dim, expected, monkeypatch):
     elif kernel in ("chunks", "queries"):
         inputs = {"query": query, "key": key, "bias": bias}
         first = {"given_lse": lse, "weights": torch.zeros(3, 3, 3)}
-        second = {"votes": torch.zeros(3, 3, 4)}
+        second = {"votes": torch.zeros(3, 3, 4), "values": torch.zeros(3, 3, 4), "row_lse": lse}
         second |= {"r2g": torch.zeros(3, 3, 3, 3), "g2r": torch.zeros(3, 3, 3, 4)}
+        second |= {"shares": torch.zeros(3, 3, 3, 3)}
         launches = short.plan(
             **inputs,
             scale=1.0,
@@ -571,13 +600,17 @@ def test_addresses_are_64_bit(kernel, head_dim, expected, monkeypatch):
             query_lse=lse,
             row_lse=None,
             key_lse=torch.zeros(3, 3, 4),
+            values=second["values"],
+            group_shares=second["shares"],
         )
         named = inputs | (first if kernel == "chunks" else second)
         launch = launches[kernel == "queries"]
     else:
         named = {"owner": query, "other": key, "bias": bias, "other_lse": torch.zeros(3, 3, 4)}
         named |= {"weights": torch.zeros(3, 3, 4), "sums": torch.zeros(3, 3, 3, 3)}
-        launch = statistics.plan(**named, scale=1.0, lse=lse)
+        named |= {"owner_lse": torch.zeros(3, 3, 3), "values": torch.zeros(3, 3, 4)}
+        named |= {"shares": torch.zeros(3, 3, 3, 3)}
+        launch = statistics.plan(**named, scale=1.0, lse=torch.zeros(3, 3, 3))
 
     features = ("query", "key", "value", "owner", "other")
     addresses = set()

@@ -1,14 +1,9 @@
-"""Joint statistics: `W P V^T` and `W C V^T`, against the ruler and what they must not depend on."""
+"""Pooled probes: `W P V^T` and `W C V^T`, against the ruler and what they must not depend on."""
 
 import pytest
 import torch
 
-from i2am.kernels import (
-    Pooling,
-    accumulate_joint_statistics,
-    attention_statistics,
-    joint_streaming,
-)
+from i2am.kernels import Pooling, Probe, accumulate, attention_statistics, joint_streaming
 from i2am.testing import (
     assert_matches_reference,
     hardware_rounding,
@@ -30,9 +25,9 @@ PAIRS = Pooling.of([(4 * i, torch.eye(2).repeat_interleave(2, 1) / 2) for i in r
 THIRDS = Pooling.of([(0, torch.tensor([[0.2, 0.3, 0.5]])), (2, torch.rand(4, 12) + 0.1)], 15)
 POOLINGS = {
     "no pooling": {},
-    "queries": {"query_pooling": PAIRS},
-    "keys": {"key_pooling": THIRDS},
-    "both": {"query_pooling": PAIRS, "key_pooling": THIRDS},
+    "queries": {"left": PAIRS},
+    "keys": {"right": THIRDS},
+    "both": {"left": PAIRS, "right": THIRDS},
 }
 poolings = pytest.mark.parametrize("pooling", POOLINGS.values(), ids=POOLINGS)
 
@@ -46,30 +41,46 @@ def inputs(batch=B, heads=H, queries=M, keys=N, **options):
     return make_qkv(batch, heads, queries, keys, D, device=DEVICE, **options)[:2]
 
 
-def joint(query, key, *, kept=slice(None), impl="reference", exact=False, lse=None, **arguments):
-    """What is added to accumulators of 0, by name; `kept` chooses keys after the softmax."""
+def probes(sums, left=None, right=None):
+    """One for each accumulator, by its name."""
+    over = {"g2r": "keys", "r2g": "queries"}
+    return [Probe(over[name[:3]], into, left, right) for name, into in sums.items()]
+
+
+def joint(
+    query,
+    key,
+    *,
+    kept=slice(None),
+    impl="reference",
+    exact=False,
+    given=True,
+    left=None,
+    right=None,
+    **arguments,
+):
+    """What is added to accumulators of 0, by name; `kept` chooses keys after the softmax, whose
+    log-sum-exp is `given` as an attention call would."""
     if exact:
         query, key = query.double(), key.double()
-    shared = {name: arguments.get(name) for name in ("scale", "bias")}
-    lse = lse or attention_statistics(query, key, impl="reference", **shared)
-    bias = arguments.pop("bias", None)
+    normaliser = None
+    if given:
+        normaliser = attention_statistics(query, key, impl="reference", **arguments).query_lse
+    key = key[:, :, kept]
+    if arguments.get("bias") is not None:
+        arguments["bias"] = arguments["bias"][..., kept]
     batch, heads, queries, _ = query.shape
-    key, key_lse = key[:, :, kept], lse.key_lse[..., kept]
-    rows, columns = arguments.get("query_pooling"), arguments.get("key_pooling")
-    cells = (rows.cells if rows else queries, columns.cells if columns else key.shape[2])
+    cells = (left.cells if left else queries, right.cells if right else key.shape[2])
     zeros = {
-        name: key_lse.new_zeros((batch, *([heads] if "head" in name else []), *cells))
+        name: torch.zeros(
+            (batch, *([heads] if "head" in name else []), *cells),
+            dtype=torch.promote_types(query.dtype, torch.float32),
+            device=query.device,
+        )
         for name in NAMES
     }
-    accumulate_joint_statistics(
-        query,
-        key,
-        query_lse=lse.query_lse,
-        key_lse=key_lse,
-        bias=bias if bias is None else bias[..., kept],
-        impl=impl,
-        **zeros,
-        **arguments,
+    accumulate(
+        query, key, probes(zeros, left, right), normaliser=normaliser, impl=impl, **arguments
     )
     return zeros
 
@@ -100,7 +111,7 @@ def test_error_is_at_most_twice_the_eager_error(pooling, impl, dtype):
 def test_the_reference_reads_like_the_formulae(pooling):
     query, key = (x.double() for x in inputs())
     scores = query @ key.mT * D**-0.5
-    rows, columns = pooling.get("query_pooling"), pooling.get("key_pooling")
+    rows, columns = pooling.get("left"), pooling.get("right")
     w = torch.eye(M).double() if rows is None else rows.dense(torch.float64)
     v = torch.eye(N).double() if columns is None else columns.dense(torch.float64)
     found = joint(query, key, **pooling)
@@ -110,12 +121,13 @@ def test_the_reference_reads_like_the_formulae(pooling):
         torch.testing.assert_close(found[name], expected.mean(1))
 
 
-@pytest.mark.parametrize("logits", [70, 200, 2000])
+@pytest.mark.parametrize("given", [True, False], ids=["normaliser", "none"])
+@pytest.mark.parametrize("logits", [15, 70, 200, 2000])
 @poolings
-def test_large_logits(pooling, impl, logits):
+def test_large_logits(pooling, impl, logits, given):
     query, key = inputs(logits=logits)
     exact = joint(query, key, exact=True, **pooling)
-    found = joint(query, key, impl=impl, **pooling)
+    found = joint(query, key, impl=impl, given=given, **pooling)
     # the log-sum-exps that are given were rounded at that size, and so is every score
     budget = 2 * torch.finfo(torch.float32).eps * logits
     for name in NAMES:
@@ -184,26 +196,22 @@ def test_fp64_stays_fp64():
 def test_it_adds(pooling, impl):
     query, key = inputs()
     once = joint(query, key, impl=impl, **pooling)
-    lse = attention_statistics(query, key, impl="reference")
     before = {name: torch.rand_like(sums) for name, sums in once.items()}
     sums = {name: held.clone() for name, held in before.items()}
-    accumulate_joint_statistics(
-        query, key, query_lse=lse.query_lse, key_lse=lse.key_lse, impl=impl, **sums, **pooling
-    )
+    lse = attention_statistics(query, key, impl="reference").query_lse
+    accumulate(query, key, probes(sums, **pooling), normaliser=lse, impl=impl)
     for name in NAMES:
         torch.testing.assert_close(sums[name], before[name] + once[name])
 
 
 def test_heads_are_optional_and_accumulators_have_any_strides(impl):
     query, key = inputs()
-    lse = attention_statistics(query, key, impl="reference")
     all_ = joint(query, key, impl=impl)
     wide = torch.full((B, 3, N, M + 2), torch.nan, device=DEVICE)
     views = {"g2r": wide[:, 1, :, 1:-1].mT, "r2g": torch.zeros(B, M, N, device=DEVICE)}
     views["g2r"].zero_()
-    accumulate_joint_statistics(
-        query, key, query_lse=lse.query_lse, key_lse=lse.key_lse, impl=impl, **views
-    )
+    lse = attention_statistics(query, key, impl="reference").query_lse
+    accumulate(query, key, probes(views), normaliser=lse, impl=impl)
     for name, sums in views.items():
         assert torch.equal(sums, all_[name])
     assert wide.isnan().sum() == wide.numel() - B * M * N
@@ -240,19 +248,10 @@ def test_tiles_do_not_show(monkeypatch, pooling):
 def test_transient_memory_is_a_few_tiles():
     query, key = make_qkv(1, 8, 768, 1536, 40)[:2]
     pooling = Pooling.of([(48 * i, torch.full((12, 48), 1 / 48)) for i in range(32)], 1536)
-    lse = attention_statistics(query, key)
     sums = {name: torch.zeros(1, 768, 384) for name in NAMES[:2]}
 
     def call():
-        accumulate_joint_statistics(
-            query,
-            key,
-            query_lse=lse.query_lse,
-            key_lse=lse.key_lse,
-            key_pooling=pooling,
-            impl="streaming",
-            **sums,
-        )
+        accumulate(query, key, probes(sums, right=pooling), impl="streaming")
 
     # the matrix of all heads has 36 MiB
     assert peak_bytes(call) < 16 * 2**20
@@ -288,49 +287,47 @@ def test_poolings_that_are_refused(bands, message):
 # --- what is refused ------------------------------------------------------------------------------
 
 Q, K = make_qkv(B, H, M, N, D)[:2]
-GOOD = {
-    "query": Q,
-    "key": K,
-    "query_lse": torch.zeros(B, H, M),
-    "key_lse": torch.zeros(B, H, N),
-    "g2r": torch.zeros(B, M, N),
-    "r2g": torch.zeros(B, M, N),
-}
+POOLED = torch.zeros(B, M, N)
+
+
+def probe(**changes):
+    return Probe(**{"over": "keys", "into": POOLED} | changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"key": K[:1]}, "query and key must have the same batch, got 2 and 1"),
-        ({"query_lse": torch.zeros(B, H, N)}, r"query_lse must be \(2, 3, 24\)"),
-        ({"key_lse": torch.zeros(B, H, M)}, r"key_lse must be \(2, 3, 15\)"),
-        ({"g2r": torch.zeros(B, N, M)}, r"g2r must be \(2, 24, 15\) in torch.float32"),
-        ({"r2g": torch.zeros(B, M, N).double()}, "r2g must be .* got .* in torch.float64"),
-        ({"g2r_per_head": torch.zeros(B, M, N)}, r"g2r_per_head must be \(2, 3, 24, 15\)"),
-        ({"r2g_per_head": torch.zeros(B, M, N)}, r"r2g_per_head must be \(2, 3, 24, 15\)"),
-        ({"g2r": torch.zeros(M, N).expand(B, M, N)}, "g2r must not overlap itself"),
-        ({"r2g_per_head": torch.zeros(B, 1, M, N).expand(B, H, M, N)}, "r2g_per_head must not ov"),
-        ({"query_pooling": THIRDS}, "query_pooling must pool the 24 queries, got one of 15"),
-        ({"key_pooling": PAIRS}, "key_pooling must pool the 15 keys, got one of 24"),
-        ({"key_pooling": THIRDS}, r"g2r must be \(2, 24, 5\)"),
-        ({"bias": torch.zeros(7)}, r"bias must broadcast to \(2, 3, 24, 15\)"),
-        ({"impl": "eager"}, "impl must be one of"),
+        (
+            {"into": torch.zeros(B, N, M)},
+            r"probes\[0\].into must be \(2, 24, 15\) in torch.float32",
+        ),
+        ({"into": POOLED.double()}, r"probes\[0\].into must be .* got .* in torch.float64"),
+        ({"into": torch.zeros(1, B, H, M, N)}, r"probes\[0\].into must be \(2, 3, 24, 15\)"),
+        ({"into": torch.zeros(M, N).expand(B, M, N)}, r"probes\[0\].into must not overlap itself"),
+        ({"into": torch.zeros(B, 1, M, N).expand(B, H, M, N)}, r"into must not overlap itself"),
+        ({"left": THIRDS}, r"probes\[0\].left must pool 24 tokens, got a pooling of 15"),
+        ({"right": PAIRS}, r"probes\[0\].right must pool 15 tokens, got a pooling of 24"),
+        ({"right": THIRDS}, r"probes\[0\].into must be \(2, 24, 5\)"),
     ],
 )
 def test_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        accumulate_joint_statistics(**{**GOOD, **changes})
+        accumulate(Q, K, [probe(**changes)])
+
+
+def test_what_has_no_pooling_yet_is_refused_before_anything_is_added():
+    good, bad = torch.zeros(B, M, N), torch.zeros(B, H, M, N + 1)
+    with pytest.raises(ValueError, match=r"probes\[1\].into must be \(2, 3, 24, 15\)"):
+        accumulate(Q, K, [probe(into=good), probe(into=bad)])
+    assert not good.any()
 
 
 def test_refuses_gradients():
     with pytest.raises(NotImplementedError, match="inference-only"):
-        accumulate_joint_statistics(**{**GOOD, "query": Q.clone().requires_grad_()})
+        accumulate(Q.clone().requires_grad_(), K, [probe()])
 
 
 def test_fused_refuses_fp64():
-    fp64 = {
-        key: x.to(DEVICE, torch.float64) if isinstance(x, torch.Tensor) else x
-        for key, x in GOOD.items()
-    }
+    query, key, into = (x.to(DEVICE, torch.float64) for x in (Q, K, POOLED))
     with pytest.raises(ValueError, match=r"impl='fused' computes in fp32"):
-        accumulate_joint_statistics(**fp64, impl="fused")
+        accumulate(query, key, [probe(into=into)], impl="fused")

@@ -8,12 +8,10 @@ import torch
 
 from i2am.kernels import (
     AttentionStatistics,
-    accumulate_attention_statistics,
     attention_statistics,
-    attention_with_statistics,
     reference,
 )
-from i2am.testing import make_qkv
+from i2am.testing import accumulate_maps, attention_with_statistics, make_qkv
 
 # a GPU machine may have torch, triton, numpy and pytest alone; these tests are the CPU's
 hypothesis = pytest.importorskip("hypothesis")
@@ -150,15 +148,19 @@ def test_large_logits_lose_nothing_in_fp64(logits):
     torch.testing.assert_close(statistics.query_lse, scores.logsumexp(-1), rtol=1e-12, atol=0)
 
 
-def test_a_given_log_sum_exp_is_not_trusted():
+def test_a_normaliser_is_taken_as_it_is():
     query, key, _ = make_qkv(1, 2, 5, 7, 8)
     expected = attention_statistics(query, key, impl="reference")
     r2g, g2r = torch.zeros(1, 2, 1, 5), torch.zeros(1, 2, 1, 7)
-    accumulate_attention_statistics(
-        query, key, r2g=r2g, g2r=g2r, query_lse=torch.full((1, 2, 5), 9.0), impl="reference"
+    given = torch.full((1, 2, 5), 9.0)
+    query_lse, key_lse = accumulate_maps(
+        query, key, r2g=r2g, g2r=g2r, normaliser=given, impl="reference"
     )
+    assert query_lse is given
+    assert torch.equal(key_lse, expected.key_lse)
     assert torch.equal(r2g[:, :, 0], expected.r2g)
-    assert torch.equal(g2r, expected.g2r)
+    scores = query @ key.mT * 8**-0.5
+    torch.testing.assert_close(g2r, (scores - 9.0).exp().mean(2, keepdim=True))
 
 
 def test_a_fully_masked_row_attends_to_nothing():

@@ -1,17 +1,24 @@
 """The CPU path against the ruler: the fp64 reference, with twice the eager error as the budget."""
 
+import math
+from collections import namedtuple
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from i2am.kernels import (
-    accumulate_attention_statistics,
     attention_statistics,
-    attention_with_statistics,
     native,
     streaming,
 )
-from i2am.testing import assert_matches_reference, make_qkv, peak_bytes
+from i2am.testing import (
+    accumulate_maps,
+    assert_matches_reference,
+    attention_with_statistics,
+    make_qkv,
+    peak_bytes,
+)
 
 # a GPU machine may have torch, triton, numpy and pytest alone; these tests are the CPU's
 hypothesis = pytest.importorskip("hypothesis")
@@ -21,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+Statistics = namedtuple("Statistics", "r2g g2r shares query_lse key_lse")
 LAYOUTS = [
     "unet",
     "contiguous",
@@ -32,29 +40,41 @@ LAYOUTS = [
 ]
 
 
-def eager_results(query, key, *, query_lse=None, **arguments):
+def statistics(query, key, *, normaliser=None, values=None, impl="reference", **arguments):
+    """What is read of a call: `attention_statistics`, and `P V^T` where there are values."""
+    batch, heads, seqlen_q, _ = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    rows, votes = arguments.get("query_weights"), arguments.get("key_weights")
+    sizes = [
+        (1 if votes is None or votes.ndim < 3 else votes.shape[1], seqlen_q),
+        (1 if rows is None else rows.shape[1], key.shape[2]),
+        (0 if values is None else values.shape[1], seqlen_q),
+    ]
+    r2g, g2r, shares = (torch.zeros(batch, heads, *size, dtype=dtype) for size in sizes)
+    if values is not None:
+        values = {"shares": shares, "values": values}
+    lse = accumulate_maps(
+        query,
+        key,
+        r2g=r2g,
+        g2r=g2r,
+        normaliser=None if normaliser is None else normaliser.to(dtype),
+        impl=impl,
+        **(values or {}),
+        **arguments,
+    )
+    return Statistics(r2g, g2r, shares, *lse)
+
+
+def eager_results(query, key, *, scale=None, **arguments):
     """The formulae in the working dtype, in every order of operations that people use."""
     compute = torch.promote_types(query.dtype, torch.float32)
-    wide_query, wide_key = query.to(compute), key.to(compute)
-    scale = query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     # the scale on the product, and on the query as in PyTorch's attention
-    results = [
-        attention_statistics(query, key, impl="reference", **arguments),
-        attention_statistics(
-            wide_query * scale, wide_key, scale=1.0, impl="reference", **arguments
-        ),
+    return [
+        statistics(query, key, scale=scale, **arguments),
+        statistics(query.to(compute) * scale, key.to(compute), scale=1.0, **arguments),
     ]
-    if query_lse is not None:
-        # P from the log-sum-exp that was handed over
-        scores = scale * wide_query @ wide_key.mT
-        bias = arguments.get("bias")
-        if bias is not None:
-            bias = torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias
-            scores = scores + bias.to(compute)
-        p = (scores - query_lse[..., None]).exp().nan_to_num(0.0)
-        rows = arguments.get("query_weights", torch.full((1, 1, p.shape[2]), 1 / p.shape[2]))
-        results.append(results[0]._replace(g2r=rows[:, None].to(compute) @ p))
-    return results
 
 
 def worst(results, exact):
@@ -64,25 +84,11 @@ def worst(results, exact):
     return max(results, key=lambda result: (result.double() - exact).nan_to_num(0).abs().max())
 
 
-def check(query, key, *, query_lse=None, **arguments):
+def check(query, key, **arguments):
     """Streaming statistics, after holding them against the ruler."""
-    exact = attention_statistics(query.double(), key.double(), impl="reference", **arguments)
-    eager = eager_results(query, key, query_lse=query_lse, **arguments)
-    if query_lse is None:
-        actual = attention_statistics(query, key, impl="streaming", **arguments)
-    else:
-        # the in-place form returns no log-sum-exps
-        r2g, g2r = torch.zeros_like(eager[0].r2g), torch.zeros_like(eager[0].g2r)
-        accumulate_attention_statistics(
-            query,
-            key,
-            r2g=r2g if r2g.ndim == 4 else r2g[:, :, None],
-            g2r=g2r,
-            query_lse=query_lse,
-            impl="streaming",
-            **arguments,
-        )
-        actual = eager[0]._replace(r2g=r2g, g2r=g2r)
+    exact = statistics(query.double(), key.double(), **arguments)
+    eager = eager_results(query, key, **arguments)
+    actual = statistics(query, key, impl="streaming", **arguments)
     if query.dtype == torch.float64:
         torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-12)
         return actual
@@ -138,11 +144,9 @@ def test_the_poison_bites(poisoned_memory):
     for fresh in (torch.empty(5), like.new_empty(5), torch.empty_like(like), like.new_empty(0)):
         assert fresh.isnan().all()
     query, key, _ = make_qkv(1, 1, 3, 4, 8)
-    options = {"scale": 1.0, "bias": None, "query_lse": None}
-    weights = {"query_weights": torch.ones(1, 1, 3), "key_weights": torch.ones(1, 1, 4)}
     # an accumulator that nobody set to 0: what is added to it cannot come out as a number
     r2g, g2r = torch.empty(1, 1, 1, 3), torch.empty(1, 1, 1, 4)
-    lse = streaming.accumulate(query, key, r2g=r2g, g2r=g2r, **weights, **options)
+    lse = accumulate_maps(query, key, r2g=r2g, g2r=g2r, impl="streaming")
     assert r2g.isnan().all()
     assert g2r.isnan().all()
     # while everything that the implementation allocates itself is written before it is read
@@ -266,6 +270,9 @@ def calls(draw):
         )
         voting = torch.rand(votes, generator=generator) > 0.3
         arguments["key_weights"] = torch.rand(votes, generator=generator) * voting
+    if seed % 4:
+        groups = (batch if seed % 2 else 1, seed % 4, seqlen_k)
+        arguments["values"] = torch.rand(groups, generator=generator)
     # all in one tile, a head in one tile, or a head in a few
     blocks = draw(st.sampled_from([None, 1, 2, 5]))
     tile = streaming.TILE_ELEMENTS if blocks is None else -(-seqlen_q * seqlen_k // blocks)
@@ -287,14 +294,23 @@ def test_any_call_stays_within_the_budget(relayout, call):
 
 @settings(derandomize=True, max_examples=100)
 @given(call=calls())
-def test_any_call_with_a_known_row_log_sum_exp_stays_within_the_budget(relayout, call):
+def test_any_part_of_the_keys_stays_within_the_budget(relayout, call):
+    """The normaliser of all keys, and some of them: a span, or all."""
     query, key, layouts, arguments, budget = call
     query, key = relayout(query, layouts[0]), relayout(key, layouts[1])
-    lse = eager_results(query, key, **arguments)[1].query_lse
+    whole = {name: arguments.get(name) for name in ("bias", "scale")}
+    normaliser = statistics(query.double(), key.double(), **whole).query_lse.float()
+    length = key.shape[2]
+    span = slice(length // 3, max(1, length - length // 4)) if length % 2 else slice(None)
+    parts = {
+        name: arguments[name][..., span] for name in ("key_weights", "values") if name in arguments
+    }
+    if whole["bias"] is not None and whole["bias"].shape[-1] > 1:
+        parts["bias"] = whole["bias"][..., span]
     with pytest.MonkeyPatch.context() as patch:
         for name, elements in budget.items():
             patch.setattr(streaming, name, elements)
-        check(query, key, query_lse=lse, **arguments)
+        check(query, key[:, :, span], normaliser=normaliser, **arguments | parts)
 
 
 # --- the routes -----------------------------------------------------------------------------------
@@ -320,6 +336,7 @@ def with_votes(bias=None):
         "bias": bias,
         "query_weights": torch.rand(1, 3, M),
         "key_weights": torch.rand(1, 2, N),
+        "values": torch.stack([torch.ones(N), torch.arange(N) / N])[None],
     }
 
 
@@ -368,7 +385,7 @@ def test_a_block_of_queries_takes_the_regions_that_see_it(tile_elements, monkeyp
 
     monkeypatch.setattr(streaming._Sweep, "_weights", spy)
     check(query, key, query_weights=weights[None])
-    check(query, key, query_weights=weights[None], query_lse=row_lse(query, key))
+    check(query, key, query_weights=weights[None], normaliser=row_lse(query, key))
     assert set(rows) == {1 + 10, 1 + M % 10}
     large = 100 * query  # an exponential for each softmax
     check(large, key, query_weights=weights[None])
@@ -408,7 +425,7 @@ def test_a_known_row_log_sum_exp_needs_one_sweep_over_blocks_of_keys(
     query, key, _ = make_qkv(2, 1, M, N, 40, dtype=dtype)
     lse = row_lse(query, key)
     tile_elements(tile)
-    check(query, key, query_lse=lse, **with_votes())
+    check(query, key, normaliser=lse, **with_votes())
     assert routes == ["key_blocks"] * 2
     assert len(tiles) == 2 * (5 if tile == TEN_KEYS else N)
 
@@ -420,38 +437,26 @@ def test_blocks_of_keys_fall_back_to_a_shift_of_their_own(routes, tiles, tile_el
     lse = row_lse(query, key, attn_mask=bias[None, None, None])
     tile_elements(TEN_KEYS)
     arguments = with_votes(bias)
-    check(query, key, query_lse=lse, **arguments)
+    check(query, key, normaliser=lse, **arguments)
     assert routes == ["key_blocks"]
     assert len(tiles) == 5 + 2
 
-    _, key_lse = streaming.accumulate(
-        query,
-        key,
-        scale=40**-0.5,
-        bias=bias.expand(1, 1, M, N),
-        query_weights=torch.ones(1, 1, M),
-        key_weights=torch.ones(1, 1, N),
-        r2g=None,
-        g2r=None,
-        query_lse=lse,
-    )
+    _, key_lse = accumulate_maps(query, key, bias=bias, normaliser=lse, impl="streaming")
     expected = attention_statistics(query, key, bias=bias, impl="reference").key_lse
     torch.testing.assert_close(key_lse, expected)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "logits"),
-    [
-        pytest.param(torch.float32, 200, id="too large to trust"),
-        pytest.param(torch.bfloat16, None, id="of 16-bit inputs"),
-    ],
-)
-def test_a_log_sum_exp_that_does_not_help_is_computed_afresh(routes, dtype, logits):
-    query, key, _ = make_qkv(1, 1, M, N, 40, dtype=dtype, logits=logits)
-    lse = row_lse(query, key)
-    check(query, key, query_lse=lse)
-    assert "query_blocks" in routes
-    assert "key_blocks" not in routes
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_blocks_of_keys_of_16_bit_inputs(routes, dtype):
+    query, key, _ = make_qkv(1, 1, M, N, 40, dtype=dtype)
+    check(query, key, normaliser=row_lse(query, key), **with_votes())
+    assert routes == ["key_blocks"]
+
+
+def test_a_normaliser_too_large_for_blocks_of_keys_is_a_shift(routes):
+    query, key, _ = make_qkv(1, 1, M, N, 40, logits=40)
+    check(query, key, normaliser=row_lse(query, key), **with_votes())
+    assert routes == ["shared_exponential", "query_blocks"]
 
 
 @pytest.mark.parametrize("tile", [ONE_TILE, TEN_QUERIES], ids=["one tile", "blocks"])
@@ -472,20 +477,28 @@ def test_a_known_row_log_sum_exp_is_a_shift_that_lets_wide_rows_share(
     query, key, _ = make_qkv(1, 2, M, N, 40, logits=logits)
     lse = row_lse(query, key, attn_mask=None if bias is None else bias[None, None])
     assert lse[lse.isfinite()].abs().max() > streaming.SHARED_RANGE
-    # as a shift it may be inexact
-    lse = lse + 1e-3 * torch.linspace(-1, 1, M)
-    check(query, key, query_lse=lse, **with_votes(bias))
-    masked = bias is not None and bool(bias.isneginf().any())
-    if masked:
-        assert "refused" in routes
-    else:
-        assert set(routes) == {"shared_exponential", "query_blocks"}
+    check(query, key, normaliser=lse, **with_votes(bias))
+    assert set(routes) == {"shared_exponential", "query_blocks"}
+
+
+@pytest.mark.parametrize("logits", [None, 40, 90], ids=["key blocks", "shifted", "sharp"])
+def test_the_normaliser_is_taken_as_it_is(logits):
+    """No route normalises anew: one that is off by a constant shows in P, and C knows of none."""
+    query, key, _ = make_qkv(1, 2, M, N, 40, logits=logits)
+    lse = row_lse(query, key)
+    arguments = with_votes()
+    right = statistics(query, key, normaliser=lse, impl="streaming", **arguments)
+    lower = statistics(query, key, normaliser=lse + 2.0, impl="streaming", **arguments)
+    for name in ("g2r", "shares"):
+        torch.testing.assert_close(getattr(lower, name), getattr(right, name) * math.exp(-2.0))
+    torch.testing.assert_close(lower.r2g, right.r2g)
+    torch.testing.assert_close(lower.key_lse, right.key_lse)
 
 
 def test_a_shift_does_not_help_columns_that_nobody_looks_at(routes, tile_elements):
     query, key, _ = make_qkv(1, 1, M, N, 40, logits=200)
     tile_elements(ONE_TILE)
-    check(query, key, query_lse=row_lse(query, key), **with_votes())
+    check(query, key, normaliser=row_lse(query, key), **with_votes())
     assert routes == ["refused", "separate_exponentials", "query_blocks"]
 
 
@@ -500,15 +513,18 @@ def test_every_route_runs_without_a_direction(routes, tile_elements, route, logi
         query = torch.cat([query[:, :, :, :1].clamp(-2, 2), torch.zeros_like(query[..., 1:])], -1)
         lse = row_lse(query, key)
     tile_elements(TEN_KEYS)
-    both = {"r2g": torch.zeros(1, 2, 1, M), "g2r": torch.zeros(1, 2, 1, N)}
-    accumulate_attention_statistics(query, key, query_lse=lse, impl="streaming", **both)
+    both = {name: torch.zeros(1, 2, 1, size) for name, size in (("r2g", M), ("g2r", N))}
+    both["shares"] = torch.zeros(1, 2, 1, M)
+    values = torch.rand(1, 1, N)
+    accumulate_maps(query, key, normaliser=lse, values=values, impl="streaming", **both)
     assert route in routes
     for name, expected in both.items():
         alone = torch.zeros_like(expected)
-        accumulate_attention_statistics(
-            query, key, query_lse=lse, impl="streaming", **{name: alone}
+        accumulate_maps(
+            query, key, normaliser=lse, values=values, impl="streaming", **{name: alone}
         )
-        assert torch.equal(alone, expected)
+        # a column more or less may be multiplied in another order
+        torch.testing.assert_close(alone, expected, rtol=1e-6, atol=1e-9)
 
 
 # --- determinism ----------------------------------------------------------------------------------
@@ -552,8 +568,8 @@ def test_other_batch_items_change_no_bit(routes, known_lse, logits):
     def statistics(query, key):
         sums = torch.zeros(len(query), 2, 1, M), torch.zeros(len(query), 2, 1, N)
         lse = row_lse(query, key) if known_lse else None
-        return *sums, *accumulate_attention_statistics(
-            query, key, r2g=sums[0], g2r=sums[1], query_lse=lse, impl="streaming"
+        return *sums, *accumulate_maps(
+            query, key, r2g=sums[0], g2r=sums[1], normaliser=lse, impl="streaming"
         )
 
     alone = [statistics(*item) for item in items]
@@ -581,7 +597,7 @@ def test_memory_is_a_tile_and_not_the_matrix(routes, logits, known_lse, route, t
     r2g, g2r = torch.zeros(1, 1, 1, 3072), torch.zeros(1, 1, 1, 3072)
 
     def call(impl):
-        accumulate_attention_statistics(query, key, r2g=r2g, g2r=g2r, query_lse=lse, impl=impl)
+        accumulate_maps(query, key, r2g=r2g, g2r=g2r, normaliser=lse, impl=impl)
 
     tile = 4 * streaming.TILE_ELEMENTS
     matrix = 4 * 3072 * 3072
