@@ -93,7 +93,8 @@ def test_only_the_request_that_is_recorded(oracle, shared, turns, attach):
     with i2am.record(first, layout=PATCHES, time_groups=2, **options) as recorder:
         thread, left = in_thread(lambda: take(1))
         mine = take(0)
-    thread.join(20)
+        # before recording ends, so that all its calls are counted
+        thread.join(20)
     # the other request is to the bit what it is alone, however the recorded one attends
     assert torch.equal(left[0], plain[1])
     with pytest.warns(UserWarning, match="4 calls of the denoiser came from other threads"):
