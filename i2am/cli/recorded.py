@@ -184,6 +184,13 @@ def read_scores(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str
 
 def _check_provenance(provenance: Mapping[str, Any], what: str) -> None:
     """Refuse what the pictures that show it cannot use."""
+    if provenance.get("pictures") is not None:
+        for which in ("generated", "reference"):
+            require(provenance, f"{what}: provenance", {f"pictures.{which}": dict})
+            for name, count in (("size", 2), ("box", 4)):
+                values = provenance["pictures"][which].get(name, ())
+                if values is not None and not _are_numbers(values, count):
+                    raise FileRejected(f"{what}: provenance is damaged: pictures.{which}.{name}")
     for name, kind in (("steps", int), ("regions", dict), ("note", str), ("guidance", str)):
         if provenance.get(name) is not None:
             require(provenance, f"{what}: provenance", {name: kind})
@@ -191,9 +198,15 @@ def _check_provenance(provenance: Mapping[str, Any], what: str) -> None:
 
 def _is_place(truth: Any) -> bool:
     """Whether it is None, or fractions of a height and a width."""
-    if not isinstance(truth, list):
-        return truth is None
-    return len(truth) == 2 and all(isinstance(value, float | int) for value in truth)
+    return truth is None or _are_numbers(truth, 2)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(value, float | int) for value in values)
+    )
 
 
 def _listed(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:

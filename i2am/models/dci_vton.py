@@ -215,7 +215,7 @@ class DCIVTONPipeline(SingleTokenPipeline):
             encoded=[composite],
             plain=[self.keep_latents(keep)],
             latents=latents,
-            shown={"generated": image, "reference": reference},
+            shown={"generated": image, "reference": reference_image},
             paste_onto=(person, keep) if paste_back else None,
             return_dict=return_dict,
             start_from=composite,

@@ -279,6 +279,9 @@ def _shown(
     if mask is not None:
         values = _only(masks(mask, mask_name), mask_name)
         size, wanted = (values.shape[0], values.shape[1]), (shown.height, shown.width)
+        # a model that squeezed its picture said what that was, and squeezed the mask alike
+        known = seen(maps.provenance, which)
+        wanted = wanted if known is None or known.size is None else known.size
         require_shape(mask_name, size, f"the {which} image", wanted)
         (outlined,) = as_pil((values > 0.5).cpu().numpy().astype("uint8") * 255, mask_name)
     picture = seen(maps.provenance, which)

@@ -34,7 +34,8 @@ TILES = {
     "statistics, fp32": Tile(64, 32, num_warps=8, num_stages=1, maxnreg=255),
     # 64-bit addresses of a bias tile take two registers each, and the product with many weight rows
     # takes three TF32 dots on fp32 operands: half a tile of scores over twice the warps; also for
-    # few rows of short owners and beyond 192 features, which would spill on sm_100 and sm_120
+    # few rows of short owners and beyond 192 features, which would spill on sm_100 and sm_120, and
+    # for shares, whose factors would spill on gfx942
     "statistics, bias or many rows": Tile(64, 32, num_warps=8, num_stages=2, maxnreg=255),
     # 16 x 12 to 32 x 24 grids and image tokens: small tiles, so that 8 heads still fill a GPU
     "statistics, short": Tile(64, 64, num_warps=4, num_stages=3),
@@ -133,7 +134,13 @@ def statistics(
     length = "long" if owners >= LONG_OWNERS and head_dim <= 128 else "short"
     if itemsize == 4:
         tile = TILES["statistics, fp32"]
-    elif bias or rows > MAX_LOOPED_ROWS or head_dim > 192 or (rows > 1 and length == "short"):
+    elif (
+        bias
+        or groups
+        or rows > MAX_LOOPED_ROWS
+        or head_dim > 192
+        or (rows > 1 and length == "short")
+    ):
         tile = TILES["statistics, bias or many rows"]
     elif length == "short" and 96 < head_dim <= 128:
         tile = TILES["statistics, short, wide"]

@@ -191,8 +191,8 @@ def test_a_dry_run_measures_and_writes_nothing(evaluate, tmp_path):
     assert found["shards"] == [2, 2]
     assert found["batch"] == 2
     assert 8e6 < found["memory"] < 2e9
-    # images uncompressed, and four kinds of maps of 2 groups, 4 heads, 16 x 12 cells as float16
-    maps = 4 * 2 * 4 * (16 * 12 * 2 + 4)
+    # images uncompressed, and five kinds of maps of 2 groups, 4 heads, 16 x 12 cells as float16
+    maps = 5 * 2 * 4 * (16 * 12 * 2 + 4)
     assert found["disk"] == 3 * (3 * 128 * 96 + maps)
     assert found["seconds"] > 0
     assert not (tmp_path / "run").exists()

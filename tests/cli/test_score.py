@@ -38,7 +38,7 @@ def test_imacs_alone_is_done(run, run_here):
     assert (done.code, done.err) == (0, f"reading {run.folder}\n")
     assert set(written(run)) == {"scores.csv", "metrics.json"}
     lines = done.out.splitlines()
-    assert lines[1].split() == ["model", "n", *["IMACS_g", "IMACS_r"] * 2]
+    assert lines[1].split() == ["model", "n", *["IMACS_g", "IMACS_g", "share", "IMACS_r"] * 2]
     assert lines[2].split()[:2] == ["pocket", "6+6"]
     assert "imacs_g_mask_votes" in done.out
 
@@ -214,10 +214,10 @@ def test_a_damaged_run_is_not_scored(run, run_here):
     assert "checksum" in done.err
 
 
-def test_results_that_cannot_be_written_are_the_disks_fault(run, run_here):
+def test_a_file_in_the_place_of_the_results_is_a_conflict(run, run_here):
     (run.folder / "results").write_text("in the way")
     done = run_here(["score", str(run.folder), "--metrics", "imacs", *QUICK])
-    assert done.code == 74
+    assert done.code == 5
     assert (run.folder / "results").read_text() == "in the way"
 
 

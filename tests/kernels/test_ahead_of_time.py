@@ -127,8 +127,8 @@ def test_only_what_is_launched_is_compiled():
     from i2am.kernels.fused import ahead_of_time
 
     names = [case.name for case in ahead_of_time.cases()]
-    assert "bf16 head_dim 160: chunks, 128 keys, bias, 4 rows" in names
-    assert "bf16 head_dim 256: chunks, 64 keys, bias, 4 rows" in names
+    assert "bf16 head_dim 160: chunks, 128 keys, bias, 4 rows and shares" in names
+    assert "bf16 head_dim 256: chunks, 64 keys, bias, 4 rows and shares" in names
     assert not [name for name in names if "head_dim 256" in name and "128 keys" in name]
 
 
