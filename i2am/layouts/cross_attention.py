@@ -3,13 +3,14 @@
 from typing import Any
 
 from i2am.attribution.grid import Grid
-from i2am.layouts.token_layout import AttentionCall, Frame, Resolved, TokenLayout, Tokens
+from i2am.layouts.spans import Sequences, Span, in_order
+from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout
 
 
-def generated_tokens(call: AttentionCall, frame: Frame) -> Tokens | None:
+def generated_tokens(call: AttentionCall, frame: Frame) -> tuple[Span, ...] | None:
     """All queries, on the grid of the UNet level that has that many tokens."""
     grid = frame.level_grid(call.seqlen_q, call.layer)
-    return None if grid is None else Tokens(0, call.seqlen_q, grid)
+    return None if grid is None else (Span("generated", "generated", 0, grid),)
 
 
 def check_numbers(grid: Grid | None, **counts: int) -> None:
@@ -30,43 +31,47 @@ def patch_tokens(grid: Grid, prefix: int, **options: Any) -> TokenLayout:
     check_numbers(grid, prefix=prefix)
     expected = prefix + grid[0] * grid[1]
 
-    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
+    def spans(call: AttentionCall, frame: Frame) -> Sequences | None:
         if call.seqlen_k != expected:
             raise ValueError(
                 f"layout expects {prefix} + {grid[0]}x{grid[1]} = {expected} reference tokens, "
                 f"got {call.seqlen_k} keys in {call.layer}"
             )
         generated = generated_tokens(call, frame)
-        reference = Tokens(prefix, expected - prefix, grid)
-        return None if generated is None else (generated, reference)
+        key = in_order(("prefix", "other", (prefix,)), ("reference", "reference", grid))
+        return None if generated is None else Sequences(generated, key)
 
-    return TokenLayout(f"cross_attention {grid[0]}x{grid[1]}", resolve, **options)
+    return TokenLayout(f"cross_attention {grid[0]}x{grid[1]}", spans, **options)
 
 
 def single_token(**options: Any) -> TokenLayout:
     """See :meth:`TokenLayout.single_token`."""
 
-    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
+    def spans(call: AttentionCall, frame: Frame) -> Sequences | None:
         if call.seqlen_k != 1:
             raise ValueError(
                 f"layout expects a single reference token, got {call.seqlen_k} keys in {call.layer}"
             )
         generated = generated_tokens(call, frame)
-        return None if generated is None else (generated, Tokens(0, 1))
+        key = (Span("reference", "reference", 0, (1,)),)
+        return None if generated is None else Sequences(generated, key)
 
-    return TokenLayout("single_token", resolve, **options)
+    return TokenLayout("single_token", spans, **options)
 
 
 def same_grid(layers: str, **options: Any) -> TokenLayout:
     """See :meth:`TokenLayout.same_grid`."""
 
-    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
+    def spans(call: AttentionCall, frame: Frame) -> Sequences | None:
         if call.seqlen_k != call.seqlen_q:
             raise ValueError(
                 f"layout expects as many keys as queries, got {call.seqlen_k} and "
                 f"{call.seqlen_q} in {call.layer}"
             )
         generated = generated_tokens(call, frame)
-        return None if generated is None else (generated, generated)
+        if generated is None:
+            return None
+        key = (Span("reference", "reference", 0, generated[0].grid),)
+        return Sequences(generated, key)
 
-    return TokenLayout("same_grid", resolve, layers=layers, **options)
+    return TokenLayout("same_grid", spans, layers=layers, **options)

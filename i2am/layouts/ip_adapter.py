@@ -4,7 +4,8 @@ from typing import Any
 
 from i2am.attribution.grid import Grid
 from i2am.layouts.cross_attention import check_numbers, generated_tokens
-from i2am.layouts.token_layout import AttentionCall, Frame, Resolved, TokenLayout, Tokens
+from i2am.layouts.spans import Sequences, Span
+from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout
 
 
 def image_branch(
@@ -21,22 +22,22 @@ def image_branch(
         raise ValueError(f"prefix and image need a grid, got prefix={prefix}, image={image}")
     patches = None if grid is None else grid[0] * grid[1]
 
-    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
+    def spans(call: AttentionCall, frame: Frame) -> Sequences | None:
         if call.call_index != 1 + adapter:
             return None
         generated = generated_tokens(call, frame)
         if generated is None:
             return None
         if patches is None:
-            return generated, Tokens(0, call.seqlen_k)
+            return Sequences(generated, (Span("reference", "reference", 0, (call.seqlen_k,)),))
         start = image * (prefix + patches) + prefix
         if start + patches > call.seqlen_k or call.seqlen_k % (prefix + patches):
             raise ValueError(
                 f"layout expects images of {prefix} + {patches} tokens and image {image} among "
                 f"them, got {call.seqlen_k} keys in {call.layer}"
             )
-        return generated, Tokens(start, patches, grid)
+        return Sequences(generated, (Span("reference", "reference", start, grid),))
 
     where = "tokens" if grid is None else f"{grid[0]}x{grid[1]}"
     defaults = {"context_keys": True, "through_processor": True}
-    return TokenLayout(f"ip_adapter {where}", resolve, **{**defaults, **options})
+    return TokenLayout(f"ip_adapter {where}", spans, **{**defaults, **options})

@@ -3,7 +3,8 @@
 from typing import Any
 
 from i2am.layouts.cross_attention import same_grid, single_token
-from i2am.layouts.token_layout import AttentionCall, Frame, Resolved, TokenLayout
+from i2am.layouts.spans import Sequences
+from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout
 
 # anchored: the spatial encoder has layers of these names too
 WARP_LAYERS = r"^warp_blocks\.\d+\.transformer_blocks\.\d+\.attn2$"
@@ -21,8 +22,8 @@ def warp_blocks(*, unet_layers: bool = False, **options: Any) -> TokenLayout:
     """See :meth:`TokenLayout.stableviton`."""
     warp, unet = same_grid(WARP_LAYERS), single_token()
 
-    def resolve(call: AttentionCall, frame: Frame) -> Resolved | None:
-        return (warp if warp.matches(call.layer) else unet).resolve(call, frame)
+    def spans(call: AttentionCall, frame: Frame) -> Sequences | None:
+        return (warp if warp.matches(call.layer) else unet).spans(call, frame)
 
     defaults = {"layers": ALL_LAYERS if unet_layers else WARP_LAYERS, "note": NOTE}
-    return TokenLayout("stableviton", resolve, **{**defaults, **options})
+    return TokenLayout("stableviton", spans, **{**defaults, **options})

@@ -1,20 +1,20 @@
-"""Which tokens of an attention call are the generated and the reference image's.
+"""Which tokens of an attention call are the generated image's, the references' and the prompt's.
 
 A layout is all that distinguishes one model family from another. It answers, for a call of a layer,
-with two token ranges: rectangles of row-major grids inside the query and the key sequence. Families
-are small functions in this package; a new one needs no other change.
+with named spans of the query and of the key sequence. Families are small functions in this package;
+a new one needs no other change.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from i2am.attribution.grid import Grid
+from i2am.layouts.spans import Sequences
 
 CONDITIONAL = "conditional"
 UNCONDITIONAL = "unconditional"
@@ -22,72 +22,6 @@ UNCONDITIONAL = "unconditional"
 _LEVEL = re.compile(r"(?P<block>down|up|mid)_block(s\.(?P<number>\d+))?\.")
 
 CROSS_ATTENTION_LAYERS = r"transformer_blocks\.\d+\.attn2$"
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Consecutive tokens of a sequence and what they show.
-
-    Args:
-        start: Index of the first token.
-        length: Number of tokens.
-        grid: ``(height, width)`` of the row-major grid they form, ``None`` if they have no place.
-        box: ``(top, left, height, width)``: the rectangle of ``grid`` that is meant, default all.
-
-    Raises:
-        ValueError: There is no token, the grid does not hold ``length`` of them, or the box leaves
-            the grid.
-    """
-
-    start: int
-    length: int
-    grid: Grid | None = None
-    box: tuple[int, int, int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.start < 0 or self.length < 1:
-            raise ValueError(
-                f"start must be at least 0 and length at least 1, got {self.start}, {self.length}"
-            )
-        if self.grid is not None and self.grid[0] * self.grid[1] != self.length:
-            raise ValueError(
-                f"grid must hold {self.length} tokens, got {self.grid[0]}x{self.grid[1]}"
-            )
-        if self.box is not None:
-            top, left, height, width = self.box
-            inside = self.grid is not None and top >= 0 and left >= 0 and min(height, width) >= 1
-            if not inside or top + height > self.grid[0] or left + width > self.grid[1]:  # type: ignore[index]
-                raise ValueError(f"box must lie inside grid {self.grid}, got {self.box}")
-
-    @property
-    def size(self) -> Grid | None:
-        """Grid of the tokens that are meant."""
-        return self.grid if self.box is None else self.box[2:]
-
-    @property
-    def count(self) -> int:
-        """Number of tokens that are meant."""
-        return self.length if self.box is None else self.box[2] * self.box[3]
-
-    @cached_property
-    def index(self) -> slice | Tensor:
-        """Where they are in the sequence: a slice wherever they are consecutive."""
-        if self.box is None or self.grid is None:
-            return slice(self.start, self.start + self.length)
-        top, left, height, width = self.box
-        if width == self.grid[1]:
-            first = self.start + top * width
-            return slice(first, first + height * width)
-        rows = torch.arange(top, top + height)[:, None] * self.grid[1]
-        return (self.start + rows + torch.arange(left, left + width)).flatten()
-
-    def to(self, device: torch.device) -> "Tokens":
-        """The same tokens, whose :attr:`index` is on a device: used there, it is not copied."""
-        if isinstance(self.index, slice) or self.index.device == device:
-            return self
-        moved = replace(self)
-        vars(moved)["index"] = self.index.to(device)
-        return moved
 
 
 @dataclass(frozen=True)
@@ -102,18 +36,41 @@ class AttentionCall:
     seqlen_k: int
 
 
+Read = TypeVar("Read")
+
+
 @dataclass(frozen=True)
 class Frame:
     """What one call of the denoiser was given."""
 
     size: Grid | None
     """Height and width of an input ``[batch, channels, height, width]``, ``None`` for others."""
-    arguments: dict[str, object] = field(default_factory=dict, compare=False)
-    """Its keyword arguments."""
+    arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Its arguments by the names of ``forward``, also those that were given by position."""
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The denoiser's configuration."""
+    row: int = 0
+    """The row of the batch that is asked about, for layouts whose rows differ (``ragged``)."""
+    run: dict[Any, Any] = field(default_factory=dict, compare=False)
+    """What a layout wants to remember; empty when a run begins."""
     rounds_up: bool = True
     """Whether its strided convolutions halve 5 to 3, as with padding; without, to 2."""
     levels: int | None = None
     """How many levels a UNet has, ``None`` for other denoisers."""
+
+    def once(self, tensor: Tensor, read: Callable[[Tensor], Read]) -> Read:
+        """``read(tensor)``, once for each tensor of the run: reading one waits for its device.
+
+        Args:
+            tensor: An argument of the denoiser that a pipeline makes once, such as ``img_ids``.
+            read: What to make of its values.
+        """
+        version = 0 if tensor.is_inference() else tensor._version
+        held, known, value = self.run.get((id(tensor), read), (None, None, None))
+        if held is None or held() is not tensor or known != version:
+            value = read(tensor)
+            self.run[id(tensor), read] = weakref.ref(tensor), version, value
+        return value  # type: ignore[no-any-return]
 
     def level_grid(self, tokens: int, layer: str = "") -> Grid | None:
         """The grid of a UNet level with that many tokens, ``None`` if no level has.
@@ -164,17 +121,31 @@ class Frame:
         return self.levels - 1 - number  # the middle is where the way up begins
 
 
-Resolved = tuple[Tokens, Tokens]
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder of a pipeline whose tokens are those of a text span.
+
+    Args:
+        component: Attribute of the pipeline, ``"text_encoder"``, ``"text_encoder_2"``...
+        tokenizer: Attribute of the pipeline that makes its token ids.
+        span: Name of the text span of the keys.
+        dropped: Tokens that the pipeline cuts off in front, such as a template's.
+    """
+
+    component: str = "text_encoder"
+    tokenizer: str = "tokenizer"
+    span: str = "text"
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Generated and reference tokens of every recorded attention call of a model family.
+    """What the tokens of every recorded attention call of a model family stand for.
 
     Args:
         name: Family name, kept with the result.
-        resolve: ``(call, frame) -> (generated, reference)`` token ranges of the query and the key
-            sequence; ``None`` for a call that is not to be recorded.
+        spans: ``(call, frame) -> Sequences``: named spans of the query and the key sequence, one
+            span of the queries being generated; ``None`` for a call that is not to be recorded.
         layers: Regular expression searched in the paths of the attention modules.
         guidance_order: Names of the classifier-free guidance parts in one batch, in order and all
             of them: a batch of more or fewer parts, but for one of conditional rows alone, is not
@@ -189,19 +160,30 @@ class TokenLayout:
             also the image's own are refused before a run.
         through_processor: Whether reference pictures pass through the pipeline's image processor
             (``feature_extractor``), which may keep the middle alone.
+        ragged: Whether rows of a batch may have different spans; then ``spans`` is asked once per
+            row, ``frame.row``.
+        encoders: Whose tokens the text spans are, for words of the prompt.
+        no_reference: Where a model has no reference tokens, one sentence why: its words alone can
+            be recorded.
+        sums: ``"resized"`` for families whose native sums are too large to be a default, see
+            :func:`i2am.record`.
 
     Raises:
         ValueError: ``guidance_order`` does not contain ``"conditional"``.
     """
 
     name: str
-    resolve: Callable[[AttentionCall, Frame], Resolved | None]
+    spans: Callable[[AttentionCall, Frame], Sequences | None]
     layers: str = CROSS_ATTENTION_LAYERS
     guidance_order: tuple[str, ...] | None = None
     prefix_votes: bool = False
     note: str = ""
     context_keys: bool = False
     through_processor: bool = False
+    ragged: bool = False
+    encoders: tuple[Encoder, ...] = ()
+    no_reference: str = ""
+    sums: str = "native"
 
     def __post_init__(self) -> None:
         if self.guidance_order is not None and CONDITIONAL not in self.guidance_order:
