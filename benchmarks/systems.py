@@ -46,16 +46,16 @@ def recorded_layers(pipe: ReferencePipeline, layout: TokenLayout) -> list[Record
 
     def note(layer: str, attention: nn.Module, hidden: Tensor, context: Tensor) -> None:
         call = AttentionCall(layer, 0, hidden.shape[1], context.shape[1])
-        resolved = layout.resolve(call, Frame((rows, columns)))
-        if resolved is None:
+        spans = layout.spans(call, Frame((rows, columns)))
+        if spans is None:
             return
-        generated, reference = resolved
-        assert generated.size is not None
+        generated, (reference,) = spans.generated, spans.keys_of("reference")
+        assert generated.place is not None
         site = AttentionSite(
             layer,
             heads=attention.heads,
-            generated_grid=generated.size,
-            reference_grid=reference.size,
+            generated_grid=generated.place,
+            reference_grid=reference.place,
             reference_tokens=reference.count,
             causal=reference.count > 1,
         )

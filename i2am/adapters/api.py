@@ -160,7 +160,7 @@ def record(
         region_weights(region, (1, 1))
     clock = RunClock(scheduler, time_groups=time_groups, steps=num_inference_steps)
     return Recorder(
-        denoiser,
+        (denoiser,),
         layout=layout,
         clock=clock,
         order=order,

@@ -53,7 +53,7 @@ class Multipliers:
     """Those of the layers of one run, by time group."""
 
     def __init__(self) -> None:
-        self._layers: dict[str, dict[int, Tensor]] = {}
+        self._layers: dict[tuple[str, str], dict[int, Tensor]] = {}
 
     def add(
         self, site: AttentionSite, multiplier: Tensor | None, *, group: int, together: bool
@@ -75,10 +75,11 @@ class Multipliers:
                 "sums='resized' cannot keep masks of an adapter, which differ by patch, got some "
                 f"in {site.layer}; record(sums='native') can"
             )
-        known = self._layers.setdefault(site.layer, {})
+        known = self._layers.setdefault((site.layer, site.source), {})
         before = known.setdefault(group, multiplier)
         if together:
-            before = next(iter(next(iter(self._layers.values())).values()))
+            of_source = (held for (_, name), held in self._layers.items() if name == site.source)
+            before = next(iter(next(of_source).values()))
         if before is not multiplier and not torch.equal(before, multiplier):
             where = "in a recording of sums='resized'" if together else f"in time group {group}"
             raise ValueError(
@@ -93,7 +94,7 @@ class Multipliers:
             return None
         with torch.inference_mode(False):
             # of a group without calls there is nothing to be multiplied
-            every = torch.ones(groups, height * width, device="cpu")
+            every = torch.ones(groups, site.cells // site.frames, device="cpu")
             for group, multiplier in known.items():
                 every[group] = multiplier
             return every.unflatten(1, (height, width))
@@ -104,7 +105,7 @@ class Multipliers:
         return bool(known) and not any(bool(multiplier.any()) for multiplier in known.values())
 
     def _known(self, site: AttentionSite) -> dict[int, Tensor]:
-        layers = site.merged or (site.layer,)
+        layers = [(name, site.source) for name in site.merged or (site.layer,)]
         return next((self._layers[name] for name in layers if name in self._layers), {})
 
 

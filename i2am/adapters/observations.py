@@ -78,11 +78,13 @@ class Observations:
             for layer in sums
             if layer.multiplier is not None and not layer.multiplier.any()
         ]
-        idle = [
-            layer.site.layer
-            for layer in sums
-            if not layer.site.causal and layer.site.layer not in weightless
-        ]
+        idle = list(
+            dict.fromkeys(
+                layer.site.layer
+                for layer in sums
+                if not layer.site.causal and layer.site.layer not in weightless
+            )
+        )
         if idle:
             remarks.append(
                 f"layers with a single reference token: {', '.join(idle)}; their query and key "

@@ -20,7 +20,8 @@ from i2am.data.arrays import (
     require_shape,
     sizes,
 )
-from i2am.layouts.token_layout import TokenLayout, Tokens
+from i2am.layouts.spans import Sequences
+from i2am.layouts.token_layout import TokenLayout
 
 
 class Pictures:
@@ -117,26 +118,32 @@ class Pictures:
             self._masks["reference"] = self._object(references)
         self._crop_reference(found, prepared=any(isinstance(one, Tensor) for one in references))
 
-    def meet(self, generated: Tokens, reference: Tokens, size: Grid | None) -> None:
+    def meet(self, sequences: Sequences, size: Grid | None) -> None:
         """Tokens of a call are known: masks whose picture was not seen are held against them.
 
         Args:
-            generated: Tokens of the generated image.
-            reference: Those of the reference.
+            sequences: Their spans.
             size: Height and width of the denoiser's input, where it has them.
 
         Raises:
-            ValueError: A mask has another shape.
+            ValueError: A mask has another shape, or belongs to one of several references.
         """
-        if "generated" in self._unknown and generated.grid is not None:
-            rows, columns = size or generated.grid
-            if generated.box is not None:
-                # several pictures side by side
-                rows = rows * generated.box[2] // generated.grid[0]
-                columns = columns * generated.box[3] // generated.grid[1]
+        generated = sequences.generated
+        if "generated" in self._unknown and generated.place is not None:
+            rows, columns = size or generated.grid[-2:]
+            # several pictures side by side
+            rows = rows * generated.place[0] // generated.grid[-2]
+            columns = columns * generated.place[1] // generated.grid[-1]
             self._lay("generated", [(rows, columns)])
         mask = self._masks["reference"]
-        if "reference" in self._unknown and reference.size is not None:
+        references = sequences.keys_of("reference")
+        if mask is not None and len(references) > 1:
+            raise ValueError(
+                "reference_mask needs one reference, whose picture it belongs to, got "
+                f"{', '.join(span.name for span in references)}"
+            )
+        place = references[0].place if references else None
+        if "reference" in self._unknown and place is not None:
             self._unknown.discard("reference")
             if mask is not None and not self._stretch:
                 shape = (mask.shape[1], mask.shape[2])
@@ -144,7 +151,7 @@ class Pictures:
                     "reference_mask",
                     shape,
                     "the reference tokens",
-                    reference.size,
+                    place,
                     options=_STRETCH,
                 )
 

@@ -6,7 +6,8 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -21,8 +22,9 @@ from i2am.adapters.guidance import GuidanceOrder
 from i2am.adapters.hooks import around_calls, weakly
 from i2am.adapters.pictures import Pictures
 from i2am.adapters.report import Report
-from i2am.adapters.run import BEFORE, Run, Subject, recorded_layers
+from i2am.adapters.run import BEFORE, Network, Run, Subject, recorded_layers
 from i2am.adapters.sites import LISTENERS, Site
+from i2am.adapters.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.maps import AttributionMaps
 from i2am.layouts.token_layout import TokenLayout
@@ -41,13 +43,15 @@ class Recorder:
     nobody refers to any more is detached: what it leaves in the model refers to it weakly.
 
     Args:
-        denoiser: The module whose calls are the evaluations.
+        denoisers: The modules whose calls are the evaluations: one, or the halves of a schedule,
+            whose layers have the same paths.
         layout: Which of its attention layers and tokens.
         clock: Follows the scheduler.
         order: Which guidance part is which.
         wanted: Guidance branches to keep, the first one being :meth:`maps`'s default.
         make: Makes an accumulator, given ``unresolved=``.
         pictures: Lays the masks that `make` uses over the pictures of each run.
+        words: Finds the words of the prompts, ``None`` where none are wanted.
         attend: How recorded layers attend.
 
     Raises:
@@ -56,7 +60,7 @@ class Recorder:
 
     def __init__(
         self,
-        denoiser: nn.Module,
+        denoisers: Sequence[nn.Module],
         *,
         layout: TokenLayout,
         clock: RunClock,
@@ -64,24 +68,27 @@ class Recorder:
         wanted: tuple[str, ...],
         make: Callable[..., Accumulator],
         pictures: Pictures,
+        words: PromptWords | None = None,
         attend: Attend = attend_beside,
     ) -> None:
         self.layout = layout
-        self._denoiser = denoiser
-        self._network = _network(denoiser)
-        self._layers = recorded_layers(self._network, layout)
-        config = getattr(self._network, "config", None)
-        levels = len(getattr(config, "down_block_types", None) or ()) or None
+        self._denoisers = tuple(denoisers)
+        self._networks = tuple(map(_network, denoisers))
+        # of several networks the layers of one path are recorded as one
+        self._layers = [
+            layer
+            for network in self._networks
+            for layer in recorded_layers(network, layout).items()
+        ]
         self._subject = Subject(
-            denoiser=type(self._network).__name__,
-            layers=tuple(self._layers),
+            networks=tuple(map(Network.of, self._networks)),
+            layers=tuple(name for name, _ in self._layers),
             layout=layout,
             order=order,
             wanted=wanted,
             make=make,
             pictures=pictures,
-            rounds_up=getattr(config, "downsample_padding", 1) != 0,
-            levels=levels,
+            words=words,
         )
         self._key = next(_KEYS)
         self._calls = Calls(self._key)
@@ -96,7 +103,7 @@ class Recorder:
         self._attend = attend
         self._in_block = False
         self._attachment: weakref.finalize[..., Any] | None = None
-        self._installed: dict[str, Any] = {}
+        self._installed: list[Any] = []
         self._processors: dict[str, str] = {}
         self._lost: dict[str, str] = {}
         self._elsewhere = self._unread = 0
@@ -127,11 +134,12 @@ class Recorder:
         with _LOCK:  # two threads may come at once
             self._take_over()
             restore: list[Callable[[], None]] = []
-            undo = (self._key, self._network, self._clock, restore)
+            undo = (self._key, self._networks, self._clock, restore)
             # runs at detach(), or when the last reference to the recorder goes
             self._attachment = weakref.finalize(self, _detach, *undo)
             self._attachment.atexit = False
-            _ATTACHED[self._network] = weakref.ref(self)
+            for network in self._networks:
+                _ATTACHED[network] = weakref.ref(self)
         self._in_block = in_block
         self._elsewhere = self._unread = 0
         self._run.read = True  # of an earlier block
@@ -139,24 +147,31 @@ class Recorder:
         guarded = self._guard.around
         LISTENERS[self._key] = guarded(weakly(self._add))
         try:
-            for index, (name, module) in enumerate(self._layers.items()):
+            for index, (name, module) in enumerate(self._layers):
                 self._processors[name] = type(module.processor).__name__
                 site = Site(self._key, index, self._calls.here)
                 restore.append(install(module, site, self._attend, self._guard))
-                self._installed[name] = module.processor
-            before, after = weakly(self._open), weakly(self._close)
+                self._installed.append(module.processor)
+            after = guarded(weakly(self._close))
             restore.append(self._subject.pictures.attach())
-            restore.append(around_calls(self._denoiser, guarded(before), guarded(after)))
-            restore.append(self._calls.name_by_cache_context(self._network))
+            if self._subject.words is not None:
+                restore.append(self._subject.words.attach())
+            for number, denoiser in enumerate(self._denoisers):
+                before = guarded(partial(weakly(self._open), number))
+                restore.append(around_calls(denoiser, before, after))
+                restore.append(self._calls.name_by_cache_context(self._networks[number]))
             self._clock.attach()
         except BaseException:
             self.detach()
             raise
 
     def _take_over(self) -> None:
-        earlier = attached_to(self._network)
-        if earlier is None:
-            return
+        for network in self._networks:
+            earlier = attached_to(network)
+            if earlier is not None:
+                self._end(earlier)
+
+    def _end(self, earlier: "Recorder") -> None:
         network = self._subject.denoiser
         if earlier._in_block or not earlier._calls.of_this_thread:
             first = "leave that record() block" if earlier._in_block else "detach that recorder"
@@ -168,7 +183,7 @@ class Recorder:
         warnings.warn(
             f"{network} was still being recorded by an earlier recorder, which is detached "
             "now; call detach() when a recording is over",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def detach(self) -> None:
@@ -271,6 +286,8 @@ class Recorder:
         self._unread += bool(made and not earlier.read)
         self._run = Run(self._subject, self._clock, self._processors, others)
         self._subject.pictures.begin_run()
+        if self._subject.words is not None:
+            self._subject.words.begin_run()
 
     def _give_up(self, error: Exception) -> None:
         """The run goes on without recording: nothing of it stays attached, or in memory."""
@@ -293,13 +310,13 @@ class Recorder:
     def _end_evaluation(self, samples: int | None) -> None:
         self._run.end_evaluation(samples)
 
-    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _open(self, network: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._calls.here():
             self._elsewhere += 1
             return
         self._run.refuse_second()
         self._clock.arrive()
-        self._run.open(args, kwargs, self._calls.name)
+        self._run.open(network, args, kwargs, self._calls.name)
 
     def _close(self) -> None:
         if not self._calls.here():
@@ -315,14 +332,15 @@ class Recorder:
             self._clock.captured = True
             # a graph knows addresses and keeps nothing: replayed too late, until there is another,
             # it must not write into what somebody else was given meanwhile
-            _CAPTURED[self._network] = self._run.branches
+            for network in self._networks:
+                _CAPTURED[network] = self._run.branches
         self._run.add(layer, call_index, query, *rest)
 
     def _find_lost(self) -> dict[str, str]:
         return {
-            name: type(self._layers[name].processor).__name__
-            for name, installed in self._installed.items()
-            if self._layers[name].processor is not installed
+            name: type(module.processor).__name__
+            for (name, module), installed in zip(self._layers, self._installed, strict=False)
+            if module.processor is not installed
         }
 
 
@@ -338,7 +356,10 @@ def attached_to(denoiser: nn.Module) -> Recorder | None:
 
 
 def _detach(
-    key: int, network: nn.Module, clock: RunClock, restore: list[Callable[[], None]]
+    key: int,
+    networks: Sequence[nn.Module],
+    clock: RunClock,
+    restore: list[Callable[[], None]],
 ) -> None:
     """Put everything back; knows no recorder, because its own may be gone."""
     LISTENERS.pop(key, None)
@@ -346,7 +367,8 @@ def _detach(
     for put_back in restore:
         put_back()
     restore.clear()
-    _ATTACHED.pop(network, None)
+    for network in networks:
+        _ATTACHED.pop(network, None)
 
 
 _LOCK = threading.Lock()

@@ -73,7 +73,7 @@ class Report:
             "scheduler": None if clock.scheduler is None else type(clock.scheduler).__name__,
             "layout": layout.name,
             "note": layout.note or None,
-            "prefix_votes": layout.prefix_votes if run.beside_reference else None,
+            "prefix_votes": layout.prefix_votes if run.sources.beside else None,
             "guidance_order": list(run.branches.order),
             "guidance": self._branch,
             "attach": self._attach,

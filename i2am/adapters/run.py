@@ -1,5 +1,6 @@
 """One run of a denoiser: whose rows its calls are, and what its layers attend to."""
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -15,46 +16,95 @@ from i2am.adapters.guidance import GuidanceOrder
 from i2am.adapters.multipliers import Multipliers
 from i2am.adapters.observations import Observations
 from i2am.adapters.pictures import Pictures
+from i2am.adapters.sources import Rows, Sources
+from i2am.adapters.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Grid
-from i2am.attribution.sums import AttentionSite
-from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout, Tokens
+from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout
 
 BEFORE, AFTER, ELSEWHERE = "before the run", "after the run", "other threads or tasks"
 """Calls that are nobody's, as :attr:`Run.others` counts them."""
 
-# how denoisers call the input of theirs that tells the time
+# how denoisers call their input, and the one that tells the time
+_SAMPLES = ("sample", "hidden_states", "x")
 _MOMENTS = ("timestep", "timesteps", "t")
 
 _G2R = (Direction.GENERATED_TO_REFERENCE,)
 
 
 @dataclass(frozen=True)
+class Network:
+    """What is known of a denoiser before it is called.
+
+    Attributes:
+        name: Its class name.
+        signature: Of its ``forward``.
+        config: Its configuration.
+    """
+
+    name: str
+    signature: inspect.Signature
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Network":
+        """What is known of a module."""
+        config = getattr(module, "config", None)
+        known = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+        return cls(type(module).__name__, inspect.signature(module.forward), known)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names of ``forward``."""
+        bound = self.signature.bind_partial(*args, **kwargs).arguments
+        for parameter in self.signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                bound |= bound.pop(parameter.name, {})
+        return bound
+
+    def frame(self, arguments: Mapping[str, Any], sample: Any, run: dict[Any, Any]) -> Frame:
+        """What a layout is told of a call."""
+        size = None
+        if isinstance(sample, Tensor) and sample.ndim == 4:
+            size = (sample.shape[2], sample.shape[3])
+        return Frame(
+            size,
+            arguments,
+            self.config,
+            run=run,
+            rounds_up=self.config.get("downsample_padding", 1) != 0,
+            levels=len(self.config.get("down_block_types") or ()) or None,
+        )
+
+
+@dataclass(frozen=True)
 class Subject:
     """What is recorded, the same in every run.
 
-    Args:
-        denoiser: Class name of the denoiser.
+    Attributes:
+        networks: The denoisers; several are halves of one schedule.
         layers: Paths of the recorded layers; calls refer to them by their index.
         layout: Which tokens.
         order: Which guidance part is which.
         wanted: Guidance branches to keep.
         make: Makes an accumulator, given ``unresolved=``.
         pictures: Lays the masks that `make` uses over the pictures of each run.
-        rounds_up: See :class:`Frame`.
-        levels: See :class:`Frame`.
+        words: Finds the words of the prompts, ``None`` where none are wanted.
     """
 
-    denoiser: str
+    networks: tuple[Network, ...]
     layers: tuple[str, ...]
     layout: TokenLayout
     order: GuidanceOrder
     wanted: tuple[str, ...]
     make: Callable[..., Accumulator]
     pictures: Pictures
-    rounds_up: bool
-    levels: int | None
+    words: PromptWords | None = None
+
+    @property
+    def denoiser(self) -> str:
+        """Class name of the denoisers."""
+        return self.networks[0].name
 
 
 def recorded_layers(network: nn.Module, layout: TokenLayout) -> dict[str, Any]:
@@ -96,10 +146,6 @@ class Run:
     """Calls of the denoiser that are no guidance part, by what they are; more are counted by
     :attr:`branches`."""
     failure: Exception | None = None
-    beside_reference: bool = False
-    """Whether any call had keys beside the reference tokens."""
-    misfits: dict[str, tuple[int, Grid]] = field(default_factory=dict)
-    """Layers whose queries are not the cells of their level's grid: how many, and that grid."""
     read: bool = False
     """Whether its maps were asked for."""
     said: set[str] = field(default_factory=set)
@@ -113,7 +159,8 @@ class Run:
         self._frame: Frame | None = None
         self._rows = 0
         self._targets: list[Target] = []
-        self._resolved: dict[tuple[AttentionCall, Grid | None], tuple[Tokens, Tokens] | None] = {}
+        self._memory: dict[Any, Any] = {}
+        self.sources = Sources(subject.layout, subject.pictures, subject.words)
 
     @property
     def other_calls(self) -> dict[str, int]:
@@ -132,29 +179,31 @@ class Run:
                 "record() block in each thread or task, one after the other"
             )
 
-    def open(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None) -> None:
-        """The denoiser is called; ``name`` is what the call is called, if anything.
+    def open(
+        self, network: int, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None
+    ) -> None:
+        """A denoiser is called; ``name`` is what the call is called, if anything.
 
         Raises:
-            NotImplementedError: The input is no tensor.
+            NotImplementedError: Its input is neither a tensor nor a list.
             ValueError: As :meth:`Branches.targets` does.
         """
         if self.clock.over:
             self.others[AFTER] += 1
             return
         self.seen.denoiser_calls += 1
-        sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        if not isinstance(sample, Tensor):
+        called = self.subject.networks[network]
+        arguments = called.arguments(args, kwargs)
+        sample = args[0] if args else next((arguments[n] for n in _SAMPLES if n in arguments), None)
+        if not isinstance(sample, Tensor | list | tuple):
             raise NotImplementedError(
-                f"recording {self.subject.denoiser} is not supported: the input of a "
-                f"denoiser must be a tensor of all samples, got {type(sample).__name__}"
+                f"recording {called.name} is not supported: the input of a denoiser must be a "
+                f"tensor or a list of all samples, got {type(sample).__name__}"
             )
-        size = (sample.shape[2], sample.shape[3]) if sample.ndim == 4 else None
         self._rows = len(sample)
-        self._targets = self.branches.targets(self._rows, name, _moment(args, kwargs))
-        self._frame = Frame(
-            size, kwargs, rounds_up=self.subject.rounds_up, levels=self.subject.levels
-        )
+        self._targets = self.branches.targets(self._rows, name, _moment(arguments))
+        self._frame = called.frame(arguments, sample, self._memory)
+        self.sources.open(self._frame, self._rows)
 
     def close(self) -> None:
         """The call is over."""
@@ -186,69 +235,74 @@ class Run:
         """
         if self._frame is None:
             return  # gradient checkpointing runs layers again outside of the denoiser's forward
-        layout, name = self.subject.layout, self.subject.layers[layer]
+        name = self.subject.layers[layer]
         call = AttentionCall(name, call_index, query.shape[2], key.shape[2])
-        tokens = self._resolve(call, self._frame, query.device)
-        if tokens is None:
+        found = self.sources.of(call, query.shape[1], query.device)
+        if not found:
             return
         if len(query) != self._rows:
             raise NotImplementedError(
                 f"recording attention over {len(query)} rows in a denoiser call of {self._rows} is "
                 f"not supported ({name}; do video frames lie in the batch?)"
             )
-        generated, reference = tokens
-        if generated.size is None:
-            raise ValueError(f"layout {layout.name!r} must give the generated tokens a grid")
-        site = AttentionSite(
-            name,
-            heads=query.shape[1],
-            generated_grid=generated.size,
-            reference_grid=reference.size,
-            reference_tokens=reference.count,
-            causal=key.shape[2] > 1,
-        )
-        for rows, accumulator in self._targets:
-            if reference.size is None and accumulator.directions == _G2R:
-                raise ValueError(
-                    f"directions must include reference_to_generated for {name}: its "
-                    f"{reference.count} reference tokens have no place on the reference image"
-                )
-            # statistics are fp32 also where the model runs under autocast
-            with torch.autocast(query.device.type, enabled=False):
-                accumulator.add(
-                    site,
-                    query[rows, :, generated.index],
-                    key[rows],
-                    group=self.clock.group,
-                    reference=reference.index,
-                    voters=slice(None) if layout.prefix_votes else None,
-                    scale=scale,
-                    bias=_part_of_bias(bias, rows, generated.index),
-                    query_lse=None if query_lse is None else query_lse[rows, :, generated.index],
-                )
+        for part, accumulator in self._targets:
+            for each in found:
+                rows = slice(max(each.rows.start, part.start), min(each.rows.stop, part.stop))
+                if rows.start >= rows.stop:
+                    continue
+                # statistics are fp32 also where the model runs under autocast
+                with torch.autocast(query.device.type, enabled=False):
+                    self._accumulate(
+                        accumulator,
+                        each,
+                        query[rows, :, each.generated],
+                        key[rows],
+                        scale=scale,
+                        bias=_part_of_bias(bias, rows, each.generated),
+                        lse=None if query_lse is None else query_lse[rows, :, each.generated],
+                        rows=slice(rows.start - part.start, rows.stop - part.start),
+                        samples=part.stop - part.start,
+                    )
         if self._targets:
-            self.multipliers.add(
-                site,
-                None if multiplier is None else multiplier[..., generated.index],
-                group=self.clock.group,
-                together=self._targets[0][1].sums == "resized",
-            )
+            for each in found:
+                for source in each.sources:
+                    self.multipliers.add(
+                        source.site,
+                        None if multiplier is None else multiplier[..., each.generated],
+                        group=self.clock.group,
+                        together=self._targets[0][1].sums == "resized",
+                    )
         self.seen.calls[name] += 1
-        self.beside_reference |= reference.count < key.shape[2]
 
-    def _resolve(
-        self, call: AttentionCall, frame: Frame, device: torch.device
-    ) -> tuple[Tokens, Tokens] | None:
-        if (call, frame.size) not in self._resolved:
-            found = self.subject.layout.resolve(call, frame)
-            own = frame.own_grid(call.layer)
-            if found is not None:
-                self.subject.pictures.meet(*found, frame.size)
-                found = found[0].to(device), found[1]
-            elif own is not None and own[0] * own[1] != call.seqlen_q:
-                self.misfits[call.layer] = call.seqlen_q, own
-            self._resolved[call, frame.size] = found
-        return self._resolved[call, frame.size]
+    def _accumulate(
+        self,
+        accumulator: Accumulator,
+        tokens: Rows,
+        query: Tensor,
+        key: Tensor,
+        *,
+        lse: Tensor | None,
+        **options: Any,
+    ) -> None:
+        """Add some rows of a call, source by source; the first finds the row log-sum-exp."""
+        for source in tokens.sources:
+            site, words = source.site, source.words
+            if words is None and site.reference_grid is None and accumulator.directions == _G2R:
+                raise ValueError(
+                    f"directions must include reference_to_generated for {site.layer}: its "
+                    f"{site.reference_tokens} reference tokens have no place on the reference image"
+                )
+            lse = accumulator.add(
+                site,
+                query,
+                key,
+                group=self.clock.group,
+                reference=source.keys,
+                voters=slice(None) if self.subject.layout.prefix_votes and words is None else None,
+                words=words,
+                query_lse=lse,
+                **options,
+            )
 
     def check_grids(self, recorded: Collection[Grid]) -> None:
         """Refuse maps that lack the finest level of those that were asked for.
@@ -258,7 +312,7 @@ class Run:
                 of its grid.
         """
         finest = max(map(math.prod, recorded))
-        for layer, (queries, grid) in self.misfits.items():
+        for layer, (queries, grid) in self.sources.misfits.items():
             if math.prod(grid) > finest:
                 raise RuntimeError(
                     f"attention must have the {grid[0]}x{grid[1]} queries of its level's grid, got "
@@ -267,9 +321,9 @@ class Run:
                 )
 
 
-def _moment(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float | None:
+def _moment(arguments: Mapping[str, Any]) -> Tensor | float | None:
     """The timestep that a denoiser call is given, as it is now."""
-    given = args[1] if len(args) > 1 else next((kwargs[n] for n in _MOMENTS if n in kwargs), None)
+    given = next((arguments[name] for name in _MOMENTS if name in arguments), None)
     if isinstance(given, Tensor):
         if given.numel() == 0 or (given.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None

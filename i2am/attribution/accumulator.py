@@ -1,49 +1,33 @@
-"""fp32 sums per layer, added to call by call: all that a recording keeps.
+"""fp32 sums per layer and source, added to call by call: all that a recording keeps.
 
-Per sample, time group, layer and head: ``C u`` on the generated grid and ``W P`` over the reference
-tokens. The attention matrix is never part of it, and nothing here knows which model is recorded.
+Per sample, time group, layer, source and head: ``C u`` and ``P v`` on the generated grid and
+``W P`` over the reference tokens. The attention matrix is never part of it, and nothing here knows
+which model is recorded.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from i2am.attribution import weights
+from i2am.attribution.buffers import LayerBuffers, Reading, Tokens, Words
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions
 from i2am.attribution.joint import JointMaps
 from i2am.attribution.joint_sums import JointGrids, as_joint
 from i2am.attribution.resized import ResizedSums
 from i2am.attribution.sums import AttentionSite, LayerSums
-from i2am.attribution.time_groups import TimeGroups, refuse_capture
-from i2am.attribution.weights import as_batch, own_mask
-from i2am.kernels import Impl, Over, Probe, accumulate
+from i2am.attribution.time_groups import TimeGroups
+from i2am.attribution.weights import as_batch
+from i2am.kernels import Impl, Probe, accumulate
 
 UNIFORM = "uniform"
 MASK = "mask"
 SUMS = ("native", "resized")
 
-
-@dataclass
-class _Layer:
-    site: AttentionSite
-    reference: slice | Tensor
-    key_weights: Tensor  # [B or 1, U, N]
-    key_groups: Tensor  # [B or 1, U, N]
-    query_weights: Tensor  # [B or 1, R, M]
-    r2g: Tensor | None  # [B, slots, H, U, M]; a single slot where sums are resized
-    share: Tensor | None  # [B, slots, H, U, M]
-    g2r: Tensor | None  # [B, slots, H, R, N]
-    voters: slice | Tensor
-    by_key: Tensor | None  # [B, slots, H, M, voters]
-    calls: Tensor  # [B, slots]
-
-    @property
-    def sums(self) -> list[Tensor]:
-        sums = (self.r2g, self.share, self.g2r, self.by_key, self.calls)
-        return [each for each in sums if each is not None]
+Source = tuple[str, str]
+"""Layer and source."""
 
 
 class Accumulator:
@@ -117,12 +101,20 @@ class Accumulator:
         self.sums = sums
         self.impl = impl
         self.unresolved = unresolved
-        self._layers: dict[str, _Layer] = {}
+        self._reading = Reading(
+            self.directions,
+            self.regions,
+            self.mask,
+            self.reference_mask,
+            keep_keys,
+            samples_known=not unresolved,
+        )
+        self._layers: dict[Source, LayerBuffers] = {}
         self._groups = TimeGroups(time_groups)
         self._joint = as_joint(joint, time_groups)
         # all layers of the first evaluation must be seen before their finest grid is known; until
         # then each has sums of its own
-        self._resized: ResizedSums | None = None
+        self._resized: dict[str, ResizedSums] | None = None
 
     @property
     def votes(self) -> tuple[str, ...]:
@@ -137,8 +129,8 @@ class Accumulator:
     @property
     def samples(self) -> int | None:
         """Rows of the batch, ``None`` before the first call."""
-        sums = next((sums for layer in self._layers.values() for sums in layer.sums), None)
-        return None if sums is None else len(sums)
+        layer = next(iter(self._layers.values()), None)
+        return None if layer is None else len(layer.calls)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -167,7 +159,9 @@ class Accumulator:
             sums += [each for layer in self._layers.values() for each in layer.sums]
         elif self._layers:
             # what was added until now is of the group that ends
-            sums += self._begin_resizing().tensors
+            sums += [
+                each for resized in self._begin_resizing().values() for each in resized.tensors
+            ]
         if self._joint is not None:
             sums += self._joint.tensors
         self._groups.begin(group, sums)
@@ -180,72 +174,97 @@ class Accumulator:
         key: Tensor,
         *,
         group: int,
-        reference: slice | Tensor = slice(None),
-        voters: slice | Tensor | None = None,
+        reference: Tokens = slice(None),
+        voters: Tokens | None = None,
+        words: Words | None = None,
         scale: float | None = None,
         bias: Tensor | None = None,
         query_lse: Tensor | None = None,
-    ) -> None:
-        """Add one attention call of one layer.
+        rows: slice = slice(None),
+        samples: int | None = None,
+    ) -> Tensor:
+        """Add one attention call of one layer, as far as it goes to one source.
 
         Args:
-            site: The layer; the same at every call.
-            query: ``[batch, heads, seqlen_q, head_dim]``: exactly the tokens of the generated grid.
-            key: ``[batch, heads, seqlen_k, head_dim]``: all keys of the call.
+            site: The layer and its source; the same at every call.
+            query: ``[rows, heads, seqlen_q, head_dim]``: exactly the tokens of the generated grid.
+            key: ``[rows, heads, seqlen_k, head_dim]``: all keys of the call.
             group: Time group in ``range(time_groups)``.
             reference: Which keys are the reference tokens: a slice or an index tensor.
             voters: Which keys share the uniform R2G vote; default the reference tokens.
+            words: Words among the reference tokens, which then are sources of their own instead.
             scale: Softmax scale, default ``head_dim ** -0.5``.
             bias: Additive or bool mask of the call.
-            query_lse: Row log-sum-exp where the attention call returned it.
+            query_lse: Row log-sum-exp over all keys of the call, where it is known.
+            rows: Which rows of the batch these are.
+            samples: Rows of the whole batch; default those of the call.
+
+        Returns:
+            The row log-sum-exp, ``[rows, heads, seqlen_q]``, for the next source.
 
         Raises:
-            ValueError: The call does not fit the site, the site changed since the first call, or
-                layers to be added up have different numbers of heads.
+            ValueError: The call does not fit the site, or the site changed since the first call.
         """
         self._change(group)
-        layer = self._layers.get(site.layer)
+        layer = self._layers.get((site.layer, site.source))
         if self.sums == "resized" and layer is not None and not self.unresolved:
             self._begin_resizing()
         if layer is None:
-            layer = self._allocate(site, query, key, reference, voters)
-            self._layers[site.layer] = layer
+            layer = LayerBuffers.allocate(
+                site,
+                query,
+                key.shape[2],
+                self._reading,
+                reference=reference,
+                voters=voters,
+                words=words,
+                samples=samples or len(query),
+                slots=self.time_groups if self.sums == "native" else 1,
+            )
+            self._layers[site.layer, site.source] = layer
         elif layer.site != site:
             raise ValueError(f"{site.layer} changed during the run, from {layer.site} to {site}")
-        probes = []
-        if layer.g2r is not None:
-            probes.append(Probe(Over.KEYS, layer.g2r[:, 0], left=layer.query_weights))
-        if layer.r2g is not None:
-            probes.append(Probe(Over.QUERIES, layer.r2g[:, 0], right=layer.key_weights))
-        if layer.share is not None:
-            probes.append(Probe(Over.KEYS, layer.share[:, 0], right=layer.key_groups))
-        joint = [] if self._joint is None else self._joint.probes(site, query)
-        if isinstance(layer.reference, slice) and layer.reference == slice(None):
-            probes += joint
-            joint = []
-        lse, _ = accumulate(
-            query, key, probes, scale=scale, bias=bias, normaliser=query_lse, impl=self.impl
-        )
-        if joint:
-            some = layer.reference
-            if bias is not None and bias.ndim and bias.shape[-1] > 1:
-                bias = bias[..., some]
-            accumulate(
-                query,
-                key[:, :, some],
-                joint,
-                scale=scale,
-                bias=bias,
-                normaliser=lse,
-                impl=self.impl,
-            )
+        # rows of ragged batches, and calls of a run with caches, have their tokens elsewhere
+        keys: Tokens = layer.keys if voters is not None else reference
+        probes = layer.probes(rows, words, samples_known=not self.unresolved)
+        lse = self._accumulate(layer, probes, query, key, keys, scale, bias, query_lse)
         # on the device, because a replayed graph counts too
-        layer.calls[:, 0] += 1
+        layer.calls[rows, 0] += 1
         if layer.by_key is not None:
             over_queries = _softmax_over_queries(query, key, scale, bias)
-            layer.by_key[:, 0] += over_queries[..., layer.voters]
+            layer.by_key[rows, 0] += over_queries[..., layer.voters]
         if self._resized is not None:
             self._move(layer)
+        return lse
+
+    def _accumulate(
+        self,
+        layer: LayerBuffers,
+        probes: list[Probe],
+        query: Tensor,
+        key: Tensor,
+        keys: Tokens,
+        scale: float | None,
+        bias: Tensor | None,
+        lse: Tensor | None,
+    ) -> Tensor:
+        """Add what probes read of some keys of a call, given or finding its row log-sum-exp."""
+        whole = isinstance(keys, slice) and keys == slice(None)
+        given: dict[str, Any] = {"scale": scale, "impl": self.impl}
+        if not whole:
+            if lse is None:  # the softmax over all keys is what the model takes
+                lse, _ = accumulate(query, key, [], bias=bias, **given)
+            key, bias = key[:, :, keys], _some(bias, keys)
+        joint = [] if self._joint is None else self._joint.probes(layer.site, query)
+        everything = isinstance(layer.reference, slice) and layer.reference == slice(None)
+        if everything:
+            probes, joint = probes + joint, []
+        lse, _ = accumulate(query, key, probes, bias=bias, normaliser=lse, **given)
+        if joint:
+            some = layer.reference
+            key, bias = key[:, :, some], _some(bias, some)
+            accumulate(query, key, joint, bias=bias, normaliser=lse, **given)
+        return lse
 
     def resolve(self, rows: slice) -> "Accumulator":
         """The rows of an unresolved recording that are samples, each with its own masks."""
@@ -261,36 +280,17 @@ class Accumulator:
         )
         resolved._groups = self._groups.copy()
         resolved._joint = None if self._joint is None else self._joint.resolve(rows)
-        samples = len(range(self.samples or 0)[rows])
-        for name, layer in self._layers.items():
-            r2g = layer.r2g if layer.r2g is None else layer.r2g[rows]
-            share = layer.share if layer.share is None else layer.share[rows]
-            g2r = layer.g2r if layer.g2r is None else layer.g2r[rows]
-            resolved._layers[name] = _Layer(
-                layer.site,
-                layer.reference,
-                own_mask(layer.key_weights[:, :, None], self.reference_mask, samples, 1)[:, :, 0],
-                own_mask(layer.key_groups[:, :, None], self.reference_mask, samples, 1)[:, :, 0],
-                own_mask(layer.query_weights[:, :, None], self.mask, samples, 1)[:, :, 0],
-                None if r2g is None else own_mask(r2g, self.reference_mask, samples, 3).clone(),
-                None if share is None else own_mask(share, self.reference_mask, samples, 3).clone(),
-                None if g2r is None else own_mask(g2r, self.mask, samples, 3).clone(),
-                layer.voters,
-                None if layer.by_key is None else layer.by_key[rows].clone(),
-                layer.calls[rows].clone(),
-            )
+        resolved._layers = {name: layer.resolve(rows) for name, layer in self._layers.items()}
         return resolved
 
     def layers(self) -> list[LayerSums]:
         """The sums on their grids, in the order in which layers were first seen, as views while
-        time groups are in order; or the mean of the resized ones, as one layer.
-
-        Raises:
-            ValueError: Layers to be added up have different numbers of heads.
-        """
+        time groups are in order; or the mean of the resized ones, as one layer of each source."""
         if self.sums == "resized" and self._layers:
-            return [self._begin_resizing().mean(self._groups)]
-        return [self._sums(layer) for layer in self._layers.values()]
+            return [each.mean(self._groups) for each in self._begin_resizing().values()]
+        return [
+            sums for layer in self._layers.values() for sums in layer.layers(self._groups.ordered)
+        ]
 
     @property
     def records_joint(self) -> bool:
@@ -302,117 +302,40 @@ class Accumulator:
         layer has a reference grid."""
         return None if self._joint is None else self._joint.maps(self._groups)
 
-    def _begin_resizing(self) -> ResizedSums:
+    def _begin_resizing(self) -> dict[str, ResizedSums]:
         """Move what the first evaluation left; from now on layers of one shape share their sums."""
         if self._resized is not None:
             return self._resized
         layers = list(self._layers.values())
-        self._resized = ResizedSums.like([self._sums(layer) for layer in layers], self.time_groups)
+        sources: dict[str, list[LayerSums]] = {}
+        for layer in layers:
+            for sums in layer.layers():
+                sources.setdefault(sums.site.source, []).append(sums)
+        self._resized = {
+            source: ResizedSums.like(found, self.time_groups) for source, found in sources.items()
+        }
         for layer in layers:
             self._move(layer)
         shared: dict[tuple[str, torch.Size], Tensor] = {}
         for layer in layers:
-            if layer.share is not None:
-                layer.share = shared.setdefault(("share", layer.share.shape), layer.share)
-            if layer.r2g is not None:
-                layer.r2g = shared.setdefault(("r2g", layer.r2g.shape), layer.r2g)
-            if layer.g2r is not None:
-                layer.g2r = shared.setdefault(("g2r", layer.g2r.shape), layer.g2r)
+            for name, buffer in layer.held.items():
+                buffer.sums = shared.setdefault((name, buffer.sums.shape), buffer.sums)
         return self._resized
 
-    def _move(self, layer: _Layer) -> None:
+    def _move(self, layer: LayerBuffers) -> None:
         assert self._resized is not None
-        self._resized.add(self._sums(layer))
-        for sums in layer.sums:
-            sums.zero_()
+        for sums in layer.layers():
+            source = sums.site.source
+            if source not in self._resized:
+                self._resized[source] = ResizedSums.like([sums], self.time_groups)
+            self._resized[source].add(sums)
+        for each in layer.sums:
+            each.zero_()
 
-    def _sums(self, layer: _Layer) -> LayerSums:
-        generated = layer.site.generated_grid
-        r2g, share, g2r, by_key, calls = (
-            sums if sums is None or self.sums == "resized" else self._groups.ordered(sums)
-            for sums in (layer.r2g, layer.share, layer.g2r, layer.by_key, layer.calls)
-        )
-        if r2g is not None:
-            r2g = r2g.unflatten(-1, generated)
-        if share is not None:
-            share = share.unflatten(-1, generated)
-        if by_key is not None:
-            by_key = by_key.mT.unflatten(-1, generated)
-        if g2r is not None and layer.site.reference_grid is not None:
-            g2r = g2r[..., layer.reference].unflatten(-1, layer.site.reference_grid)
-        return LayerSums(layer.site, r2g, g2r, by_key, share, calls)
 
-    def _allocate(
-        self,
-        site: AttentionSite,
-        query: Tensor,
-        key: Tensor,
-        reference: slice | Tensor,
-        voters: slice | Tensor | None,
-    ) -> _Layer:
-        batch, heads, seqlen_q, _ = query.shape
-        seqlen_k = key.shape[2]
-        height, width = site.generated_grid
-        tokens = len(torch.arange(seqlen_k)[reference])
-        if (heads, seqlen_q, tokens) != (site.heads, height * width, site.reference_tokens):
-            raise ValueError(
-                f"{site.layer} must have {site.heads} heads, {height}x{width} generated and "
-                f"{site.reference_tokens} reference tokens, got {heads}, {seqlen_q} and {tokens}"
-            )
-        grid = site.reference_grid
-        if grid is not None and grid[0] * grid[1] != tokens:
-            raise ValueError(
-                f"reference_grid of {site.layer} must hold {tokens} tokens, got {grid[0]}x{grid[1]}"
-            )
-        statistics = torch.promote_types(query.dtype, torch.float32)
-        refuse_capture(query)
-        # tensors born in inference mode could not be updated outside of it later
-        with torch.inference_mode(False):
-            samples = None if self.unresolved else batch
-            key_weights = weights.votes(
-                seqlen_k,
-                reference,
-                voters,
-                grid=grid,
-                mask=self.reference_mask,
-                samples=samples,
-            )
-            key_groups = weights.groups(
-                seqlen_k, reference, grid=grid, mask=self.reference_mask, samples=samples
-            )
-            query_weights = weights.rows(
-                site.generated_grid, self.regions.values(), mask=self.mask, samples=samples
-            )
-            shape = (batch, self.time_groups if self.sums == "native" else 1, heads)
-            r2g = share = g2r = by_key = None
-            voters = reference if voters is None else voters
-            if Direction.REFERENCE_TO_GENERATED in self.directions:
-                r2g = torch.zeros(
-                    *shape, key_weights.shape[1], seqlen_q, dtype=statistics, device=query.device
-                )
-                share = torch.zeros_like(r2g)
-                if self.keep_keys:
-                    n_voters = len(torch.arange(seqlen_k)[voters])
-                    by_key = torch.zeros(
-                        *shape, seqlen_q, n_voters, dtype=statistics, device=query.device
-                    )
-            if Direction.GENERATED_TO_REFERENCE in self.directions and grid is not None:
-                g2r = torch.zeros(
-                    *shape, query_weights.shape[1], seqlen_k, dtype=statistics, device=query.device
-                )
-            return _Layer(
-                site,
-                reference if isinstance(reference, slice) else reference.to(query.device),
-                key_weights.to(query.device, statistics),
-                key_groups.to(query.device, statistics),
-                query_weights.to(query.device, statistics),
-                r2g,
-                share,
-                g2r,
-                voters,
-                by_key,
-                torch.zeros(shape[:2], dtype=statistics, device=query.device),
-            )
+def _some(bias: Tensor | None, keys: Tokens) -> Tensor | None:
+    """The columns of a mask that belong to some keys."""
+    return bias if bias is None or not bias.ndim or bias.shape[-1] == 1 else bias[..., keys]
 
 
 def _softmax_over_queries(

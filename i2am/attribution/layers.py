@@ -50,8 +50,8 @@ def recorded(layer: LayerSums, direction: Direction) -> Tensor:
 
 
 def shares(layer: LayerSums, *, apart: bool) -> Tensor:
-    """Mean attention share over the recorded calls, ``[samples, time_groups or 1, heads, votes, h,
-    w]`` in [0, 1].
+    """Mean attention share over the recorded calls, ``[samples, time_groups or 1, heads, votes,
+    (frames), h, w]`` in [0, 1].
 
     Args:
         layer: One layer.
@@ -66,12 +66,20 @@ def shares(layer: LayerSums, *, apart: bool) -> Tensor:
             f"the attention share was not recorded on {layer.site.layer}, as in files of schema 1 "
             "and 2; read measure='spread', or record reference_to_generated again"
         )
-    if layer.multiplier is not None:
-        sums = sums * layer.multiplier[:, None, None].to(sums.device)
+    sums = multiplied(sums, layer.multiplier)
     if not apart:
         sums, calls = sums.sum(1, keepdim=True), calls.sum(1, keepdim=True)
     # a group in which a cache skipped the layer has no call
-    return sums / calls.clamp_min(1)[:, :, None, None, None, None]
+    return sums / calls.clamp_min(1)[(..., *[None] * (sums.ndim - 2))]
+
+
+def multiplied(sums: Tensor, multiplier: Tensor | None) -> Tensor:
+    """Sums ``[samples, time_groups, ..., h, w]`` times ``[time_groups, h, w]``, or 1 for None."""
+    if multiplier is None:
+        return sums
+    groups, height, width = multiplier.shape
+    shape = (groups, *[1] * (sums.ndim - 4), height, width)
+    return sums * multiplier.to(sums.device).view(shape)
 
 
 def evened(layers: Sequence[LayerSums]) -> list[LayerSums]:
@@ -110,8 +118,11 @@ def check_layers(
         ValueError: If there is no layer or tensor, a name is repeated, or the shape of a tensor
             contradicts its site, the first tensor, `votes` or `rows`.
     """
-    names = [layer.site.layer for layer in layers]
-    for what, values in (("layers", names), ("votes", votes), ("rows", rows)):
+    names = [(layer.site.layer, layer.site.source) for layer in layers]
+    if not names or len(set(names)) < len(names):
+        found = [f"{layer} ({source})" for layer, source in names]
+        raise ValueError(f"layers must be at least one, none twice of one source, got {found}")
+    for what, values in (("votes", votes), ("rows", rows)):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{what} must be at least one name, none twice, got {list(values)}")
     leading = None
@@ -125,13 +136,13 @@ def check_layers(
                 raise ValueError(f"{name} of {layer.site.layer} must be sums, got {sums.dtype}")
             leading = leading or shape[:2]
             # the recording decides which keys it keeps apart, so their number is free
-            fourth, grid = shape[3:4], layer.site.generated_grid
+            fourth, grid = shape[3:4], layer.site.generated_shape
             if name == "calls":
                 if shape != leading:
                     raise ValueError(f"calls of {layer.site.layer} must be {leading}, got {shape}")
                 continue
             if name in ("reference_to_generated", "attention_share"):
-                fourth = [len(votes)]
+                fourth = [1 if layer.site.role == "text" else len(votes)]
             elif name == "generated_to_reference":
                 if layer.site.reference_grid is None:
                     raise ValueError(f"{layer.site.layer} has {name} sums but no reference grid")

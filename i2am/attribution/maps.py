@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,25 +16,25 @@ from i2am.attribution.joint import JointMaps, concatenate_joint
 from i2am.attribution.layers import (
     apply,
     check_layers,
-    evened,
+    multiplied,
     nonfinite,
     recorded,
     shares,
     tensors,
-    without_grid,
 )
 from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reading import (
     LayerWeighting,
-    check_resized,
     find_region,
     kept_axes,
     layers_of,
     missing_for_official,
-    reduce_layers,
+    read,
+    refuse_gridless,
     undeclared,
 )
+from i2am.attribution.sources import combined, of_source, received_of, sources, spread_of
 from i2am.attribution.summary import summary
 from i2am.attribution.sums import LayerSums
 
@@ -48,10 +48,11 @@ Measure = Literal["share", "spread"]
 class AttributionMaps:
     """fp32 sums per sample, time group, layer and head on native grids, read in any combination.
 
-    Reading means choosing the axes to keep with `per`, any subset of ``"time"``, ``"layer"`` and
-    ``"head"`` (one name or several). The others are reduced as in eqs 5-6 and 13-14 of the paper:
-    summed over time groups, averaged over heads and layers. A result is fp32
-    ``[samples, (time), (layer), (head), height, width]``, kept axes always in this order.
+    Reading means choosing the axes to keep with `per`, any subset of ``"time"``, ``"layer"``,
+    ``"head"`` and ``"frame"`` (one name or several). The others are reduced as in eqs 5-6 and 13-14
+    of the paper: summed over time groups, averaged over heads, layers and the frames of a video. A
+    result is fp32 ``[samples, (time), (layer), (head), (frame), height, width]``, kept axes always
+    in this order.
 
     Args:
         layers: Sums of at least one layer, as :meth:`Accumulator.layers` gives them.
@@ -109,7 +110,25 @@ class AttributionMaps:
     @property
     def layers(self) -> tuple[str, ...]:
         """Layer paths, in the order of ``per="layer"``."""
-        return tuple(layer.site.layer for layer in self.layer_sums)
+        return tuple(dict.fromkeys(layer.site.layer for layer in self.layer_sums))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What was recorded of: references, then words of the prompt."""
+        return sources(self.layer_sums)
+
+    @property
+    def words(self) -> dict[str, Tensor]:
+        """The attention share of every recorded word, ``[samples, height, width]`` by its name."""
+        return {
+            name: self.reference_to_generated(source=name, measure="share")
+            for name in sources(self.layer_sums, role="text")
+        }
+
+    @property
+    def frames(self) -> int:
+        """Number of latent frames of a video, 1 for pictures."""
+        return max(layer.site.frames for layer in self.layer_sums)
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -139,13 +158,15 @@ class AttributionMaps:
         """Which votes' attention share says most: that of the tokens in the reference mask; without
         one that of all reference tokens, where layers attend to others as well; None where it was
         not recorded or is 1 everywhere."""
-        recorded = [layer for layer in self.layer_sums if layer.attention_share is not None]
-        if len(recorded) < len(self.layer_sums):
+        references = [layer for layer in self.layer_sums if layer.site.role == "reference"]
+        recorded = [layer for layer in references if layer.attention_share is not None]
+        if len(recorded) < len(references) or not references:
             return None
         if "mask" in self.votes and any(layer.site.reference_grid for layer in recorded):
             return "mask"
+        together = combined(recorded)
         beside = any(
-            bool((shares(layer, apart=False)[:, :, :, 0] < 1 - 1e-4).any()) for layer in recorded
+            bool((shares(layer, apart=False)[:, :, :, 0] < 1 - 1e-4).any()) for layer in together
         )
         return "uniform" if beside else None
 
@@ -160,6 +181,7 @@ class AttributionMaps:
         per: PerAxes = (),
         *,
         size: Grid | None = None,
+        source: str | None = None,
         measure: Measure = "spread",
         votes: Literal["uniform", "mask"] = "uniform",
         preset: str | Preset = "paper",
@@ -185,6 +207,8 @@ class AttributionMaps:
         Args:
             per: Axes to keep.
             size: Grid of the result; by default the finest generated grid.
+            source: A reference or word of :attr:`sources`; default all references together: the sum
+                of their shares, and the spread of all their tokens alike.
             measure: ``"share"`` or ``"spread"``.
             votes: Which reference tokens count: all alike, or by the recorded reference mask.
             preset: ``"paper"``, ``"official"`` or a :class:`Preset`. Official leaves out the mid
@@ -209,29 +233,32 @@ class AttributionMaps:
             raise ValueError(f"measure must be 'share' or 'spread', got {measure!r}")
         vote = self.votes.index(votes)
         preset = get_preset(preset)
+        layers = spread_of(self.layer_sums, source, masked=votes == "mask")
         if votes == "mask":
-            self._refuse_gridless("reference_to_generated(votes='mask')", preset)
+            refuse_gridless(layers, "reference_to_generated(votes='mask')", preset)
         elif preset.clamp_after_grid_resize and measure == "spread":
-            self._warn_approximate(preset, size)
+            self._warn_approximate(layers, preset, size)
         apart = "time" in kept_axes(per)
 
         def sums(layer: LayerSums) -> Tensor:
             if measure == "share":
-                return shares(layer, apart=apart)[:, :, :, vote, None]
-            held = layer.reference_to_generated_by_key
-            if not preset.clamp_after_grid_resize or votes != "uniform" or held is None:
-                held = recorded(layer, Direction.REFERENCE_TO_GENERATED)[:, :, :, vote, None]
-            if layer.multiplier is None:
-                return held
-            return held * layer.multiplier[:, None, None].to(held.device)
+                held = shares(layer, apart=apart)[:, :, :, vote]
+                return held if layer.site.frames > 1 else held[:, :, :, None]
+            by_key = layer.reference_to_generated_by_key
+            if preset.clamp_after_grid_resize and votes == "uniform" and by_key is not None:
+                return multiplied(by_key, layer.multiplier)
+            held = recorded(layer, Direction.REFERENCE_TO_GENERATED)[:, :, :, vote]
+            held = held if layer.site.frames > 1 else held[:, :, :, None]
+            return multiplied(held, layer.multiplier)
 
-        return self._read(sums, per, size, preset, layer_weighting)
+        return read(layers, sums, per, size, preset, layer_weighting)
 
     def generated_to_reference(
         self,
         per: PerAxes = (),
         *,
         size: Grid | None = None,
+        source: str | None = None,
         weights: Literal["uniform", "mask"] = "uniform",
         preset: str | Preset = "paper",
         layer_weighting: LayerWeighting = "paper",
@@ -241,6 +268,7 @@ class AttributionMaps:
         Args:
             per: Axes to keep.
             size: Grid of the result; by default the finest reference grid.
+            source: A reference of :attr:`sources`; needed where there are several.
             weights: Which generated patches count: all alike, or by the inpainting mask (eq 17).
             preset: As in :meth:`reference_to_generated`; exact for official where no layer is
                 resized.
@@ -261,7 +289,7 @@ class AttributionMaps:
                 f"weights={weights!r} was not recorded; it needs record(mask=...), "
                 "the inpainting mask"
             )
-        return self._read_row(weights, per, size, preset, layer_weighting)
+        return self._read_row(weights, per, size, source, preset, layer_weighting)
 
     def specific_reference(
         self,
@@ -269,6 +297,7 @@ class AttributionMaps:
         per: PerAxes = (),
         *,
         size: Grid | None = None,
+        source: str | None = None,
         preset: str | Preset = "paper",
         layer_weighting: LayerWeighting = "paper",
     ) -> Tensor:
@@ -280,6 +309,7 @@ class AttributionMaps:
                 :attr:`joint` need not have been declared.
             per: Axes to keep; of a patch read from :attr:`joint` one of time and head at most.
             size: Grid of the result; by default the finest reference grid.
+            source: As in :meth:`generated_to_reference`.
             preset: As in :meth:`generated_to_reference`; a patch from :attr:`joint` needs bilinear
                 maps of all layers, those of ``"paper"``.
             layer_weighting: As in :meth:`generated_to_reference`; likewise ``"paper"``.
@@ -295,7 +325,7 @@ class AttributionMaps:
         descriptions = self.provenance.get("regions") or {}
         name = find_region(region, self.regions, descriptions)
         if name is not None:
-            return self._read_row(name, per, size, preset, layer_weighting)
+            return self._read_row(name, per, size, source, preset, layer_weighting)
         cell = None if self.joint is None else self.joint.cell(region)
         if self.joint is None or cell is None:
             joint = None if self.joint is None else self.joint.generated_grid
@@ -315,8 +345,9 @@ class AttributionMaps:
         self,
         layers: str | Iterable[str] | None = None,
         samples: int | slice | Sequence[int] | None = None,
+        source: str | None = None,
     ) -> "AttributionMaps":
-        """The same maps for some layers and samples only.
+        """The same maps for some layers, samples or one source only.
 
         :attr:`joint` is an average over layers, so it does not survive a choice of them.
 
@@ -325,6 +356,7 @@ class AttributionMaps:
                 the layers does not change.
             samples: Index, slice or indices along the sample axis, in the order wanted; None keeps
                 all. The axis stays for a single index too.
+            source: One of :attr:`sources`; None keeps all.
 
         Returns:
             Maps with copies of the chosen samples; with all samples, memory is shared.
@@ -335,6 +367,9 @@ class AttributionMaps:
         """
         chosen: Sequence[LayerSums] = self.layer_sums
         joint = self.joint if layers is None else None
+        if source is not None:
+            chosen = of_source(chosen, source)
+            joint = joint if chosen[0].site.role == "reference" else None
         if layers is not None:
             patterns = [layers] if isinstance(layers, str) else list(layers)
             for pattern in patterns:
@@ -487,12 +522,14 @@ class AttributionMaps:
         row: str,
         per: PerAxes,
         size: Grid | None,
+        source: str | None,
         preset: str | Preset,
         layer_weighting: LayerWeighting,
     ) -> Tensor:
         index = self.rows.index(row)
         preset = get_preset(preset)
-        self._refuse_gridless("generated_to_reference", preset)
+        layers = received_of(self.layer_sums, source)
+        refuse_gridless(layers, "generated_to_reference", preset)
 
         def sums(layer: LayerSums) -> Tensor:
             held = recorded(layer, Direction.GENERATED_TO_REFERENCE)[:, :, :, index, None]
@@ -501,18 +538,12 @@ class AttributionMaps:
             multiplier = layer.multiplier.mean((-2, -1)).to(held.device)
             return held * multiplier[:, None, None, None, None]
 
-        return self._read(sums, per, size, preset, layer_weighting)
+        return read(layers, sums, per, size, preset, layer_weighting)
 
-    def _refuse_gridless(self, what: str, preset: Preset) -> None:
-        if gridless := without_grid(layers_of(self.layer_sums, preset)):
-            raise ValueError(
-                f"{what} does not exist for layers without a reference grid (a single reference "
-                f"token, say): {', '.join(gridless)}; choose others with select(layers=...)"
-            )
-
-    def _warn_approximate(self, preset: Preset, size: Grid | None) -> None:
-        counted = layers_of(self.layer_sums, preset)
-        missing = missing_for_official(counted, self.provenance, size)
+    def _warn_approximate(
+        self, layers: Sequence[LayerSums], preset: Preset, size: Grid | None
+    ) -> None:
+        missing = missing_for_official(layers_of(layers, preset), self.provenance, size)
         if missing and not self._warned:
             self._warned = True
             warnings.warn(
@@ -520,24 +551,6 @@ class AttributionMaps:
                 f"{' and '.join(missing)}",
                 stacklevel=3,
             )
-
-    def _read(
-        self,
-        sums: Callable[[LayerSums], Tensor],
-        per: PerAxes,
-        size: Grid | None,
-        preset: Preset,
-        layer_weighting: LayerWeighting,
-    ) -> Tensor:
-        kept = kept_axes(per)
-        check_resized(self.layer_sums, per=kept, preset=preset, layer_weighting=layer_weighting)
-        return reduce_layers(
-            [sums(layer) for layer in evened(layers_of(self.layer_sums, preset))],
-            per=kept,
-            size=size,
-            preset=preset,
-            layer_weighting=layer_weighting,
-        )
 
     def _with(self, layers: Sequence[LayerSums], joint: JointMaps | None) -> "AttributionMaps":
         return type(self)(

@@ -67,6 +67,7 @@ def merge_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _facts(maps: "AttributionMaps") -> Iterator[tuple[str, object]]:
     yield "layers", ", ".join(maps.layers)
+    yield "sources", ", ".join(maps.sources)
     yield "time groups", maps.time_groups
     yield "votes", ", ".join(maps.votes)
     yield "rows", ", ".join(maps.rows)

@@ -1,32 +1,35 @@
 """Reduces per-layer sums to one map tensor: which axes stay, which are averaged, on which grid."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from i2am.attribution.grid import Box, Grid, Patch, resize
+from i2am.attribution.layers import evened, without_grid
 from i2am.attribution.presets import Preset
 from i2am.attribution.sums import LayerSums
 
-Axis = Literal["time", "layer", "head"]
+Axis = Literal["time", "layer", "head", "frame"]
 LayerWeighting = Literal["paper", "area"]
 
-AXES: tuple[Axis, ...] = ("time", "layer", "head")
+AXES: tuple[Axis, ...] = ("time", "layer", "head", "frame")
 
 
 def kept_axes(per: str | Iterable[str]) -> frozenset[str]:
     """The axes named by `per`.
 
     Raises:
-        ValueError: If a name is not "time", "layer" or "head".
+        ValueError: If a name is not "time", "layer", "head" or "frame".
     """
     names = frozenset([per] if isinstance(per, str) else per)
     unknown = sorted(names.difference(AXES))
     if unknown:
-        raise ValueError(f"per must name some of time, layer, head, got {', '.join(unknown)}")
+        raise ValueError(
+            f"per must name some of time, layer, head, frame, got {', '.join(unknown)}"
+        )
     return names
 
 
@@ -71,6 +74,51 @@ def check_resized(
                 f"{what} needs the layers apart, record(sums='native'); these maps were recorded "
                 "with sums='resized'"
             )
+
+
+def refuse_gridless(layers: Sequence[LayerSums], what: str, preset: Preset) -> None:
+    """Refuses readings that need every layer's reference tokens to have a place.
+
+    Raises:
+        ValueError: If those of a layer have none.
+    """
+    if gridless := without_grid(layers_of(layers, preset)):
+        raise ValueError(
+            f"{what} does not exist for layers without a reference grid (a single reference "
+            f"token, say): {', '.join(gridless)}; choose others with select(layers=...)"
+        )
+
+
+def read(
+    layers: Sequence[LayerSums],
+    sums: Callable[[LayerSums], Tensor],
+    per: str | Iterable[str],
+    size: Grid | None,
+    preset: Preset,
+    layer_weighting: LayerWeighting,
+) -> Tensor:
+    """What :func:`reduce_layers` makes of the layers that count under a preset.
+
+    Args:
+        layers: Layers of one source.
+        sums: Which of their sums are read.
+        per: Axes to keep.
+        size: Grid of the result.
+        preset: Which layers count, and how they are resized.
+        layer_weighting: As in :func:`reduce_layers`.
+
+    Raises:
+        ValueError: If an argument is unknown, or the layers cannot be read so.
+    """
+    kept = kept_axes(per)
+    check_resized(layers, per=kept, preset=preset, layer_weighting=layer_weighting)
+    return reduce_layers(
+        [sums(layer) for layer in evened(layers_of(layers, preset))],
+        per=kept,
+        size=size,
+        preset=preset,
+        layer_weighting=layer_weighting,
+    )
 
 
 def find_region(
@@ -146,21 +194,22 @@ def reduce_layers(
     preset: Preset,
     layer_weighting: LayerWeighting = "paper",
 ) -> Tensor:
-    """Sums over time, resizes, and averages over keys, heads and layers, keeping the axes in `per`.
+    """Sums over time, resizes, and averages over frames or keys, heads and layers, keeping the axes
+    in `per`.
 
     Args:
-        sums: One fp32 ``[samples, time groups, heads, keys, height, width]`` per layer; the keys
-            axis has length 1 where the mean over keys was taken while recording.
+        sums: One fp32 ``[samples, time groups, heads, frames or keys, height, width]`` per layer:
+            the frames of a video, or the keys where they were kept apart.
         per: Axes to keep.
         size: Grid of the result, by default the largest of the layers'.
         preset: Says how to resize.
         layer_weighting: ``"area"`` multiplies each layer by its number of cells.
 
     Returns:
-        fp32 ``[samples, (time), (layer), (head), *size]``.
+        fp32 ``[samples, (time), (layer), (head), (frame), *size]``.
 
     Raises:
-        ValueError: If heads are kept and the layers differ in how many they have, or
+        ValueError: If heads or frames are kept and the layers differ in how many they have, or
             `layer_weighting` is unknown.
     """
     if layer_weighting not in ("paper", "area"):
@@ -170,6 +219,12 @@ def reduce_layers(
         raise ValueError(
             f"per='head' needs layers with one head count, got {_words(head_counts)}; "
             "read per='layer', or choose layers with select(layers=...)"
+        )
+    frames = sorted({layer.shape[3] for layer in sums})
+    if "frame" in per and len(frames) > 1:
+        raise ValueError(
+            f"per='frame' needs layers with one number of frames, got {_words(frames)}; "
+            "choose layers with select(layers=...)"
         )
     if size is None:
         size = max(
@@ -191,11 +246,12 @@ def reduce_layers(
         layer = resize(layer, size, mode=preset.grid_resize)
         if preset.clamp_after_grid_resize:
             layer = layer.clamp(min=0)
-        # keys last in memory, as published: the order of fp32 additions is part of parity
-        layer = layer.movedim(3, -1).contiguous().mean(-1)
+        if "frame" not in per:
+            # keys last in memory, as published: the order of fp32 additions is part of parity
+            layer = layer.movedim(3, -1).contiguous().mean(-1).unsqueeze(3)
         maps.append(layer if apart else layer.mean(2, keepdim=True))
 
-    # [samples, time, layer, head, height, width]
+    # [samples, time, layer, head, frame, height, width]
     result = torch.stack(maps, dim=2)
     if averaged := [axis for axis in ("layer", "head") if axis not in per]:
         result = result.mean([AXES.index(axis) + 1 for axis in averaged], keepdim=True)

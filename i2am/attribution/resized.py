@@ -5,7 +5,7 @@ when they are read. What is lost is the layer axis.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,7 @@ class ResizedSums:
         r2g: ``[samples, slots, heads, votes, h, w]``, see :class:`TimeGroups`.
         share: Likewise.
         g2r: ``[samples, slots, heads, rows, h_I, w_I]``.
+        heads: How many heads stay apart: those of every layer, 1 where layers differ.
         calls: ``[samples, slots]``, of all layers together.
     """
 
@@ -41,17 +42,15 @@ class ResizedSums:
     r2g: Tensor | None
     share: Tensor | None
     g2r: Tensor | None
+    heads: int
     calls: Tensor
 
     @classmethod
     def like(cls, layers: Sequence[LayerSums], time_groups: int) -> "ResizedSums":
-        """Zeros for sums ``[samples, 1, heads, ?, h, w]`` of layers, which are not added yet.
-
-        Raises:
-            ValueError: The layers differ in their number of heads.
-        """
+        """Zeros for sums ``[samples, 1, heads, ?, h, w]`` of layers, which are not added yet."""
         sites = {layer.site.layer: layer.site for layer in layers}
-        _check_heads(sites.values())
+        counts = {site.heads for site in sites.values()}
+        heads = counts.pop() if len(counts) == 1 else 1
         generated = max((site.generated_grid for site in sites.values()), key=math.prod)
         places = [site.reference_grid for site in sites.values()]
         known = [place for place in places if place is not None]
@@ -63,7 +62,8 @@ class ResizedSums:
             refuse_capture(sums)
             # tensors born in inference mode could not be updated outside of it later
             with torch.inference_mode(False):
-                return sums.new_zeros((len(sums), time_groups, *sums.shape[2:4], *grid))
+                kept = sums.shape[3:-2]
+                return sums.new_zeros((len(sums), time_groups, heads, *kept, *grid))
 
         first = layers[0]
         assert first.calls is not None
@@ -76,6 +76,7 @@ class ResizedSums:
             zeros(first.reference_to_generated, generated),
             zeros(first.attention_share, generated),
             zeros(first.generated_to_reference, reference),
+            heads,
             calls,
         )
 
@@ -89,34 +90,46 @@ class ResizedSums:
         """Add sums ``[samples, 1, heads, ?, h, w]`` of a layer to the current time group.
 
         Raises:
-            ValueError: The layer is new, and has another number of heads or no reference grid.
+            ValueError: The layer is new, and has another number of heads, where heads stay apart,
+                or no reference grid.
         """
         site = layer.site
         if site.layer not in self.sites:
             self.sites[site.layer] = site
-            _check_heads(self.sites.values())
+            if self.heads not in (1, site.heads):
+                raise ValueError(
+                    f"sums='resized' needs layers of {self.heads} heads, as in the first "
+                    f"evaluation, and {site.layer}, which came later, has {site.heads}"
+                )
             if site.reference_grid is None and self.g2r is not None:
                 raise ValueError(
                     f"sums='resized' needs a reference grid of every layer or of none from the "
                     f"first evaluation on, and {site.layer}, which came later, has none"
                 )
         if self.r2g is not None and layer.reference_to_generated is not None:
-            self.r2g[:, 0] += resize(layer.reference_to_generated[:, 0], self.generated_grid)
+            self.r2g[:, 0] += self._resized(layer.reference_to_generated, self.generated_grid)
         if self.share is not None and layer.attention_share is not None:
-            self.share[:, 0] += resize(layer.attention_share[:, 0], self.generated_grid)
+            self.share[:, 0] += self._resized(layer.attention_share, self.generated_grid)
         if layer.calls is not None:
             self.calls[:, 0] += layer.calls[:, 0]
         if self.g2r is not None and layer.generated_to_reference is not None:
             assert self.reference_grid is not None
-            self.g2r[:, 0] += resize(layer.generated_to_reference[:, 0], self.reference_grid)
+            self.g2r[:, 0] += self._resized(layer.generated_to_reference, self.reference_grid)
+
+    def _resized(self, sums: Tensor, grid: Grid) -> Tensor:
+        sums = sums[:, 0]
+        if self.heads == 1 < sums.shape[1]:
+            sums = sums.mean(1, keepdim=True)
+        return resize(sums, grid)
 
     def mean(self, groups: TimeGroups) -> LayerSums:
         """The mean over the layers, as one layer whose site says which they are."""
         sites = list(self.sites.values())
         grid = self.reference_grid
-        site = AttentionSite(
-            RESIZED,
-            heads=sites[0].heads,
+        site = replace(
+            sites[0],
+            layer=RESIZED,
+            heads=self.heads,
             generated_grid=self.generated_grid,
             reference_grid=grid,
             reference_tokens=max(site.reference_tokens for site in sites),
@@ -130,10 +143,3 @@ class ResizedSums:
             for sums in (self.r2g, self.share, self.g2r, self.calls)
         )
         return LayerSums(site, r2g, g2r, attention_share=share, calls=calls)
-
-
-def _check_heads(sites: Iterable[AttentionSite]) -> None:
-    heads = {site.heads: site.layer for site in sites}
-    if len(heads) > 1:
-        found = ", ".join(f"{count} ({layer})" for count, layer in sorted(heads.items()))
-        raise ValueError(f"sums='resized' needs layers with one number of heads, got {found}")

@@ -13,8 +13,8 @@ from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.files import open_regular, require, write
 
 SCHEMA = 3
-"""Version of the file layout that is written: with attention shares, counted calls and
-multipliers."""
+"""Version of the file layout that is written: with attention shares, counted calls, multipliers and
+several sources."""
 
 READABLE = (1, 2, 3)
 """Versions that are read: 1 has neither joint maps nor shares, 2 no shares."""
@@ -136,4 +136,9 @@ def _site(fields: Any) -> AttentionSite:
     merged = fields.get("merged", [])
     if not isinstance(merged, list) or not all(isinstance(name, str) for name in merged):
         raise ValueError(f"merged must be names of layers, got {merged!r}")
+    frames, role = fields.get("frames", 1), fields.get("role", "reference")
+    if type(frames) is not int or frames < 1 or role not in ("reference", "text"):
+        raise ValueError(f"a site must have frames and a role, got {frames!r} and {role!r}")
+    if not isinstance(fields.get("source", "reference"), str):
+        raise ValueError(f"source must be a name, got {fields['source']!r}")
     return AttentionSite(**{**fields, **grids, "merged": tuple(merged)})

@@ -24,6 +24,22 @@ class AttentionSite:
     for a branch that the layer multiplies by 0."""
     merged: tuple[str, ...] = ()
     """Layers whose resized sums these are (``sums="resized"``); empty for a layer by itself."""
+    source: str = "reference"
+    """What the reference tokens are: the name of a span, or a word."""
+    role: str = "reference"
+    """``"reference"``, or ``"text"`` for words."""
+    frames: int = 1
+    """How many grids of query tokens follow one another: frames of a video."""
+
+    @property
+    def cells(self) -> int:
+        """Number of query tokens."""
+        return self.frames * self.generated_grid[0] * self.generated_grid[1]
+
+    @property
+    def generated_shape(self) -> tuple[int, ...]:
+        """``(height, width)`` of the query tokens, ``(frames, height, width)`` of a video's."""
+        return self.generated_grid if self.frames == 1 else (self.frames, *self.generated_grid)
 
 
 @dataclass(frozen=True)
@@ -32,15 +48,15 @@ class LayerSums:
 
     site: AttentionSite
     reference_to_generated: Tensor | None
-    """``[samples, time_groups, heads, votes, h, w]``"""
+    """``[samples, time_groups, heads, votes, (frames), h, w]``; a word has one vote."""
     generated_to_reference: Tensor | None
     """``[samples, time_groups, heads, rows, h_I, w_I]``: reference tokens only, while ``P`` is
     normalized over all keys; ``None`` without a reference grid."""
     reference_to_generated_by_key: Tensor | None = None
     """``[samples, time_groups, heads, voters, h, w]``: ``C`` of each voter, on request only."""
     attention_share: Tensor | None = None
-    """``[samples, time_groups, heads, votes, h, w]``: the part of each patch's attention, ``P v``,
-    that goes to the reference tokens, and to those in the reference mask."""
+    """Likewise: the part of each patch's attention, ``P v``, that goes to the reference tokens, and
+    to those in the reference mask."""
     calls: Tensor | None = None
     """``[samples, time_groups]``: how many calls were added up."""
     multiplier: Tensor | None = None

@@ -1,10 +1,11 @@
 """The vectors that are summed with: votes ``u`` over the keys, rows ``W`` over the queries.
 
 ``samples`` is the number of samples in a batch, or ``None`` while its rows cannot be told apart:
-then every mask of the batch is a vector of every row, and :func:`own_mask` keeps the right ones.
+then the vectors of every sample are vectors of every row, and :class:`Own` keeps the right ones.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,43 @@ def as_batch(name: str, mask: Tensor | None) -> Tensor | None:
     if bool((mask.flatten(1).amax(1) <= 0).any()):
         raise ValueError(f"{name} must cover something, got one that is 0 everywhere")
     return mask
+
+
+@dataclass(frozen=True)
+class Own:
+    """Which of the vectors along an axis belong to one sample each.
+
+    Attributes:
+        before: How many belong to all and come first.
+        count: How many samples have vectors of their own; a divisor of all samples.
+        size: How many vectors each of them has.
+    """
+
+    before: int
+    count: int
+    size: int = 1
+
+    def keep(self, sums: Tensor, samples: int, axis: int) -> Tensor:
+        """Of the vectors of every sample, keep each sample's own.
+
+        Args:
+            sums: ``[samples or 1, ...]``: along `axis` those of all, then `size` of each sample,
+                then others of all.
+            samples: Number of samples.
+            axis: Which axis the vectors are on.
+        """
+        if self.count < 2:
+            return sums
+        first = self.before + self.size * of_samples(self.count, samples).to(sums.device)
+        own = first[:, None] + torch.arange(self.size, device=sums.device)
+        sums = sums.expand(samples, *sums.shape[1:])
+        index = own.view(samples, *[1] * (axis - 1), self.size, *[1] * (sums.ndim - axis - 1))
+        shape = list(sums.shape)
+        shape[axis] = self.size
+        chosen = sums.gather(axis, index.expand(shape))
+        behind = self.before + self.count * self.size
+        rest = sums.narrow(axis, behind, sums.shape[axis] - behind)
+        return torch.cat([sums.narrow(axis, 0, self.before), chosen, rest], dim=axis)
 
 
 def votes(
@@ -87,7 +125,12 @@ def groups(
 
 
 def rows(
-    grid: Grid, regions: Iterable[Region], *, mask: Tensor | None, samples: int | None
+    grid: Grid,
+    regions: Iterable[Region],
+    *,
+    mask: Tensor | None,
+    samples: int | None,
+    frames: int = 1,
 ) -> Tensor:
     """``W`` ``[samples or 1, rows, cells]``: uniform, eq 17 by the inpainting mask, each region.
 
@@ -96,6 +139,7 @@ def rows(
         regions: Generated-image regions.
         mask: ``[batch, height, width]``.
         samples: See the module.
+        frames: How many such grids follow one another; each has the same part.
     """
     cells = grid[0] * grid[1]
     vectors = [torch.full((1, 1, cells), 1 / cells)]
@@ -103,44 +147,43 @@ def rows(
         inside = mask_weights(mask, grid).cpu()[:, None]
         vectors.append(_per_sample(inside / cells, samples))
     vectors += [region_weights(region, grid).cpu()[None, None] for region in regions]
-    return _stack(vectors)
+    return _stack(vectors).repeat(1, 1, frames) / frames
 
 
-def own_mask(sums: Tensor, mask: Tensor | None, samples: int, axis: int) -> Tensor:
-    """Keep, of the vectors for every mask of the batch (after the uniform one), each sample's own.
+def words(weights: Tensor, *, samples: int | None) -> tuple[Tensor, Tensor]:
+    """``u`` and ``v`` ``[samples or 1, words, tokens]`` of the words of prompts: the mean over the
+    tokens of a word, and 1 on them. A word that a prompt lacks has votes of 0.
 
     Args:
-        sums: ``[samples or 1, ...]`` with vectors along ``axis``.
-        mask: ``[batch, height, width]`` or None.
-        samples: Number of samples.
-        axis: Which axis the vectors are on.
+        weights: ``[prompts, words, tokens]`` in [0, 1]: 1 on the tokens of each word.
+        samples: See the module.
     """
-    masks = 0 if mask is None else len(mask)
-    if masks < 2:
-        return sums
-    own = 1 + _mask_of_sample(masks, samples).to(sums.device)
-    rest = sums.narrow(axis, 1 + masks, sums.shape[axis] - 1 - masks)
-    sums = sums.expand(samples, *sums.shape[1:])
-    index = own.view(-1, *[1] * (sums.ndim - 1))
-    shape = list(sums.shape)
-    shape[axis] = 1
-    chosen = sums.gather(axis, index.expand(shape))
-    rest = rest.expand(samples, *rest.shape[1:])
-    return torch.cat([sums.narrow(axis, 0, 1), chosen, rest], dim=axis)
+    weights = weights.to(torch.get_default_dtype())
+    mean = weights / weights.sum(-1, keepdim=True).clamp_min(1)
+    if samples is None:
+        return mean.flatten(0, 1)[None], weights.flatten(0, 1)[None]
+    if len(weights) == 1:
+        return mean, weights
+    own = of_samples(len(weights), samples)
+    return mean[own], weights[own]
+
+
+def of_samples(owners: int, samples: int) -> Tensor:
+    """Sample-major like diffusers: several images per prompt share a mask, one after the other.
+
+    Raises:
+        ValueError: They are no divisor of the samples.
+    """
+    if samples % owners != 0:
+        raise ValueError(f"masks must be one per sample or divide them, got {owners} for {samples}")
+    return torch.arange(samples) // (samples // owners)
 
 
 def _per_sample(weights: Tensor, samples: int | None) -> Tensor:
     """``[masks, 1, n]`` to one vector per sample, or to all masks as vectors of every row."""
     if samples is None:
         return weights.transpose(0, 1)
-    return weights[_mask_of_sample(len(weights), samples)]
-
-
-def _mask_of_sample(masks: int, samples: int) -> Tensor:
-    """Sample-major like diffusers: several images per prompt share a mask, one after the other."""
-    if samples % masks != 0:
-        raise ValueError(f"masks must be one per sample or divide them, got {masks} for {samples}")
-    return torch.arange(samples) // (samples // masks)
+    return weights[of_samples(len(weights), samples)]
 
 
 def _stack(weights: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from i2am.cli.estimate import Estimate, estimate
 from i2am.cli.result import Result, Run, write
 from i2am.cli.settings import FILES, Inputs, Settings, read_inputs
 from i2am.files import check_free, fresh_folder
-from i2am.layouts.token_layout import AttentionCall, Frame, Resolved
+from i2am.layouts import AttentionCall, Frame, Sequences
 from i2am.wording import counted
 
 if TYPE_CHECKING:
@@ -102,9 +102,9 @@ def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Pr
     """Look at one call of the denoiser."""
     layout, keys = layout_of(pipe, settings), {}
 
-    def resolve(attention: AttentionCall, frame: Frame) -> Resolved | None:
+    def spans(attention: AttentionCall, frame: Frame) -> Sequences | None:
         keys[attention.layer] = attention.seqlen_k
-        return layout.resolve(attention, frame)
+        return layout.spans(attention, frame)
 
     def stop(pipe: "ReferencePipeline", *_: object) -> dict[str, Any]:
         pipe._interrupt = True
@@ -115,7 +115,7 @@ def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Pr
         warnings.simplefilter("ignore")
         with i2am.record(
             pipe,
-            layout=replace(layout, resolve=resolve),
+            layout=replace(layout, spans=spans),
             time_groups=1,
             joint=settings.report,
         ) as recorder:

@@ -28,7 +28,7 @@ def image_branch(
         generated = generated_tokens(call, frame)
         if generated is None:
             return None
-        if patches is None:
+        if grid is None or patches is None:
             return Sequences(generated, (Span("reference", "reference", 0, (call.seqlen_k,)),))
         start = image * (prefix + patches) + prefix
         if start + patches > call.seqlen_k or call.seqlen_k % (prefix + patches):

@@ -70,7 +70,7 @@ class Frame:
         if held is None or held() is not tensor or known != version:
             value = read(tensor)
             self.run[id(tensor), read] = weakref.ref(tensor), version, value
-        return value  # type: ignore[no-any-return]
+        return value
 
     def level_grid(self, tokens: int, layer: str = "") -> Grid | None:
         """The grid of a UNet level with that many tokens, ``None`` if no level has.

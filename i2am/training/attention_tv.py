@@ -177,8 +177,8 @@ class AttentionTotalVariation:
             if self._frame is None or not torch.is_grad_enabled():
                 return
             call = AttentionCall(layer, 0, query.shape[2], key.shape[2])
-            resolved = self._layout.resolve(call, self._frame)
-            if resolved is None or resolved[0].grid is None:
+            spans = self._layout.spans(call, self._frame)
+            if spans is None:
                 raise ValueError(
                     f"layers must work on a level of the unet's grid, {layer} has "
                     f"{query.shape[2]} queries for latents of {self._frame.size}"
@@ -187,7 +187,7 @@ class AttentionTotalVariation:
             centres = attention_centres(attention, self.reference_grid, prefix=self.prefix)
             # gradient checkpointing runs the same operations again in the backward pass
             if self._running:
-                self._centres[layer] = centres.unflatten(1, resolved[0].grid)
+                self._centres[layer] = centres.unflatten(1, spans.generated.size)
 
         return record
 

@@ -10,7 +10,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 import i2am
-from i2am.layouts import TokenLayout, Tokens
+from i2am.layouts import TokenLayout
+from i2am.layouts.spans import joint
 
 PATCHES = TokenLayout.cross_attention((4, 3))
 TOKENS = TokenLayout.ip_adapter()
@@ -278,7 +279,8 @@ class TestKeyCounts:
         assert torch.equal(image, plain)
 
     def test_generated_tokens_without_a_grid(self, tiny, oracle, loop):
-        layout = TokenLayout("odd", lambda call, frame: (Tokens(0, 1), Tokens(0, 1)))
+        row = joint(("generated", "generated", (48,)), ("reference", "reference", (1,)))
+        layout = TokenLayout("odd", lambda call, frame: row)
         message = ".*layout 'odd' must give the generated tokens a grid"
         with oracle.gives_up(i2am.record(loop, layout=layout), ValueError, message):
             loop(tiny.reference())

@@ -208,12 +208,12 @@ def test_reference_on_the_grid_of_the_query(tiny, oracle):
 
 
 def test_reference_grid_of_its_own_in_every_layer(tiny, oracle):
-    def resolve(call, frame):
+    def spans(call, frame):
         inner = "mid_block" in call.layer
-        return (TokenLayout.cross_attention((2, 6)) if inner else PATCHES).resolve(call, frame)
+        return (TokenLayout.cross_attention((2, 6)) if inner else PATCHES).spans(call, frame)
 
     loop = tiny.loop()
-    layout = TokenLayout("by layer", resolve)
+    layout = TokenLayout("by layer", spans)
     maps, calls = record_and_list(oracle, loop, tiny.reference(), layout=layout)
     grids = {
         "mid_block" in layer.site.layer: layer.site.reference_grid for layer in maps.layer_sums
@@ -224,19 +224,21 @@ def test_reference_grid_of_its_own_in_every_layer(tiny, oracle):
 
 def test_part_of_a_wider_grid(tiny, oracle):
     """Halves beside each other, as two pictures joined in width: rows of both alternate."""
-    from i2am.layouts import Tokens
+    from i2am.layouts import Sequences, Span
 
-    def resolve(call, frame):
+    def spans(call, frame):
         grid = frame.level_grid(call.seqlen_q)
         height, width = grid
-        left, right = (0, 0, height, width // 2), (0, width // 2, height, width - width // 2)
-        length = height * width
-        return Tokens(0, length, grid, left), Tokens(0, length, grid, right)
+        left, right = (0, width // 2), (width // 2, width)
+        return Sequences(
+            (Span("left", "generated", 0, grid, ((0, height), left)),),
+            (Span("right", "reference", 0, grid, ((0, height), right)),),
+        )
 
     loop = tiny.loop()
     with oracle.spy(loop.unet, loop.scheduler, layers="attn1") as calls:
         loop(tiny.reference())
-    layout = TokenLayout("diptych", resolve, layers=r"down_blocks.*attn1$")
+    layout = TokenLayout("diptych", spans, layers=r"down_blocks.*attn1$")
     with i2am.record(loop, layout=layout, time_groups=1) as recorder:
         loop(tiny.reference())
     [layer] = recorder.maps().layer_sums

@@ -425,7 +425,11 @@ ONE_WAY = {"directions": [R2G]}
 @pytest.mark.parametrize(
     ("recording", "read", "message"),
     [
-        ({}, lambda m: m.reference_to_generated("step"), "some of time, layer, head, got step"),
+        (
+            {},
+            lambda m: m.reference_to_generated("step"),
+            "of time, layer, head, frame, got step",
+        ),
         ({}, lambda m: m.reference_to_generated(votes="mask"), "votes .* recorded: uniform"),
         ({}, lambda m: m.reference_to_generated(preset="v2"), "preset must be"),
         ({}, lambda m: m.reference_to_generated(layer_weighting="x"), "layer_weighting must be"),

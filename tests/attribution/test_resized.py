@@ -94,9 +94,9 @@ def test_what_stays_does_not_grow_with_the_layers():
             make_site(f"{number}.attn2", (4, 3), REFERENCE, heads=2) for number in range(count)
         ]
         accumulator = record(sites, sums="resized")
-        held = [accumulator._resized.r2g, accumulator._resized.g2r]
+        held = [sums for each in accumulator._resized.values() for sums in each.tensors]
         for layer in accumulator._layers.values():
-            held += [layer.r2g, layer.g2r]
+            held += [buffer.sums for buffer in layer.held.values()]
         return sum({sums.data_ptr(): sums.nbytes for sums in held}.values())
 
     assert kept(3) == kept(9)
@@ -173,9 +173,19 @@ def test_a_preset_without_the_mid_block_is_refused_where_it_was_added():
         maps_of(record([MID, FINE], sums="resized")).reference_to_generated(preset=preset)
 
 
-def test_refuses_layers_with_different_numbers_of_heads():
-    with pytest.raises(ValueError, match=r"one number of heads, got 2 \(up\.attn2\), 4 \(many"):
-        record([FINE, MORE_HEADS], sums="resized")
+def test_layers_with_different_numbers_of_heads_are_averaged_over_them_first():
+    native, resized = both([FINE, MORE_HEADS])
+    for per in ((), "time"):
+        same(resized.reference_to_generated(per), native.reference_to_generated(per))
+        same(resized.generated_to_reference(per), native.generated_to_reference(per))
+    assert resized.layer_sums[0].site.heads == 1
+
+
+def test_refuses_a_late_layer_with_another_number_of_heads():
+    accumulator = record([FINE, COARSE], sums="resized")
+    query, key, _ = make_qkv(2, 4, 12, MORE_HEADS.reference_tokens, 8)
+    with pytest.raises(ValueError, match="layers of 2 heads, .* which came later, has 4"):
+        accumulator.add(MORE_HEADS, query, key, group=0)
 
 
 def test_refuses_a_late_layer_without_a_reference_grid():

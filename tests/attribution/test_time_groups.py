@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from i2am.attribution import Accumulator, accumulator, joint_sums, resized
+from i2am.attribution import Accumulator, accumulator, buffers, joint_sums, resized
 from i2am.attribution.time_groups import TimeGroups, refuse_capture
 from i2am.testing import make_qkv, make_site
 
@@ -48,8 +48,9 @@ def test_buffers_stay_where_they_are(sums):
     for group in (0, 0, 1, 1, 2):
         accumulator.begin(group)
         accumulator.add(site, query, key, group=group)
-        layer = accumulator._layers["a"]
-        held = accumulator._resized.tensors if accumulator._resized else []
+        layer = accumulator._layers["a", "reference"]
+        resized = accumulator._resized or {}
+        held = [sums for each in resized.values() for sums in each.tensors]
         tensors = [*layer.sums, *held, *accumulator._joint.tensors]
         addresses.append([tensor.data_ptr() for tensor in tensors])
     assert all(later == addresses[1] for later in addresses[1:])
@@ -70,7 +71,7 @@ def test_sums_are_not_made_while_a_graph_is_captured(monkeypatch):
 @pytest.mark.parametrize("sums", ["native", "resized"])
 def test_it_is_asked_wherever_sums_are_made(monkeypatch, sums):
     asked = []
-    for module in (accumulator, resized, joint_sums):
+    for module in (buffers, resized, joint_sums):
         monkeypatch.setattr(module, "refuse_capture", lambda like, name=module: asked.append(name))
     recording = accumulator.Accumulator(time_groups=2, sums=sums, joint=True)
     site = make_site("a", (4, 3), (2, 2))
@@ -79,6 +80,6 @@ def test_it_is_asked_wherever_sums_are_made(monkeypatch, sums):
         asked.clear()
         recording.add(site, query, key, group=group)
         recording.begin(group)  # the evaluation is over
-        assert set(asked) == ({accumulator, joint_sums} if made else set()) | (
+        assert set(asked) == ({buffers, joint_sums} if made else set()) | (
             {resized} if made and sums == "resized" else set()
         )

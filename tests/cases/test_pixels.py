@@ -24,8 +24,7 @@ import i2am
 from i2am.attribution.grid import mask_weights
 from i2am.data import object_mask, render
 from i2am.data.images import read_image, read_mask
-from i2am.layouts import TokenLayout
-from i2am.layouts.token_layout import Tokens
+from i2am.layouts import Sequences, Span, TokenLayout
 from i2am.metrics import IMACS, imacs, imacs_scores
 from i2am.models import load_pipeline
 from i2am.viewer import page
@@ -301,13 +300,14 @@ class TestMaskOfAPicture:
         layout = TokenLayout.same_grid()
         unet = tiny_parts["unet"]
 
-        def resolve(call, frame):
+        def spans(call, frame):
             rows, columns = frame.level_grid(call.seqlen_q)
-            half = (0, columns // 2, rows, columns // 2)
-            generated = Tokens(0, call.seqlen_q, (rows, columns), half)
-            return generated, Tokens(0, call.seqlen_k, (1, call.seqlen_k))
+            half = ((0, rows), (columns // 2, columns))
+            generated = Span("right half", "generated", 0, (rows, columns), half)
+            reference = Span("reference", "reference", 0, (1, call.seqlen_k))
+            return Sequences((generated,), (reference,))
 
-        layout = replace(layout, resolve=resolve)
+        layout = replace(layout, spans=spans)
         for shape, fits in (((32, 24), True), ((32, 48), False)):
             with (
                 contextlib.nullcontext()

@@ -1,11 +1,14 @@
 """What the tokens of a call stand for."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i2am.layouts import AttentionCall, Frame, TokenLayout, Tokens
+from i2am.layouts import AttentionCall, Frame, Sequences, Span, TokenLayout
+from i2am.layouts.spans import in_order, joint
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 
@@ -14,58 +17,95 @@ def call(queries, keys, call_index=0, layer=LAYER):
     return AttentionCall(layer, call_index, queries, keys)
 
 
-class TestTokens:
+def span(start, grid, box=None):
+    return Span("some", "reference", start, grid, box)
+
+
+class TestSpan:
     def test_whole_grid(self):
-        tokens = Tokens(3, 12, (4, 3))
-        assert (tokens.size, tokens.count, tokens.index) == ((4, 3), 12, slice(3, 15))
+        tokens = span(3, (4, 3))
+        assert (tokens.size, tokens.place, tokens.count) == ((4, 3), (4, 3), 12)
+        assert (tokens.index, tokens.stop, tokens.frames) == (slice(3, 15), 15, 1)
 
     def test_without_a_place(self):
-        tokens = Tokens(0, 5)
-        assert (tokens.size, tokens.count, tokens.index) == (None, 5, slice(0, 5))
+        tokens = span(0, (5,))
+        assert (tokens.place, tokens.count, tokens.index) == (None, 5, slice(0, 5))
+
+    def test_frames_of_a_video(self):
+        tokens = span(7, (3, 4, 5))
+        assert (tokens.frames, tokens.place, tokens.count) == (3, (4, 5), 60)
+        first = span(7, (3, 4, 5), ((0, 1), (0, 4), (0, 5)))
+        assert (first.frames, first.place, first.index) == (1, (4, 5), slice(7, 27))
 
     def test_full_width_box_is_a_slice(self):
         """Pictures joined in height, as CatVTON's: each half is consecutive."""
-        lower = Tokens(2, 24, (8, 3), box=(4, 0, 4, 3))
-        assert (lower.size, lower.count, lower.index) == ((4, 3), 12, slice(14, 26))
+        lower = span(2, (8, 3), ((4, 8), (0, 3)))
+        assert (lower.place, lower.count, lower.index) == ((4, 3), 12, slice(14, 26))
 
     def test_narrow_box_is_an_index(self):
         """Pictures joined in width: rows of both alternate."""
-        right = Tokens(1, 8, (2, 4), box=(0, 2, 2, 2))
-        assert (right.size, right.count) == ((2, 2), 4)
+        right = span(1, (2, 4), ((0, 2), (2, 4)))
+        assert (right.place, right.count) == ((2, 2), 4)
         assert right.index.tolist() == [3, 4, 7, 8]
 
-    @given(data=st.data(), height=st.integers(1, 7), width=st.integers(1, 7))
-    def test_any_box_picks_its_rectangle(self, data, height, width):
-        top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
-        rows = data.draw(st.integers(1, height - top))
-        columns = data.draw(st.integers(1, width - left))
+    @given(data=st.data(), grid=st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    def test_any_box_picks_its_part(self, data, grid):
+        box = []
+        for side in grid:
+            first = data.draw(st.integers(0, side - 1))
+            box.append((first, data.draw(st.integers(first + 1, side))))
         start = data.draw(st.integers(0, 4))
-        sequence = torch.arange(start + height * width + 3)
-        tokens = Tokens(start, height * width, (height, width), box=(top, left, rows, columns))
-        grid = sequence[start : start + height * width].view(height, width)
-        expected = grid[top : top + rows, left : left + columns].flatten()
+        sequence = torch.arange(start + math.prod(grid) + 3)
+        tokens = span(start, tuple(grid), tuple(box))
+        cells = sequence[start : start + math.prod(grid)].view(grid)
+        expected = cells[tuple(slice(*each) for each in box)].flatten()
         assert torch.equal(sequence[tokens.index], expected)
         assert tokens.count == len(expected)
-        assert tokens.size == (rows, columns)
-        assert isinstance(tokens.index, slice) == (columns == width)
+        assert tokens.size == tuple(stop - first for first, stop in box)
+        consecutive = bool((expected.diff() == 1).all())
+        assert isinstance(tokens.index, slice) == consecutive
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ((-1, 12), "start must be at least 0 and length at least 1, got -1, 12"),
-            ((0, 0), "start must be at least 0 and length at least 1, got 0, 0"),
-            ((0, 11, (4, 3)), "grid must hold 11 tokens, got 4x3"),
-            ((0, 12, (4, 3), (0, 0, 5, 3)), r"box must lie inside grid \(4, 3\)"),
-            ((0, 12, (4, 3), (1, 1, 1, 3)), "box must lie inside"),
-            ((0, 12, (4, 3), (-1, 0, 2, 2)), "box must lie inside"),
-            ((0, 12, (4, 3), (0, 0, 0, 3)), "box must lie inside"),
-            ((0, 12, None, (0, 0, 2, 2)), "box must lie inside grid None"),
+            ((-1, (12,)), "start must be at least 0 and grid 1 to 3 numbers of at least 1, got -1"),
+            ((0, (0,)), "grid 1 to 3 numbers of at least 1, got 0 and"),
+            ((0, (1, 1, 1, 1)), "grid 1 to 3 numbers"),
+            ((0, (4, 3), ((0, 5), (0, 3))), r"box must lie inside grid \(4, 3\)"),
+            ((0, (4, 3), ((1, 2), (1, 4))), "box must lie inside"),
+            ((0, (4, 3), ((-1, 1), (0, 2))), "box must lie inside"),
+            ((0, (4, 3), ((0, 0), (0, 3))), "box must lie inside"),
+            ((0, (12,), ((0, 2), (0, 2))), "box must lie inside"),
         ],
-        ids=["start", "nothing", "length", "too high", "too wide", "negative", "empty", "no grid"],
+        ids=["start", "nothing", "axes", "too high", "too wide", "negative", "empty", "other axes"],
     )
     def test_refused(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            Tokens(*arguments)
+            span(*arguments)
+
+    def test_roles_are_known(self):
+        with pytest.raises(ValueError, match="role must be one of generated, reference, text, oth"):
+            Span("some", "garment", 0, (3,))
+
+
+class TestSequences:
+    def test_in_order(self):
+        text, generated, reference = in_order(
+            ("text", "text", (5,)),
+            ("nothing", "other", (0,)),
+            ("generated", "generated", (2, 3)),
+            ("reference", "reference", (4, 1)),
+        )
+        assert (text.start, generated.start, reference.start, reference.stop) == (0, 5, 11, 15)
+
+    def test_one_span_is_generated(self):
+        spans = joint(("generated", "generated", (2, 3)), ("text", "text", (4,)))
+        assert spans.generated.place == (2, 3)
+        assert [each.name for each in spans.keys_of("text")] == ["text"]
+        with pytest.raises(ValueError, match="one generated span of the queries, got none"):
+            _ = Sequences((), spans.key).generated
+        with pytest.raises(ValueError, match="got generated, generated"):
+            _ = Sequences(spans.query * 2, ()).generated
 
 
 class TestFrame:
@@ -108,20 +148,23 @@ class TestFamilies:
     def test_cross_attention(self, grid, prefix):
         layout = TokenLayout.cross_attention(grid, prefix=prefix)
         patches = grid[0] * grid[1]
-        generated, reference = layout.resolve(call(12, prefix + patches), self.FRAME)
-        assert generated == Tokens(0, 12, (4, 3))
-        assert reference == Tokens(prefix, patches, grid)
+        spans = layout.spans(call(12, prefix + patches), self.FRAME)
+        assert spans.generated == Span("generated", "generated", 0, (4, 3))
+        assert spans.keys_of("reference") == (Span("reference", "reference", prefix, grid),)
+        assert sum(span.count for span in spans.keys_of("other")) == prefix
         assert layout.name == f"cross_attention {grid[0]}x{grid[1]}"
 
     def test_single_token(self):
-        generated, reference = TokenLayout.single_token().resolve(call(48, 1), self.FRAME)
+        spans = TokenLayout.single_token().spans(call(48, 1), self.FRAME)
+        generated, (reference,) = spans.generated, spans.key
         assert generated.size == (8, 6)
-        assert (reference.size, reference.count) == (None, 1)
+        assert (reference.place, reference.count) == (None, 1)
 
     def test_same_grid(self):
         layout = TokenLayout.same_grid(r"warp_flow_blks\.\d+\.attn2$")
-        generated, reference = layout.resolve(call(12, 12), self.FRAME)
-        assert generated == reference == Tokens(0, 12, (4, 3))
+        spans = layout.spans(call(12, 12), self.FRAME)
+        assert spans.generated == Span("generated", "generated", 0, (4, 3))
+        assert spans.key == (Span("reference", "reference", 0, (4, 3)),)
         assert layout.matches("warp_flow_blks.3.attn2")
         assert not layout.matches(LAYER)
 
@@ -144,23 +187,25 @@ class TestFamilies:
         layout = TokenLayout.stableviton(unet_layers=True)
         for queries, grid in ((48, (8, 6)), (12, (4, 3)), (1, (1, 1))):
             made = call(queries, queries, layer=self.WARP)
-            generated, reference = layout.resolve(made, self.FRAME)
-            assert generated == reference == Tokens(0, queries, grid)
-            generated, reference = layout.resolve(call(queries, 1), self.FRAME)
-            assert (generated.size, reference.size, reference.count) == (grid, None, 1)
+            spans = layout.spans(made, self.FRAME)
+            assert spans.generated == Span("generated", "generated", 0, grid)
+            assert spans.key == (Span("reference", "reference", 0, grid),)
+            spans = layout.spans(call(queries, 1), self.FRAME)
+            (reference,) = spans.key
+            assert (spans.generated.place, reference.place, reference.count) == (grid, None, 1)
 
     def test_ip_adapter_tokens(self):
         layout = TokenLayout.ip_adapter()
-        assert layout.resolve(call(48, 77), self.FRAME) is None  # the text
-        _, reference = layout.resolve(call(48, 16, call_index=1), self.FRAME)
-        assert (reference.size, reference.count) == (None, 16)
-        assert TokenLayout.ip_adapter(adapter=1).resolve(call(48, 16, 1), self.FRAME) is None
+        assert layout.spans(call(48, 77), self.FRAME) is None  # the text
+        (reference,) = layout.spans(call(48, 16, call_index=1), self.FRAME).key
+        assert (reference.place, reference.count) == (None, 16)
+        assert TokenLayout.ip_adapter(adapter=1).spans(call(48, 16, 1), self.FRAME) is None
 
     @pytest.mark.parametrize(("image", "start"), [(0, 1), (1, 18), (2, 35)])
     def test_ip_adapter_patches(self, image, start):
         layout = TokenLayout.ip_adapter((4, 4), prefix=1, image=image)
-        _, reference = layout.resolve(call(48, 51, call_index=1), self.FRAME)
-        assert reference == Tokens(start, 16, (4, 4))
+        (reference,) = layout.spans(call(48, 51, call_index=1), self.FRAME).key
+        assert reference == Span("reference", "reference", start, (4, 4))
 
     @pytest.mark.parametrize(
         ("layout", "made", "message"),
@@ -197,7 +242,7 @@ class TestFamilies:
     )
     def test_other_key_counts_are_refused(self, layout, made, message):
         with pytest.raises(ValueError, match=message):
-            layout.resolve(made, self.FRAME)
+            layout.spans(made, self.FRAME)
 
     @pytest.mark.parametrize(
         ("layout", "keys", "call_index"),
@@ -211,7 +256,7 @@ class TestFamilies:
         ids=lambda value: getattr(value, "name", ""),
     )
     def test_queries_without_a_grid_are_left_out(self, layout, keys, call_index):
-        assert layout.resolve(call(7, keys, call_index), self.FRAME) is None
+        assert layout.spans(call(7, keys, call_index), self.FRAME) is None
 
 
 class TestTokenLayout:
