@@ -24,6 +24,7 @@ from i2am.layouts.spans import REFERENCE, TEXT, Sequences, in_order, joint
 from i2am.layouts.token_layout import AttentionCall, Encoder, Frame, TokenLayout
 
 LAYERS = r"^(single_)?transformer_blocks\.\d+\.attn$"
+REDUX = "tokens of Redux, if there are some, are taken for text; "
 
 _FLUX = {
     "FluxPipeline": PROMPT,
@@ -50,16 +51,18 @@ def flux(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
     """FLUX.1: dev, schnell, Kontext, Fill, Control; ``None`` for pipelines of another order."""
     # the first encoder's tokens are pooled
     encoder = Encoder("text_encoder_2", "tokenizer_2")
-    return _layout("flux", known_reason(pipe, denoiser, _FLUX), denoiser, encoder)
+    reason = known_reason(pipe, denoiser, _FLUX)
+    return _layout("flux", reason, denoiser, encoder, note=REDUX + CAVEATS)
 
 
 def chroma(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
     """Chroma; ``None`` for pipelines of another order."""
-    return _layout("chroma", known_reason(pipe, denoiser, _CHROMA), denoiser, Encoder())
+    reason = known_reason(pipe, denoiser, _CHROMA)
+    return _layout("chroma", reason, denoiser, Encoder(), note=CAVEATS)
 
 
 def _layout(
-    name: str, reason: str | None, denoiser: nn.Module, encoder: Encoder
+    name: str, reason: str | None, denoiser: nn.Module, encoder: Encoder, note: str
 ) -> TokenLayout | None:
     if reason is None:
         return None
@@ -80,7 +83,7 @@ def _layout(
         name,
         spans,
         layers=LAYERS,
-        note=CAVEATS,
+        note=note,
         encoders=(encoder,),
         no_reference="" if count else reason,
         sums="resized",
