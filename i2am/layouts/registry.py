@@ -14,7 +14,14 @@ is the denoiser itself where there is no pipeline."""
 
 # class name -> module of this package and its function; a class answers for those that inherit
 _PIPELINES: dict[str, str] = {}
-_DENOISERS: dict[str, str] = {}
+_DENOISERS: dict[str, str] = {
+    "ChromaTransformer2DModel": "flux:chroma",
+    "Flux2Transformer2DModel": "flux2:flux2",
+    "FluxTransformer2DModel": "flux:flux",
+    "QwenImageTransformer2DModel": "qwen:qwen",
+    "SD3Transformer2DModel": "sd3:sd3",
+    "ZImageTransformer2DModel": "zimage:zimage",
+}
 _REGISTERED: dict[str, Make] = {}
 
 

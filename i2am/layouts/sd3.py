@@ -1,0 +1,80 @@
+"""Stable Diffusion 3 and 3.5: ``[generated | text of CLIP | text of T5]``.
+
+IP-Adapter adds a call of ``[generated | adapter]`` keys. The second attention of dual layers sees
+the generated tokens alone and is left out.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from i2am.layouts.joint_tokens import (
+    ALONE,
+    CAVEATS,
+    CONTROLNET,
+    LATENTS,
+    PROMPT,
+    Part,
+    checked,
+    known_reason,
+    text_length,
+)
+from i2am.layouts.spans import GENERATED, REFERENCE, TEXT, Sequences, in_order, joint
+from i2am.layouts.token_layout import AttentionCall, Encoder, Frame, TokenLayout
+
+LAYERS = r"^transformer_blocks\.\d+\.attn$"
+
+# not with perturbed attention, whose layers attend twice
+_PIPELINES = {
+    "StableDiffusion3Pipeline": PROMPT,
+    "StableDiffusion3Img2ImgPipeline": LATENTS,
+    "StableDiffusion3InpaintPipeline": LATENTS,
+    "StableDiffusion3ControlNetPipeline": CONTROLNET,
+    "StableDiffusion3ControlNetInpaintingPipeline": CONTROLNET,
+}
+# the two CLIP encoders share positions
+_CLIP = (Encoder(), Encoder("text_encoder_2", "tokenizer_2"))
+_T5 = (Encoder("text_encoder_3", "tokenizer_3", span="text 2"),)
+
+
+def sd3(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
+    """Stable Diffusion 3 and 3.5; ``None`` for pipelines of another order."""
+    reason = known_reason(pipe, denoiser, _PIPELINES)
+    if reason is None:
+        return None
+    clip = getattr(pipe, "tokenizer_max_length", None)
+    adapter = getattr(denoiser, "image_proj", None) is not None
+
+    def spans(call: AttentionCall, frame: Frame) -> Sequences:
+        patch = frame.config["patch_size"]
+        height, width = frame.arguments["hidden_states"].shape[-2:]
+        generated: Part = ("generated", GENERATED, (height // patch, width // patch))
+        if call.call_index == 0:
+            found = joint(generated, *_text(text_length(frame), clip))
+        else:
+            query = in_order(generated)
+            tokens = max(call.seqlen_k - query[0].stop, 1)
+            found = Sequences(query, in_order(generated, ("adapter 1", REFERENCE, (tokens,))))
+        return checked(call, found, calls=1 + adapter)
+
+    return TokenLayout(
+        "sd3",
+        spans,
+        layers=LAYERS,
+        note=CAVEATS,
+        encoders=(*_first_of(pipe, _CLIP), *_first_of(pipe, _T5)),
+        no_reference="" if adapter else reason or ALONE,
+        sums="resized",
+    )
+
+
+def _first_of(pipe: Any, encoders: tuple[Encoder, ...]) -> tuple[Encoder, ...]:
+    """The first that a pipeline has: it may be without some."""
+    return tuple(each for each in encoders if getattr(pipe, each.component, None) is not None)[:1]
+
+
+def _text(length: int, clip: int | None) -> list[Part]:
+    """The tokens of CLIP, then those of T5; one span where embeddings of one's own are shorter."""
+    if clip is None or length <= clip:
+        return [("text", TEXT, (length,))]
+    return [("text", TEXT, (clip,)), ("text 2", TEXT, (length - clip,))]
