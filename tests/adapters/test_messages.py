@@ -344,9 +344,9 @@ class TestKeyCounts:
         with oracle.gives_up(recorder, ValueError, message):
             loop(tiny.reference(3))
 
-    @pytest.mark.parametrize("given", ["list", "nothing"])
-    def test_denoiser_whose_input_is_no_tensor(self, oracle, given):
-        """Z-Image takes a list of samples; its omni variant takes it by another name."""
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_list_of_samples_and_a_layout_of_unets(self, oracle, by_name):
+        """Z-Image takes a list of samples, which has no level of a UNet."""
         torch.manual_seed(0)
         net = ZImageTransformer2DModel(
             in_channels=4,
@@ -364,18 +364,31 @@ class TestKeyCounts:
 
         @torch.no_grad()
         def call():
-            if given == "list":
-                return torch.stack(net(samples, **rest).sample)
-            return torch.stack(net(x=samples, **rest).sample)
+            given = net(x=samples, **rest) if by_name else net(samples, **rest)
+            return torch.stack(given.sample)
 
         plain = call()
         layout = TokenLayout.same_grid(r"^layers\.\d+\.attention$")
         recorder = i2am.record(net, layout=layout, time_groups=1, num_inference_steps=1)
-        kind = "list" if given == "list" else "NoneType"
-        message = f".*recording ZImageTransformer2DModel .* must be a tensor .* got {kind}"
-        with oracle.gives_up(recorder, NotImplementedError, message):
+        message = ".*layout must give the grid of the generated tokens where .* is not"
+        with oracle.gives_up(recorder, ValueError, message):
             image = call()
         assert torch.equal(image, plain)
+
+    def test_denoiser_whose_input_is_no_list(self, tiny, oracle):
+        class Wrapped(nn.Module):
+            def __init__(self, unet):
+                super().__init__()
+                self.unet = unet
+
+            def forward(self, inputs):
+                return self.unet(inputs["latents"], 10, inputs["context"]).sample
+
+        net = Wrapped(tiny.loop().unet)
+        recorder = i2am.record(net, layout=PATCHES, time_groups=1, num_inference_steps=1)
+        message = ".*recording Wrapped .* must be a tensor or a list of all samples, got dict"
+        with oracle.gives_up(recorder, NotImplementedError, message), torch.no_grad():
+            net({"latents": torch.zeros(1, 4, 8, 6), "context": tiny.reference()})
 
 
 def test_ordinary_recording_is_silent(tiny, loop):

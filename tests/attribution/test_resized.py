@@ -184,7 +184,7 @@ def test_layers_with_different_numbers_of_heads_are_averaged_over_them_first():
 def test_refuses_a_late_layer_with_another_number_of_heads():
     accumulator = record([FINE, COARSE], sums="resized")
     query, key, _ = make_qkv(2, 4, 12, MORE_HEADS.reference_tokens, 8)
-    with pytest.raises(ValueError, match="layers of 2 heads, .* which came later, has 4"):
+    with pytest.raises(ValueError, match=r"layers of 2 heads, .* which came later, has 4"):
         accumulator.add(MORE_HEADS, query, key, group=0)
 
 
