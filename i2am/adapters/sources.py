@@ -121,6 +121,7 @@ class Sources:
             reference_tokens=0,
             causal=call.seqlen_k > 1,
             frames=generated.frames,
+            measure="share" if sequences.keys_of("generated") else "spread",
         )
         sources = []
         for span in references:
@@ -140,6 +141,7 @@ class Sources:
                 reference_tokens=int(words.weights.sum(-1).max()),
                 source=words.names[0],
                 role="text",
+                measure="share",
             )
             sources.append(Source(of_words, self._keys(texts, call, device), words))
         return tuple(sources)

@@ -55,6 +55,7 @@ class Accumulator:
             both directions, for :meth:`joint`: True, the generated grid ``(height, width)``, or
             both grids. What is not given is the layers' finest, halved until it has at most 1024
             cells. Layers without a reference grid do not take part.
+        flow: Also keep where on the reference each patch looks, for :meth:`AttributionMaps.flow`.
         impl: Implementation of the statistics; see :mod:`i2am.kernels`.
         unresolved: See above.
 
@@ -76,6 +77,7 @@ class Accumulator:
         keep_keys: bool = False,
         sums: str = "native",
         joint: JointGrids = False,
+        flow: bool = False,
         impl: Impl | str | None = None,
         unresolved: bool = False,
     ) -> None:
@@ -98,6 +100,7 @@ class Accumulator:
         self.mask = as_batch("mask", mask)
         self.reference_mask = as_batch("reference_mask", reference_mask)
         self.keep_keys = keep_keys
+        self.flow = flow
         self.sums = sums
         self.impl = impl
         self.unresolved = unresolved
@@ -107,6 +110,7 @@ class Accumulator:
             self.mask,
             self.reference_mask,
             keep_keys,
+            flow,
             samples_known=not unresolved,
         )
         self._layers: dict[Source, LayerBuffers] = {}
@@ -230,9 +234,7 @@ class Accumulator:
         lse = self._accumulate(layer, probes, query, key, keys, scale, bias, query_lse)
         # on the device, because a replayed graph counts too
         layer.calls[rows, 0] += 1
-        if layer.by_key is not None:
-            over_queries = _softmax_over_queries(query, key, scale, bias)
-            layer.by_key[rows, 0] += over_queries[..., layer.voters]
+        layer.add_by_key(query, key, scale, bias, rows)
         if self._resized is not None:
             self._move(layer)
         return lse
@@ -276,6 +278,7 @@ class Accumulator:
             reference_mask=self.reference_mask,
             keep_keys=self.keep_keys,
             sums=self.sums,
+            flow=self.flow,
             impl=self.impl,
         )
         resolved._groups = self._groups.copy()
@@ -336,19 +339,3 @@ class Accumulator:
 def _some(bias: Tensor | None, keys: Tokens) -> Tensor | None:
     """The columns of a mask that belong to some keys."""
     return bias if bias is None or not bias.ndim or bias.shape[-1] == 1 else bias[..., keys]
-
-
-def _softmax_over_queries(
-    query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None
-) -> Tensor:
-    """``C`` ``[batch, heads, seqlen_q, seqlen_k]`` in the published order of fp32 operations."""
-    compute = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(compute) @ key.to(compute).mT
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None and bias.dtype == torch.bool:
-        scores = scores.masked_fill(~bias, -torch.inf)
-    elif bias is not None:
-        scores = scores + bias
-    # a key that no query may attend to spreads nothing: its softmax would be NaN
-    unseen = scores.isneginf().all(-2, keepdim=True)
-    return scores.softmax(-2).masked_fill(unseen, 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from i2am.attribution import weights
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Region
+from i2am.attribution.layers import layer_sums
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.attribution.time_groups import refuse_capture
 from i2am.attribution.weights import Own
@@ -29,6 +30,7 @@ class Reading:
         mask: ``[batch, height, width]`` over the generated image, or None.
         reference_mask: Likewise over the reference image.
         keep_keys: Whether ``C`` is kept of each voting key.
+        flow: Whether the places that are looked at are kept.
         samples_known: Whether the batch of a call is the samples, see :class:`Accumulator`.
     """
 
@@ -37,6 +39,7 @@ class Reading:
     mask: Tensor | None
     reference_mask: Tensor | None
     keep_keys: bool
+    flow: bool
     samples_known: bool
 
 
@@ -227,6 +230,14 @@ class LayerBuffers:
             self.held["attention_share"].right = groups.to(self.calls.dtype)
         return [buffer.probe(rows) for buffer in self.held.values()]
 
+    def add_by_key(
+        self, query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None, rows: slice
+    ) -> None:
+        """Add ``C`` of each voter, where it is kept."""
+        if self.by_key is not None:
+            over_queries = _softmax_over_queries(query, key, scale, bias)
+            self.by_key[rows, 0] += over_queries[..., self.voters]
+
     def resolve(self, rows: slice) -> "LayerBuffers":
         """A copy of the rows that are samples."""
         samples = len(range(len(self.calls))[rows])
@@ -255,10 +266,10 @@ class LayerBuffers:
                 fields[name] = sums[..., self.reference].unflatten(-1, grid)
         fields["calls"] = ordered(self.calls)
         if self.site.role != "text":
-            return [_layer_sums(self.site, fields)]
+            return [layer_sums(self.site, fields)]
         each = len(self.names)
         return [
-            _layer_sums(
+            layer_sums(
                 replace(self.site, source=name),
                 {
                     field: sums if field == "calls" else sums[:, :, :, number::each]
@@ -267,17 +278,6 @@ class LayerBuffers:
             )
             for number, name in enumerate(self.names)
         ]
-
-
-def _layer_sums(site: AttentionSite, fields: dict[str, Tensor]) -> LayerSums:
-    return LayerSums(
-        site,
-        fields.get("reference_to_generated"),
-        fields.get("generated_to_reference"),
-        fields.get("reference_to_generated_by_key"),
-        fields.get("attention_share"),
-        fields["calls"],
-    )
 
 
 _Probes = Iterable[tuple[str, Over, Tensor | None, Tensor | None, Own]]
@@ -306,6 +306,9 @@ def _probes(
             own = Own(1, 0 if mask is None else len(mask))
         yield "reference_to_generated", Over.QUERIES, None, votes, own
         yield "attention_share", Over.KEYS, None, groups, own
+        if reading.flow and grid is not None:
+            values = weights.places(n_keys, reference, grid)
+            yield "places", Over.KEYS, None, values, Own(3, 0)
     if Direction.GENERATED_TO_REFERENCE in reading.directions and grid is not None:
         mask = reading.mask
         rows = weights.rows(
@@ -317,3 +320,19 @@ def _probes(
         )
         own = Own(1, 0 if mask is None else len(mask))
         yield "generated_to_reference", Over.KEYS, rows, None, own
+
+
+def _softmax_over_queries(
+    query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None
+) -> Tensor:
+    """``C`` ``[batch, heads, seqlen_q, seqlen_k]`` in the published order of fp32 operations."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(compute) @ key.to(compute).mT
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None and bias.dtype == torch.bool:
+        scores = scores.masked_fill(~bias, -torch.inf)
+    elif bias is not None:
+        scores = scores + bias
+    # a key that no query may attend to spreads nothing: its softmax would be NaN
+    unseen = scores.isneginf().all(-2, keepdim=True)
+    return scores.softmax(-2).masked_fill(unseen, 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from i2am.attribution.grid import Grid, Patch, resize
 from i2am.attribution.presets import Preset
-from i2am.attribution.reading import counts
+from i2am.attribution.reduction import counts
 from i2am.wording import counted
 
 

@@ -1,6 +1,6 @@
 """Sequences of per-layer sums: what they hold, consistency, what is not finite."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from i2am.attribution.direction import Direction
-from i2am.attribution.sums import LayerSums
+from i2am.attribution.sums import AttentionSite, LayerSums
 
 SUMS = (
     "reference_to_generated",
     "generated_to_reference",
     "reference_to_generated_by_key",
     "attention_share",
+    "places",
     "calls",
 )
 """Fields of :class:`LayerSums` that hold a tensor ``[samples, time groups, ...]``."""
@@ -23,6 +24,17 @@ SUMS = (
 def tensors(layer: LayerSums) -> dict[str, Tensor]:
     """The sums a layer holds, by field name."""
     return {name: getattr(layer, name) for name in SUMS if getattr(layer, name) is not None}
+
+
+def fields(layer: LayerSums) -> dict[str, Tensor]:
+    """The sums that can be resized, by field name: all but those kept by key."""
+    left_out = ("calls", "reference_to_generated_by_key")
+    return {name: sums for name, sums in tensors(layer).items() if name not in left_out}
+
+
+def layer_sums(site: AttentionSite, held: Mapping[str, Tensor]) -> LayerSums:
+    """A layer that holds sums by field name."""
+    return LayerSums(site, **{name: held.get(name) for name in SUMS})
 
 
 def apply(function: Callable[[Tensor], Tensor], layers: Sequence[LayerSums]) -> list[LayerSums]:
@@ -143,11 +155,16 @@ def check_layers(
                 continue
             if name in ("reference_to_generated", "attention_share"):
                 fourth = [1 if layer.site.role == "text" else len(votes)]
+            elif name == "places":
+                fourth = [3]
             elif name == "generated_to_reference":
                 if layer.site.reference_grid is None:
                     raise ValueError(f"{layer.site.layer} has {name} sums but no reference grid")
                 fourth, grid = [len(rows)], layer.site.reference_grid
-            wanted = [*leading, layer.site.heads, *fourth, *grid]
+            heads = layer.site.heads
+            if name == "reference_to_generated" and layer.site.spread_over_heads:
+                heads = 1
+            wanted = [*leading, heads, *fourth, *grid]
             if shape != wanted:
                 raise ValueError(f"{name} of {layer.site.layer} must be {wanted}, got {shape}")
         wanted = [(leading or [0, 0])[1], *layer.site.generated_grid]

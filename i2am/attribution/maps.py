@@ -1,7 +1,5 @@
 """``AttributionMaps``: what a run recorded, and every way of reading it."""
 
-import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,30 +9,18 @@ import torch
 from torch import Tensor
 
 from i2am.attribution.direction import Direction
-from i2am.attribution.grid import Box, Grid, Patch
 from i2am.attribution.joint import JointMaps, concatenate_joint
 from i2am.attribution.layers import (
     apply,
     check_layers,
-    multiplied,
     nonfinite,
-    recorded,
     shares,
     tensors,
 )
 from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
-from i2am.attribution.presets import Preset, get_preset
-from i2am.attribution.reading import (
-    LayerWeighting,
-    find_region,
-    kept_axes,
-    layers_of,
-    missing_for_official,
-    read,
-    refuse_gridless,
-    undeclared,
-)
-from i2am.attribution.sources import combined, of_source, received_of, sources, spread_of
+from i2am.attribution.presets import Preset
+from i2am.attribution.readings import Readings
+from i2am.attribution.sources import combined, of_source, sources
 from i2am.attribution.summary import summary
 from i2am.attribution.sums import LayerSums
 
@@ -42,10 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PerAxes = str | Iterable[str]
-Measure = Literal["share", "spread"]
 
 
-class AttributionMaps:
+class AttributionMaps(Readings):
     """fp32 sums per sample, time group, layer and head on native grids, read in any combination.
 
     Reading means choosing the axes to keep with `per`, any subset of ``"time"``, ``"layer"``,
@@ -93,7 +78,6 @@ class AttributionMaps:
                 f"joint must hold {self._n_samples} samples and {self._time_groups} time groups, "
                 f"got {joint.n_samples} and {joint.time_groups}"
             )
-        self._warned = False
 
     # What there is
 
@@ -129,11 +113,6 @@ class AttributionMaps:
     def frames(self) -> int:
         """Number of latent frames of a video, 1 for pictures."""
         return max(layer.site.frames for layer in self.layer_sums)
-
-    @property
-    def regions(self) -> tuple[str, ...]:
-        """Names that :meth:`specific_reference` knows."""
-        return tuple(row for row in self.rows if row not in ("uniform", "mask"))
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -173,171 +152,6 @@ class AttributionMaps:
     def nonfinite(self) -> list[str]:
         """Where values are NaN or infinite: one line per place, empty if all is well."""
         return nonfinite(self.layer_sums) + (self.joint.nonfinite() if self.joint else [])
-
-    # Reading
-
-    def reference_to_generated(
-        self,
-        per: PerAxes = (),
-        *,
-        size: Grid | None = None,
-        source: str | None = None,
-        measure: Measure = "spread",
-        votes: Literal["uniform", "mask"] = "uniform",
-        preset: str | Preset = "paper",
-        layer_weighting: LayerWeighting = "paper",
-    ) -> Tensor:
-        """R2G: where on the generated image the reference tokens go (eqs 4-7, 10, 11).
-
-        Two measures: ``"share"``, the part of each patch's attention that goes to the reference
-        tokens, or to those in the reference mask, as the model spends it: a mean over steps, layers
-        and heads in [0, 1], which predicts what the reference did to the image; 1 everywhere where
-        the reference is all that a layer attends to. And ``"spread"``, the paper's: how each token
-        would divide one unit over the generated image, a sum over the recorded steps.
-
-        What a layer multiplies its branch by, the scale and mask of an IP-Adapter, multiplies its
-        map.
-
-        Under ``preset="official"`` maps are resized bicubic and clamped per head and key before
-        they are averaged. That is exact for one reference token, and for more where the recording
-        kept the keys apart and let prefix tokens vote; otherwise the mean over keys comes first and
-        a warning, once per object, says what is missing. Mask votes are not in the published code;
-        for them the mean over keys always comes first.
-
-        Args:
-            per: Axes to keep.
-            size: Grid of the result; by default the finest generated grid.
-            source: A reference or word of :attr:`sources`; default all references together: the sum
-                of their shares, and the spread of all their tokens alike.
-            measure: ``"share"`` or ``"spread"``.
-            votes: Which reference tokens count: all alike, or by the recorded reference mask.
-            preset: ``"paper"``, ``"official"`` or a :class:`Preset`. Official leaves out the mid
-                block and, of StableVITON's warp blocks, all but number 4, also from the layer axis.
-            layer_weighting: ``"paper"`` averages layers as they are, so coarse ones weigh more;
-                ``"area"`` multiplies each by its number of cells first.
-
-        Returns:
-            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized.
-
-        Raises:
-            ValueError: If the direction or the mask votes were not recorded, mask votes are asked
-                of a layer without a reference grid, ``per`` keeps heads of layers with different
-                head counts, or an argument is unknown.
-        """
-        if votes not in self.votes:
-            raise ValueError(
-                f"votes must be recorded ones, got {votes!r}; recorded: {', '.join(self.votes)} "
-                "('mask' needs record(reference_mask=...))"
-            )
-        if measure not in ("share", "spread"):
-            raise ValueError(f"measure must be 'share' or 'spread', got {measure!r}")
-        vote = self.votes.index(votes)
-        preset = get_preset(preset)
-        layers = spread_of(self.layer_sums, source, masked=votes == "mask")
-        if votes == "mask":
-            refuse_gridless(layers, "reference_to_generated(votes='mask')", preset)
-        elif preset.clamp_after_grid_resize and measure == "spread":
-            self._warn_approximate(layers, preset, size)
-        apart = "time" in kept_axes(per)
-
-        def sums(layer: LayerSums) -> Tensor:
-            if measure == "share":
-                held = shares(layer, apart=apart)[:, :, :, vote]
-                return held if layer.site.frames > 1 else held[:, :, :, None]
-            by_key = layer.reference_to_generated_by_key
-            if preset.clamp_after_grid_resize and votes == "uniform" and by_key is not None:
-                return multiplied(by_key, layer.multiplier)
-            held = recorded(layer, Direction.REFERENCE_TO_GENERATED)[:, :, :, vote]
-            held = held if layer.site.frames > 1 else held[:, :, :, None]
-            return multiplied(held, layer.multiplier)
-
-        return read(layers, sums, per, size, preset, layer_weighting)
-
-    def generated_to_reference(
-        self,
-        per: PerAxes = (),
-        *,
-        size: Grid | None = None,
-        source: str | None = None,
-        weights: Literal["uniform", "mask"] = "uniform",
-        preset: str | Preset = "paper",
-        layer_weighting: LayerWeighting = "paper",
-    ) -> Tensor:
-        """G2R: where on the reference image the generated patches look (eqs 12-15, 17).
-
-        Args:
-            per: Axes to keep.
-            size: Grid of the result; by default the finest reference grid.
-            source: A reference of :attr:`sources`; needed where there are several.
-            weights: Which generated patches count: all alike, or by the inpainting mask (eq 17).
-            preset: As in :meth:`reference_to_generated`; exact for official where no layer is
-                resized.
-            layer_weighting: As in :meth:`reference_to_generated`.
-
-        Returns:
-            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized.
-
-        Raises:
-            ValueError: If a layer has no reference grid, so that the map does not exist, the
-                direction or the mask weights were not recorded, ``per`` keeps heads of layers with
-                different head counts, or an argument is unknown.
-        """
-        if weights not in ("uniform", "mask"):
-            raise ValueError(f"weights must be 'uniform' or 'mask', got {weights!r}")
-        if weights not in self.rows:
-            raise ValueError(
-                f"weights={weights!r} was not recorded; it needs record(mask=...), "
-                "the inpainting mask"
-            )
-        return self._read_row(weights, per, size, source, preset, layer_weighting)
-
-    def specific_reference(
-        self,
-        region: str | Patch | Box,
-        per: PerAxes = (),
-        *,
-        size: Grid | None = None,
-        source: str | None = None,
-        preset: str | Preset = "paper",
-        layer_weighting: LayerWeighting = "paper",
-    ) -> Tensor:
-        """G2R of one region of the generated image: where on the reference it looks (eq 16).
-
-        Args:
-            region: A region that was declared before the run: its name, or the :class:`Patch` or
-                :class:`Box` itself, whatever name it was given. A :class:`Patch` of the grid of
-                :attr:`joint` need not have been declared.
-            per: Axes to keep; of a patch read from :attr:`joint` one of time and head at most.
-            size: Grid of the result; by default the finest reference grid.
-            source: As in :meth:`generated_to_reference`.
-            preset: As in :meth:`generated_to_reference`; a patch from :attr:`joint` needs bilinear
-                maps of all layers, those of ``"paper"``.
-            layer_weighting: As in :meth:`generated_to_reference`; likewise ``"paper"``.
-
-        Returns:
-            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized. From :attr:`joint`
-            it is the mean of the layers with a reference grid, on the joint one, resized.
-
-        Raises:
-            ValueError: If the region was not declared, nor is it a cell of :attr:`joint` that can
-                be read so, or as :meth:`generated_to_reference` does.
-        """
-        descriptions = self.provenance.get("regions") or {}
-        name = find_region(region, self.regions, descriptions)
-        if name is not None:
-            return self._read_row(name, per, size, source, preset, layer_weighting)
-        cell = None if self.joint is None else self.joint.cell(region)
-        if self.joint is None or cell is None:
-            joint = None if self.joint is None else self.joint.generated_grid
-            raise undeclared(region, self.regions, descriptions, joint)
-        grids = [layer.site.reference_grid or (1, 1) for layer in self.layer_sums]
-        return self.joint.read_cell(
-            cell,
-            kept_axes(per),
-            size=size or max(grids, key=math.prod),
-            preset=get_preset(preset),
-            layer_weighting=layer_weighting,
-        )
 
     # Subsets, batches, devices
 
@@ -516,41 +330,6 @@ class AttributionMaps:
 
     def __repr__(self) -> str:
         return summary(self)
-
-    def _read_row(
-        self,
-        row: str,
-        per: PerAxes,
-        size: Grid | None,
-        source: str | None,
-        preset: str | Preset,
-        layer_weighting: LayerWeighting,
-    ) -> Tensor:
-        index = self.rows.index(row)
-        preset = get_preset(preset)
-        layers = received_of(self.layer_sums, source)
-        refuse_gridless(layers, "generated_to_reference", preset)
-
-        def sums(layer: LayerSums) -> Tensor:
-            held = recorded(layer, Direction.GENERATED_TO_REFERENCE)[:, :, :, index, None]
-            if layer.multiplier is None:
-                return held
-            multiplier = layer.multiplier.mean((-2, -1)).to(held.device)
-            return held * multiplier[:, None, None, None, None]
-
-        return read(layers, sums, per, size, preset, layer_weighting)
-
-    def _warn_approximate(
-        self, layers: Sequence[LayerSums], preset: Preset, size: Grid | None
-    ) -> None:
-        missing = missing_for_official(layers_of(layers, preset), self.provenance, size)
-        if missing and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"preset {preset.name!r} is approximate here, because the recording lacks "
-                f"{' and '.join(missing)}",
-                stacklevel=3,
-            )
 
     def _with(self, layers: Sequence[LayerSums], joint: JointMaps | None) -> "AttributionMaps":
         return type(self)(

@@ -139,6 +139,8 @@ def _site(fields: Any) -> AttentionSite:
     frames, role = fields.get("frames", 1), fields.get("role", "reference")
     if type(frames) is not int or frames < 1 or role not in ("reference", "text"):
         raise ValueError(f"a site must have frames and a role, got {frames!r} and {role!r}")
+    if fields.get("measure", "spread") not in ("share", "spread"):
+        raise ValueError(f"measure must be share or spread, got {fields['measure']!r}")
     if not isinstance(fields.get("source", "reference"), str):
         raise ValueError(f"source must be a name, got {fields['source']!r}")
     return AttentionSite(**{**fields, **grids, "merged": tuple(merged)})

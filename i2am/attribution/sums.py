@@ -1,10 +1,13 @@
 """What is kept of a layer: its sums, and where they were recorded."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from i2am.attribution.grid import Grid
+
+Measure = Literal["share", "spread"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,15 @@ class AttentionSite:
     """``"reference"``, or ``"text"`` for words."""
     frames: int = 1
     """How many grids of query tokens follow one another: frames of a video."""
+    measure: Measure = "spread"
+    """How R2G is read by default: ``"share"`` of words, and of references in one sequence with the
+    generated image."""
+
+    @property
+    def spread_over_heads(self) -> bool:
+        """Whether the spread is kept as a mean over heads: of resized sums, where it is not the
+        default measure."""
+        return bool(self.merged) and self.measure == "share"
 
     @property
     def cells(self) -> int:
@@ -57,6 +69,9 @@ class LayerSums:
     attention_share: Tensor | None = None
     """Likewise: the part of each patch's attention, ``P v``, that goes to the reference tokens, and
     to those in the reference mask."""
+    places: Tensor | None = None
+    """``[samples, time_groups, heads, 3, (frames), h, w]``, on request: the sums over the reference
+    tokens of ``P`` times ``y``, ``x`` and ``y^2 + x^2``, places in [0, 1]."""
     calls: Tensor | None = None
     """``[samples, time_groups]``: how many calls were added up."""
     multiplier: Tensor | None = None

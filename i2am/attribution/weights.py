@@ -124,6 +124,16 @@ def groups(
     return _stack(vectors)
 
 
+def places(seqlen_k: int, reference: slice | Tensor, grid: Grid) -> Tensor:
+    """``[1, 3, seqlen_k]``: ``y``, ``x`` and ``y^2 + x^2`` of every reference token, the centre of
+    its cell in [0, 1]; 0 for other keys."""
+    y, x = ((torch.arange(side) + 0.5) / side for side in grid)
+    y, x = (each.flatten() for each in torch.meshgrid(y, x, indexing="ij"))
+    values = torch.zeros(1, 3, seqlen_k)
+    values[..., reference] = torch.stack([y, x, y**2 + x**2])
+    return values
+
+
 def rows(
     grid: Grid,
     regions: Iterable[Region],

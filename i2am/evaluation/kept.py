@@ -10,7 +10,7 @@ from torch import Tensor
 from i2am.attribution import AttributionMaps
 from i2am.attribution.layers import nonfinite
 from i2am.attribution.presets import get_preset
-from i2am.attribution.reading import layers_of, missing_for_official
+from i2am.attribution.reduction import layers_of, missing_for_official
 from i2am.evaluation.shard import SAMPLE, Reason
 from i2am.metrics import imacs_scores
 from i2am.metrics.names import IMACS_NAMES

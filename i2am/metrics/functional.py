@@ -13,7 +13,7 @@ from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.pictures import Which, seen
 from i2am.attribution.postprocess import is_constant, mask_product, picture
 from i2am.attribution.presets import Preset, get_preset
-from i2am.attribution.reading import LayerWeighting, layers_of
+from i2am.attribution.reduction import LayerWeighting, layers_of
 from i2am.data.arrays import ImageInput, cut_mask, mask_batch, require_grid, require_shape
 
 Undefined = Literal["raise", "nan"]

@@ -7,9 +7,10 @@ from typing import Literal
 from torch import Tensor
 
 from i2am.attribution.direction import Direction
-from i2am.attribution.maps import AttributionMaps, Measure
+from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.presets import Preset, get_preset
-from i2am.attribution.reading import layers_of
+from i2am.attribution.reduction import layers_of
+from i2am.attribution.sums import Measure
 
 Votes = Literal["uniform", "mask"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.pictures import Which, cut_place, seen
 from i2am.attribution.presets import Preset
-from i2am.attribution.reading import layers_of
+from i2am.attribution.reduction import layers_of
 from i2am.data.arrays import cut_picture
 from i2am.plots import comparisons, pointing, splits
 from i2am.plots.checks import rgb

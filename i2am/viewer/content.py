@@ -15,7 +15,7 @@ from i2am.attribution.joint import JointMaps
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.pictures import Which, cut_place, seen
 from i2am.attribution.presets import Preset, get_preset
-from i2am.attribution.reading import layers_of
+from i2am.attribution.reduction import layers_of
 from i2am.data.arrays import ImageInput, as_pil, cut_picture, masks, require_shape
 from i2am.plots.titles import step_titles
 from i2am.viewer.packing import COARSE, FINE, MEDIUM, encode, pack
