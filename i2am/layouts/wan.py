@@ -107,5 +107,6 @@ def vace(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
     raise ValueError(
         f"layout must be given for {type(pipe).__name__}, whose reference pictures are frames in "
         "front of the video that the transformer cannot tell from it; pass "
-        "layout=i2am.layouts.reference_frames(number) with their number"
+        "layout=i2am.layouts.reference_frames(number) with their number, or for the words of a "
+        "run without any layout=i2am.layouts.wan.cross_attention()"
     )

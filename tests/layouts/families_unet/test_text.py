@@ -12,7 +12,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from i2am.layouts import Encoder, Frame, Span
+from i2am.layouts import AttentionCall, Encoder, Frame, Span
 from i2am.layouts.registry import known_layout
 
 PIPELINES = {
@@ -48,6 +48,13 @@ def test_words_of_a_pipeline(tiny, cls):
         grid = LEVELS[level(seen.call.layer)]
         query = (Span("generated", "generated", 0, grid),)
         assert seen.spans(layout) == (query, (Span("text", "text", 0, (77,)),))
+
+
+def test_nobodys_call(tiny):
+    """Without adapters a layer has one call; who makes another is not known."""
+    pipe = tiny.stable_diffusion()
+    call = AttentionCall("mid_block.attentions.0.transformer_blocks.0.attn2", 1, 48, 4)
+    assert known_layout(pipe, pipe.unet).spans(call, Frame((6, 8))) is None
 
 
 def test_odd_sizes(tiny):
@@ -253,7 +260,7 @@ class TestAdapters:
         layout = known_layout(pipe, pipe.unet)
         frame = Frame((6, 8), {"added_cond_kwargs": {"image_embeds": [tiny.noise(1, 2, 17, 20)]}})
         layer = "mid_block.attentions.0.transformer_blocks.0.attn2"
-        call = tiny.AttentionCall(layer, 1, 48, 33)
+        call = AttentionCall(layer, 1, 48, 33)
         with pytest.raises(
             ValueError, match=r"expects 1 \+ 4x4 tokens for each image, got 33 keys"
         ):

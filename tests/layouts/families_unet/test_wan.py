@@ -205,6 +205,16 @@ class TestFrames:
             with pytest.raises(ValueError, match=message):
                 known_layout(subject, pipe.transformer)
 
+    def test_words_of_vace_without_pictures(self, tiny):
+        pipe, layout = tiny.wan("vace"), cross_attention()
+        given = tiny.wan_arguments("vace")
+        given.pop("reference_images")
+        with torch.no_grad():
+            watched = tiny.watch(pipe.transformer, layout, lambda: pipe(**given))
+        for seen in watched.seen:
+            assert seen.spans(layout).generated.grid == GRID
+            assert seen.spans(layout).key == TEXT
+
     def test_refused(self):
         with pytest.raises(ValueError, match="number must be at least 1, got 0"):
             reference_frames(0)
