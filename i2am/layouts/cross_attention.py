@@ -2,9 +2,17 @@
 
 from typing import Any
 
+from torch import nn
+
 from i2am.attribution.grid import Grid
 from i2am.layouts.spans import Sequences, Span, in_order
 from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout
+
+
+def unet_layers(name: str) -> str:
+    """The attention modules of a UNet that have a name, and none of what else it may contain."""
+    where = r"^((down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+"
+    return rf"{where}\.{name}$"
 
 
 def generated_tokens(call: AttentionCall, frame: Frame) -> tuple[Span, ...] | None:
@@ -57,6 +65,11 @@ def single_token(**options: Any) -> TokenLayout:
         return None if generated is None else Sequences(generated, key)
 
     return TokenLayout("single_token", spans, **options)
+
+
+def paint_by_example(pipe: Any, denoiser: nn.Module) -> TokenLayout:
+    """Paint-by-Example, as :func:`known_layout` asks for it."""
+    return single_token()
 
 
 def same_grid(layers: str, **options: Any) -> TokenLayout:

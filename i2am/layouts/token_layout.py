@@ -31,7 +31,8 @@ class AttentionCall:
     layer: str
     """Path of the attention module in the denoiser."""
     call_index: int
-    """0-based index among the attention calls of one invocation of the layer."""
+    """0-based index among the attention calls of one invocation of the layer, counting those that
+    an IP-Adapter of scale 0 leaves out."""
     seqlen_q: int
     seqlen_k: int
 
