@@ -38,7 +38,7 @@ class Text(NamedTuple):
     """Tokens that the tokenizer added: BOS, EOS, padding."""
     padding: list[bool]
     special: list[bool]
-    """Tokens of a special id, whoever wrote them; templates write them into the text."""
+    """Special tokens that are written in the text, as templates do."""
 
 
 class Row(NamedTuple):
@@ -67,17 +67,13 @@ class _Call:
     def read(self, texts: dict[tuple[int, ...], Text]) -> list[Row]:
         if self.ids is None:
             return [Row(0, None, [])]
-        numbers = self.ids.tolist()
-        known = self.mask is not None and self.mask.shape == self.ids.shape
-        masks = self.mask.bool().tolist() if known and self.mask is not None else None
+        mask = self.mask if self.mask is not None else torch.ones(())
+        masks = mask.bool().tolist() if mask.shape == self.ids.shape else None
         rows = []
-        for index, row in enumerate(numbers):
-            text = texts.get(tuple(row))
-            if masks is not None:
-                valid = masks[index]
-            else:
-                valid = [True] * len(row) if text is None else [not pad for pad in text.padding]
-            rows.append(Row(len(row), text, valid))
+        for index, ids in enumerate(self.ids.tolist()):
+            text = texts.get(tuple(ids))
+            valid = [] if text is None else [not pad for pad in text.padding]
+            rows.append(Row(len(ids), text, valid if masks is None else masks[index]))
         return rows
 
 
@@ -135,6 +131,8 @@ class Encodings:
         self._method = next(
             (name for name in ("encode_prompt", "_encode_prompt") if hasattr(pipe, name)), None
         )
+        method = None if self._method is None else getattr(pipe, self._method)
+        self._signature = inspect.signature(method) if method is not None else inspect.Signature()
         self._forget()
 
     def _forget(self) -> None:
@@ -196,6 +194,9 @@ class Encodings:
 
     def _branches(self, one: _Encode) -> dict[str, Given | None]:
         found: dict[str, Given | None] = {}
+        if self._method is not None and "prompt" not in self._signature.parameters:
+            # wrapped by somebody: nobody knows what is encoded
+            return dict.fromkeys((CONDITIONAL, UNCONDITIONAL))
         encoded = []
         for branch in (CONDITIONAL, UNCONDITIONAL) if one.negative else (CONDITIONAL,):
             embeddings = one.given(branch)
@@ -235,14 +236,13 @@ class Encodings:
 
     @contextlib.contextmanager
     def _encode(self, *args: Any, **kwargs: Any) -> Iterator[Callable[[Any], None]]:
-        method = inspect.signature(getattr(self._pipe, str(self._method)))
         arguments: dict[str, Any] = {}
         with contextlib.suppress(TypeError):
-            arguments = dict(method.bind(*args, **kwargs).arguments)
+            arguments = dict(self._signature.bind(*args, **kwargs).arguments)
         for name, value in arguments.items():
             # Z-Image writes its template into the list
             arguments[name] = [*value] if isinstance(value, list) else value
-        self._open = _Encode(arguments, "negative_prompt" in method.parameters, self._runs)
+        self._open = _Encode(arguments, "negative_prompt" in self._signature.parameters, self._runs)
         self._fresh.append(self._open)
         try:
             yield functools.partial(setattr, self._open, "result")
@@ -276,7 +276,13 @@ class Encodings:
                     encoding.offsets,
                     [bool(added) for added in encoding.special_tokens_mask],
                     [not seen for seen in encoding.attention_mask],
-                    [number in special for number in encoding.ids],
+                    [
+                        # an unknown word has a special id too
+                        number in special and token == one[start:stop].strip()
+                        for number, token, (start, stop) in zip(
+                            encoding.ids, encoding.tokens, encoding.offsets, strict=True
+                        )
+                    ],
                 )
 
 
@@ -292,7 +298,7 @@ def _tokenizers(pipe: Any, encoder: Encoder) -> list[Any]:
 
 
 def _same(made: Any, given: Any) -> bool:
-    if isinstance(made, list | tuple) and isinstance(given, list | tuple):
+    if isinstance(made, list) and isinstance(given, list):
         return len(made) == len(given) and all(map(_same, made, given))
     if not isinstance(made, Tensor) or not isinstance(given, Tensor) or made.shape != given.shape:
         return False

@@ -107,13 +107,9 @@ def _prompt(
     text: Text, prompts: Iterable[str], behind: str | None, dropped: int
 ) -> tuple[int, int]:
     """Which part of a text the user wrote."""
-    written = [
-        start
-        for (start, stop), special, added in zip(
-            text.offsets, text.special, text.added, strict=True
-        )
-        if special and not added and start < stop
-    ]
+    written = {
+        start for (start, _), is_one in zip(text.offsets, text.special, strict=True) if is_one
+    }
     if not written and not dropped:
         return 0, len(text.text)
     sought = [prompt.strip() for prompt in prompts]
