@@ -195,7 +195,7 @@ class Encodings:
     def _branches(self, one: _Encode) -> dict[str, Given | None]:
         found: dict[str, Given | None] = {}
         if self._method is not None and "prompt" not in self._signature.parameters:
-            # wrapped by somebody: nobody knows what is encoded
+            # wrapped by somebody
             return dict.fromkeys((CONDITIONAL, UNCONDITIONAL))
         encoded = []
         for branch in (CONDITIONAL, UNCONDITIONAL) if one.negative else (CONDITIONAL,):
@@ -266,8 +266,11 @@ class Encodings:
         encodings = getattr(result, "encodings", None)
         if not encodings or not isinstance(texts, list | tuple) or len(texts) != len(encodings):
             return
-        special = {*tokenizer.all_special_ids}
-        special |= {number for number, one in tokenizer.added_tokens_decoder.items() if one.special}
+        special = {
+            number: one.content
+            for number, one in tokenizer.added_tokens_decoder.items()
+            if one.special
+        }
         known = self._texts.setdefault(component, {})
         for one, encoding in zip(texts, encodings, strict=True):
             if isinstance(one, str):
@@ -276,11 +279,11 @@ class Encodings:
                     encoding.offsets,
                     [bool(added) for added in encoding.special_tokens_mask],
                     [not seen for seen in encoding.attention_mask],
+                    # an unknown word has a special id too
                     [
-                        # an unknown word has a special id too
-                        number in special and token == one[start:stop].strip()
-                        for number, token, (start, stop) in zip(
-                            encoding.ids, encoding.tokens, encoding.offsets, strict=True
+                        special.get(number) == one[start:stop].strip()
+                        for number, (start, stop) in zip(
+                            encoding.ids, encoding.offsets, strict=True
                         )
                     ],
                 )
@@ -292,7 +295,7 @@ def _tokenizers(pipe: Any, encoder: Encoder) -> list[Any]:
     for name in (encoder.tokenizer, "processor"):
         part = getattr(pipe, name, None)
         part = getattr(part, "tokenizer", part)
-        if hasattr(part, "all_special_ids") and all(part is not one for one in found):
+        if hasattr(part, "added_tokens_decoder") and all(part is not one for one in found):
             found.append(part)
     return found
 

@@ -249,7 +249,7 @@ class Words:
                 prompts.setdefault(number, []).append((encoder.component, spelling.prompt))
                 found.setdefault(number, set()).update(*names)
             earlier = self._samples.setdefault((branch, encoder.span), samples)
-            if [each.names for each in earlier] != [each.names for each in samples]:
+            if [*map(_keys, earlier)] != [*map(_keys, samples)]:
                 raise ValueError(
                     f"words must be the same for all encoders of {encoder.span!r}, whose tokens "
                     f"lie at the same positions, but {earlier[0].encoder.component} and "
@@ -264,6 +264,10 @@ class Words:
                     f"words must occur in the prompt of every sample, got {name!r} for "
                     f"{texts[0][1]!r}"
                 )
+
+
+def _keys(sample: _Sample) -> list[list[str]]:
+    return [[key(name) for name in names] for names in sample.names]
 
 
 def _cut_off(name: str, where: str) -> str:
