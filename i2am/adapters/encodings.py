@@ -102,10 +102,10 @@ class _Encode:
         found = []
         for name in (start, f"{start}_2", f"{start}_3"):
             value = self.arguments.get(name)
-            if isinstance(value, list | tuple):
-                value = value[row] if row < len(value) else None
             if value is None and name == start and start in self.arguments:
                 value = ""
+            if isinstance(value, list | tuple):
+                value = value[row] if row < len(value) else None
             if isinstance(value, str) and value not in found:
                 found.append(value)
         return tuple(found)
@@ -238,7 +238,9 @@ class Encodings:
     def _encode(self, *args: Any, **kwargs: Any) -> Iterator[Callable[[Any], None]]:
         arguments: dict[str, Any] = {}
         with contextlib.suppress(TypeError):
-            arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+            bound = self._signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = dict(bound.arguments)
         for name, value in arguments.items():
             # Z-Image writes its template into the list
             arguments[name] = [*value] if isinstance(value, list) else value

@@ -617,11 +617,13 @@ def test_embeddings_of_the_block_where_each_prompt_is_encoded_by_itself():
 
 def test_a_loop_of_ones_own_encodes_in_the_block():
     pipe, encoders = chat(ZImagePipeline)
-    with watched(pipe, encoders, "shirt") as words:
+    # the negative prompt that it adds by itself is empty
+    with watched(pipe, encoders, "shirt", (CONDITIONAL, UNCONDITIONAL)) as words:
         embedding, _ = pipe.encode_prompt("a shirt", "cpu")
         words.begin_run()
         found = words.weights("text", len(embedding[0]), 1)[0, 0]
         assert read(pipe.tokenizer, embedding[0], found) == "shirt"
+        assert not words.weights("text", 32, 1, UNCONDITIONAL).any()
         with pytest.raises(ValueError, match="inside the block"):
             words.begin_run()
 
