@@ -31,7 +31,7 @@ class _Sample(NamedTuple):
     names: list[tuple[str, ...]]
 
 
-class Words:
+class PromptWords:
     """Finds the tokens of words in the text spans of a run.
 
     Words are compared without regard to case and to what stands between them: punctuation belongs
@@ -68,7 +68,7 @@ class Words:
         self._encoders = [
             e for e in layout.encoders if getattr(pipe, e.component, None) is not None
         ]
-        spans = [*dict.fromkeys(each.span for each in layout.encoders)] or ["text"]
+        self._spans = [*dict.fromkeys(each.span for each in layout.encoders)] or ["text"]
         self._phrases: dict[str, Phrase] = {}
         self._positions: dict[str, dict[str, list[int]]] | None = None
         self._encodings: Encodings | None = None
@@ -80,7 +80,9 @@ class Words:
         parts = template.split("{}") if isinstance(template, str) else []
         self._behind = parts[1] if len(parts) == 2 else None
         if isinstance(wanted, Mapping):
-            self._positions = {name: positions_of(name, wanted[name], spans) for name in wanted}
+            self._positions = {
+                name: positions_of(name, wanted[name], self._spans) for name in wanted
+            }
         elif not self._every:
             self._phrases = phrases(wanted)
         if wanted is not True and not wanted:
@@ -146,7 +148,7 @@ class Words:
         self,
         span: str,
         length: int,
-        rows: int,
+        rows: int | None = None,
         branch: str = CONDITIONAL,
         row: int | None = None,
     ) -> Tensor:
@@ -155,13 +157,15 @@ class Words:
         Args:
             span: Name of the span.
             length: How many tokens it has.
-            rows: Samples of the branch; a multiple of the prompts, each of which is repeated.
+            rows: Samples of the branch, a multiple of the prompts, each of which is repeated;
+                default the prompts themselves.
             branch: Guidance branch, one of those that are recorded.
             row: One sample alone, where samples have texts of different length.
 
         Returns:
             0 and 1 on the CPU, fp32, ``[rows, words, length]``; ``[1, words, length]`` for one
-            prompt, for positions, and for one row. Not to be written to.
+            prompt, for positions, and for one row; equally many for all spans of a branch. Not to
+            be written to.
 
         Raises:
             ValueError: A position is beyond the span, the span is longer than the encoder's text, a
@@ -172,27 +176,36 @@ class Words:
             self._made[asked] = self._weights(span, length, rows, branch, row)
         return self._made[asked]
 
-    def _weights(self, span: str, length: int, rows: int, branch: str, row: int | None) -> Tensor:
+    def _weights(
+        self, span: str, length: int, rows: int | None, branch: str, row: int | None
+    ) -> Tensor:
         if self._positions is not None:
             return self._at_positions(self._positions, span, length)
         if branch not in self._branches:
             raise ValueError(f"branch must be recorded, {self._branches}, got {branch!r}")
-        samples = self._samples.get((branch, span), [])
-        if not samples:
-            nothing = torch.zeros(1, len(self._names), length)
-            if self._every:
-                nothing[:, -1] = 1.0
-            return nothing
-        if rows % len(samples):
+        if span not in self._spans:
+            raise ValueError(f"span must be one of {self._spans}, got {span!r}")
+        prompts = max((len(s) for (of, _), s in self._samples.items() if of == branch), default=0)
+        repeats, left = divmod(prompts if rows is None else rows, max(prompts, 1))
+        if left:
             raise ValueError(
-                f"rows must be a multiple of the {len(samples)} prompts of the {branch} branch, "
-                f"got {rows}"
+                f"rows must be a multiple of the {prompts} prompts of the {branch} branch, got "
+                f"{rows}"
             )
-        repeats = rows // len(samples)
+        samples = self._samples.get((branch, span), [])
         if row is not None:
-            return self._placed(samples[row // repeats], length)[None]
+            samples, repeats = samples[row // repeats :][:1], 1
+        if not samples:
+            # zeros instead of a text
+            nothing = torch.zeros(1, len(self._names), length)
+            nothing[:, -1] = float(self._every)
+            return (
+                nothing
+                if row is not None or prompts < 2
+                else nothing.repeat(prompts * repeats, 1, 1)
+            )
         found = torch.stack([self._placed(sample, length) for sample in samples])
-        return found if len(samples) == 1 else found.repeat_interleave(repeats, 0)
+        return found if prompts == 1 else found.repeat_interleave(repeats, 0)
 
     def _at_positions(
         self, positions: dict[str, dict[str, list[int]]], span: str, length: int
@@ -248,15 +261,16 @@ class Words:
                 samples.append(_Sample(encoder, row, names))
                 prompts.setdefault(number, []).append((encoder.component, spelling.prompt))
                 found.setdefault(number, set()).update(*names)
-            earlier = self._samples.setdefault((branch, encoder.span), samples)
-            if [*map(_keys, earlier)] != [*map(_keys, samples)]:
+            earlier = self._samples.get((branch, encoder.span)) or samples
+            self._samples[branch, encoder.span] = earlier
+            if samples and [*map(_keys, earlier)] != [*map(_keys, samples)]:
                 raise ValueError(
                     f"words must be the same for all encoders of {encoder.span!r}, whose tokens "
                     f"lie at the same positions, but {earlier[0].encoder.component} and "
                     f"{encoder.component} were given different prompts (prompt_2?)"
                 )
         for number, texts in prompts.items() if required else ():
-            for name in self._phrases.keys() - found[number]:
+            for name in [name for name in self._phrases if name not in found[number]]:
                 for component, text in texts:
                     if contains(text, self._phrases[name]):
                         raise ValueError(_cut_off(name, f"what {component} reads of {text!r}"))

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import BatchEncoding, CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from i2am.adapters.words import Words
+from i2am.adapters.words import PromptWords
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, Encoder, TokenLayout
 
 PROMPT = "A Red zebra, on the shirt: the red ZEBRA!"
@@ -274,7 +274,7 @@ ALL = {
 @contextlib.contextmanager
 def watched(pipe, encoders, wanted, branches=(CONDITIONAL,)):
     layout = TokenLayout("some", lambda call, frame: None, encoders=encoders)
-    words = Words(pipe, layout, wanted, branches)
+    words = PromptWords(pipe, layout, wanted, branches)
     restore = words.attach()
     try:
         yield words
@@ -698,6 +698,12 @@ def test_an_encoder_that_is_missing_and_a_negative_prompt_of_zeros():
         words.begin_run()
         assert words.weights("text 2", 256, 2)[0].argmax(0).unique().tolist() == [4]
         assert words.names[4] == "<padding>"
+        run(pipe, prompt=["a shirt", "a dog", "cat"])
+        words.begin_run()
+        for rows, count in ((None, 3), (6, 6)):
+            spans = [words.weights(*span, rows) for span in (("text", 77), ("text 2", 256))]
+            assert [len(found) for found in spans] == [count, count]
+            assert torch.equal(torch.cat(spans, -1).sum(1), torch.ones(count, 333))
     pipe, encoders = sdxl()
     pipe.register_to_config(force_zeros_for_empty_prompt=True)
     with watched(pipe, encoders, ["shirt"], (CONDITIONAL, UNCONDITIONAL)) as words:
@@ -759,7 +765,7 @@ def test_positions_of_several_spans_need_their_names():
 def test_a_denoiser_alone_has_no_words_but_positions():
     denoiser = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="a text encoder that layout 'some' names"):
-        Words(denoiser, TokenLayout("some", lambda call, frame: None), True)
+        PromptWords(denoiser, TokenLayout("some", lambda call, frame: None), True)
     with watched(denoiser, (), {"shirt": [3]}) as words:
         words.begin_run()
         assert words.weights("text", 5, 2).nonzero().tolist() == [[0, 0, 3]]
@@ -811,6 +817,9 @@ def test_spans_must_fit_what_was_encoded():
             words.weights("text", 154, 3)
         with pytest.raises(ValueError, match="multiple of the 3 prompts"):
             words.weights("text", 77, 4)
+        assert words.weights("text", 77).argmax(-1)[:, 1].tolist() == [2, 0, 0]
+        with pytest.raises(ValueError, match=r"span must be one of \['text'\], got 'text 2'"):
+            words.weights("text 2", 77)
         with pytest.raises(ValueError, match="branch must be recorded"):
             words.weights("text", 77, 3, UNCONDITIONAL)
 
@@ -849,7 +858,7 @@ def test_two_recordings_share_a_tokenizer():
     tokenizer = clip_tokenizer()
     (one, encoders), (other, _) = sd(tokenizer=tokenizer), sd(tokenizer=tokenizer)
     layout = TokenLayout("some", lambda call, frame: None, encoders=encoders)
-    first = Words(one, layout, True)
+    first = PromptWords(one, layout, True)
     restore = first.attach()
     with watched(other, encoders, True) as second:
         run(one, prompt="a shirt")
