@@ -1,5 +1,6 @@
 """``record()``: attribution maps of whatever a diffusers pipeline does inside a ``with`` block."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from i2am.adapters.attending import attend_by
 from i2am.adapters.clock import RunClock
 from i2am.adapters.guidance import guidance_order
-from i2am.adapters.inputs import find_denoiser, find_layout
+from i2am.adapters.inputs import find_denoisers, find_layout
 from i2am.adapters.pictures import Pictures
 from i2am.adapters.recorder import Recorder, attached_to
+from i2am.adapters.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions, region_weights
@@ -30,6 +32,7 @@ def record(
     pipe_or_denoiser: Any,
     *,
     layout: TokenLayout | None = None,
+    words: bool | str | Sequence[str] | Mapping[str, Any] | None = None,
     directions: Collection[Direction | str] | Direction | str = tuple(Direction),
     time_groups: int = 5,
     guidance: str = CONDITIONAL,
@@ -41,8 +44,9 @@ def record(
     scheduler: Any = None,
     num_inference_steps: int | None = None,
     keep_keys: bool = False,
-    sums: str = "native",
+    sums: str | None = None,
     joint: JointGrids = False,
+    flow: bool = False,
     attach: str = "beside",
 ) -> Recorder:
     """Record the attention of a pipeline's runs, without changing a bit of the images.
@@ -62,9 +66,14 @@ def record(
     branch has to be met before. ``maps.provenance["calls"]`` does not count replays.
 
     Args:
-        pipe_or_denoiser: A ``DiffusionPipeline``, or its UNet or transformer alone.
-        layout: Which tokens are the generated and the reference image's; default what is known of
-            the pipeline.
+        pipe_or_denoiser: A ``DiffusionPipeline``, or its UNet or transformer alone. The two
+            denoisers of Wan 2.2 are recorded as one.
+        layout: Which tokens are the generated image's, the references' and the prompt's; default
+            what is known of the pipeline, see :func:`i2am.layouts.register_layout`.
+        words: Words of the prompt to record beside the references: True for every word, some words
+            or phrases, or token positions, ``{"shirt": [3, 4]}``, where the prompt is given as
+            embeddings; see :class:`PromptWords`. Default none; of a pipeline without reference
+            tokens all, with a warning. Of the conditional branch alone.
         directions: One or both of ``"reference_to_generated"``, ``"generated_to_reference"``.
         time_groups: Groups of denoising steps kept apart, group 0 the noisiest, also of an
             inversion, whose first steps are the cleanest; in a run of fewer steps each step is one,
@@ -94,14 +103,16 @@ def record(
         keep_keys: Also keep R2G per key, for parity with published code; costs the memory that
             i2am otherwise avoids.
         sums: ``"native"`` keeps every layer on its own grid, so that every axis can be read;
-            ``"resized"`` adds all layers up, bilinearly resized, on the finest grid: below 1 MiB
-            per sample whatever the number of layers, for the same time-and-head maps.
+            ``"resized"`` adds all layers up, bilinearly resized, on the finest grid, so that what
+            is kept does not grow with the layers, for the same time-and-head maps. Default native,
+            and resized for transformers whose native sums would take hundreds of MB per sample.
         joint: Also record every patch against every patch, for ``maps.joint``: True, the grid
             ``(height, width)`` over the generated image, or that and one over the reference image.
             What is not given is the finest grid of the layers, halved until it has at most 1024
             cells. Keeps ``8 * (time groups + heads) * cells * reference cells`` bytes per sample,
             up to a third more while it records, heads only where all layers have equally many, and
             takes (on a CPU) one to two times as long as the recorded attention calls.
+        flow: Also record where on the reference each patch looks, for ``maps.flow()``.
         attach: ``"beside"`` leaves the model's own attention calls as they are; ``"fused"`` lets
             recorded layers attend by the forward of ``impl``, which yields what recording needs:
             images are then the same to rounding, not to the bit. Layers that PyTorch runs by flash,
@@ -114,10 +125,11 @@ def record(
     Raises:
         TypeError: The argument has no UNet or transformer, or a mask is none.
         ValueError: No layout is known, the layout matches no layer or a layer that it does not
-            describe, the layout contradicts the pipeline's order of guidance parts, or an option is
-            out of range.
-        NotImplementedError: The pipeline has several denoisers, or its denoiser is sharded over
-            devices.
+            describe, the layout contradicts the pipeline's order of guidance parts, the pipeline
+            has no reference tokens that `directions` or `reference_mask` could be about, or an
+            option is out of range.
+        NotImplementedError: The pipeline has several denoisers of other kinds, or one that is
+            sharded over devices.
 
     Example:
         >>> with i2am.record(pipe) as recorder:  # doctest: +SKIP
@@ -126,7 +138,7 @@ def record(
     """
     if guidance not in GUIDANCE:
         raise ValueError(f"guidance must be one of {', '.join(GUIDANCE)}, got {guidance!r}")
-    denoiser, found = find_denoiser(pipe_or_denoiser)
+    denoisers, found = find_denoisers(pipe_or_denoiser)
     scheduler = scheduler if scheduler is not None else found
     if scheduler is None and num_inference_steps is None and time_groups > 1:
         raise ValueError(
@@ -135,8 +147,18 @@ def record(
         )
     if isinstance(directions, str):
         directions = (directions,)
-    layout = layout or find_layout(pipe_or_denoiser, denoiser)
+    layout = layout or find_layout(pipe_or_denoiser, denoisers[0])
     order = guidance_order(pipe_or_denoiser, layout)
+    if layout.no_reference and (reference_mask is not None or joint is not False):
+        what = "reference_mask" if reference_mask is not None else "joint"
+        raise ValueError(f"{what} needs reference tokens: {layout.no_reference}")
+    if layout.no_reference and words is None:
+        warnings.warn(f"{layout.no_reference}; recorded are the words of the prompt", stacklevel=2)
+        words = True
+    if words and guidance != CONDITIONAL:
+        raise ValueError(f"words need guidance='conditional', got {guidance!r}")
+    prompts = PromptWords(pipe_or_denoiser, layout, words) if words else None
+    sums = layout.sums if sums is None else sums
     pictures = Pictures(pipe_or_denoiser, layout, mask, reference_mask, stretch=stretch)
 
     def make(**options: Any) -> Accumulator:
@@ -149,6 +171,7 @@ def record(
             keep_keys=keep_keys,
             sums=sums,
             joint=joint,
+            flow=flow,
             impl=impl,
             **options,
         )
@@ -160,13 +183,14 @@ def record(
         region_weights(region, (1, 1))
     clock = RunClock(scheduler, time_groups=time_groups, steps=num_inference_steps)
     return Recorder(
-        (denoiser,),
+        denoisers,
         layout=layout,
         clock=clock,
         order=order,
         wanted=GUIDANCE[guidance],
         make=make,
         pictures=pictures,
+        words=prompts,
         attend=attend_by(attach, impl),
     )
 
@@ -176,8 +200,8 @@ def release(pipe_or_denoiser: Any) -> None:
 
     Raises:
         TypeError: The argument has no UNet or transformer.
-        NotImplementedError: The pipeline has several denoisers.
+        NotImplementedError: The pipeline has several denoisers of other kinds.
     """
-    recorder = attached_to(find_denoiser(pipe_or_denoiser)[0])
+    recorder = attached_to(find_denoisers(pipe_or_denoiser)[0][0])
     if recorder is not None:
         recorder.detach()

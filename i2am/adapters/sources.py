@@ -150,7 +150,9 @@ class Sources:
         assert self._words is not None
         key = tuple((span.name, span.count) for span in texts)
         if key not in self._weights:
-            weights = [self._words.weights(name, count) for name, count in key]
+            words = self._words
+            find = words.of_ragged if self._layout.ragged else words.weights
+            weights = [find(name, count) for name, count in key]
             self._weights[key] = Words(self._words.names, torch.cat(weights, dim=-1))
         return self._weights[key]
 

@@ -207,6 +207,18 @@ class PromptWords:
         found = torch.stack([self._placed(sample, length) for sample in samples])
         return found if prompts == 1 else found.repeat_interleave(repeats, 0)
 
+    def of_ragged(self, span: str, length: int) -> Tensor:
+        """:meth:`weights` of all prompts where texts differ in length: right for the prompts whose
+        text has this length, cut off or filled up with nothing for the others."""
+        asked = span, length, None, CONDITIONAL, -1
+        if asked not in self._made and self._positions is not None:
+            self._made[asked] = self._at_positions(self._positions, span, length)
+        elif asked not in self._made:
+            samples = self._samples[CONDITIONAL, span]
+            made = [self._placed(sample, length, fits=False) for sample in samples]
+            self._made[asked] = torch.stack(made)
+        return self._made[asked]
+
     def _at_positions(
         self, positions: dict[str, dict[str, list[int]]], span: str, length: int
     ) -> Tensor:
@@ -221,16 +233,16 @@ class PromptWords:
                 weights[0, index, position] = 1.0
         return weights
 
-    def _placed(self, sample: _Sample, length: int) -> Tensor:
+    def _placed(self, sample: _Sample, length: int, *, fits: bool = True) -> Tensor:
         """The tokens of a row where the pipeline puts them."""
         encoder, row, names = sample
-        if length > row.length - encoder.dropped:
+        if fits and length > row.length - encoder.dropped:
             raise ValueError(
                 f"span {encoder.span!r} must have the tokens that {encoder.component} was given, "
                 f"at most {row.length - encoder.dropped}, got {length}{GIVE}"
             )
         # a pipeline that cuts also takes out padding, which may be in front
-        cut = encoder.dropped > 0 or length != row.length
+        cut = encoder.dropped > 0 or length != row.length or not fits
         indices = [i for i, valid in enumerate(row.valid) if valid or not cut][encoder.dropped :]
         number = {key(name): index for index, name in enumerate(self._names)}
         weights = torch.zeros(len(self._names), length)
@@ -238,7 +250,7 @@ class PromptWords:
             for name in names[index]:
                 if place < length:
                     weights[number[key(name)], place] = 1.0
-                elif not self._every:
+                elif fits and not self._every:
                     raise ValueError(_cut_off(name, f"the {length} tokens of {encoder.span!r}"))
         if self._every:
             weights[-1, weights.sum(0) == 0] = 1.0
