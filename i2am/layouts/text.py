@@ -39,11 +39,13 @@ def _spans(call: AttentionCall, frame: Frame) -> Sequences | None:
 
 def _encoders(pipe: Any) -> tuple[Encoder, ...]:
     # the tokens of SDXL's two encoders lie at the same positions: their channels are joined
-    for suffix in ("", "_2"):
-        component, tokenizer = f"text_encoder{suffix}", f"tokenizer{suffix}"
-        if None not in (getattr(pipe, component, None), getattr(pipe, tokenizer, None)):
-            return (Encoder(component, tokenizer),)
-    return ()
+    found = (Encoder(), Encoder("text_encoder_2", "tokenizer_2"))
+    return tuple(
+        encoder
+        for encoder in found
+        if None
+        not in (getattr(pipe, name, None) for name in (encoder.component, encoder.tokenizer))
+    )
 
 
 def _layout_of(why: str) -> Make:
