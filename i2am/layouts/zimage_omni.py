@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from i2am.layouts.joint_tokens import Part
+from i2am.layouts.joint_tokens import Part, numbered
 from i2am.layouts.spans import GENERATED, OTHER, REFERENCE, TEXT
 from i2am.layouts.token_layout import Frame
 
@@ -47,14 +47,12 @@ def pieces(frame: Frame) -> Iterator[Part]:
         )
     for number, text in enumerate(given["cap_feats"][row], 1):
         yield f"text {number}", TEXT, (len(text),)
-    generated = list(noisy).index(1)
-    references = (f"reference {index + (index < generated)}" for index in range(len(pictures)))
-    names = ["generated" if noise else name for noise, name in zip(noisy, references, strict=True)]
-    for name, latents in zip(names, pictures, strict=True):
-        role = GENERATED if name == "generated" else REFERENCE
-        yield name, role, (0,) if latents is None else patches(latents, frame)
+    grids = [(0,) if latents is None else patches(latents, frame) for latents in pictures]
+    roles = [GENERATED if noise else REFERENCE for noise in noisy]
+    named = numbered(*zip(roles, grids, strict=True))
+    yield from named
     features = (given.get("siglip_feats") or [None] * len(given["x"]))[row]
     if features is not None and frame.config.get("siglip_feat_dim") is not None:
-        for name, feature in zip(names, features, strict=True):
+        for (name, *_), feature in zip(named, features, strict=True):
             count = 0 if feature is None else feature.shape[0] * feature.shape[1]
             yield f"{name} (SigLIP)", REFERENCE, (count,)

@@ -71,6 +71,7 @@ def test_rows_and_columns_may_begin_anywhere():
         torch.cat([ids((0, 4, 5)), ids((0, 4, 5), first=(0, 5))]),
         torch.cat([ids((0, 4, 5)), ids((0, 4, 5))]),
         torch.cat([ids((0, 4, 5)), ids((0, 2, 3), first=(4, 0))]),
+        torch.cat([ids((0, 4, 5)), ids((0, 4, 5), first=(4, 5))]),
         torch.zeros(20, 3),
         ids((0, 4, 5)).flip(0),
         ids((0, 4, 5))[:, [0, 2, 1]],
@@ -78,7 +79,7 @@ def test_rows_and_columns_may_begin_anywhere():
         # rounded so much that two rows have one number
         ids((0, 4, 5), first=(512, 0)).to(torch.bfloat16),
     ],
-    ids=["beside", "upon", "below", "zeros", "backwards", "columns", "cut", "rounded"],
+    ids=["beside", "upon", "below", "askew", "zeros", "backwards", "columns", "cut", "rounded"],
 )
 def test_other_orders_are_refused(tensor):
     with pytest.raises(ValueError, match=r"expects img_ids to tell the rows .* in picture 0"):
