@@ -17,6 +17,7 @@ from i2am.layouts.joint_tokens import (
     PROMPT,
     checked,
     known_reason,
+    no_reference,
 )
 from i2am.layouts.spans import GENERATED, OTHER, TEXT, Sequences, in_order
 from i2am.layouts.token_layout import (
@@ -57,7 +58,7 @@ def zimage(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
         ragged=True,
         # the texts between pictures are rows of one call of the encoder
         encoders=() if omni else (Encoder(),),
-        no_reference="" if omni else reason or ALONE,
+        no_reference="" if omni else no_reference(pipe, reason or ALONE),
         sums="resized",
     )
 

@@ -54,7 +54,8 @@ def test_conditional_samples_come_first(tiny):
     assert layout.ragged
     assert (layout.name, layout.sums) == ("zimage", "resized")
     assert layout.encoders == (Encoder("text_encoder", "tokenizer", "text"),)
-    assert layout.no_reference == "it makes an image of its prompt alone"
+    reason = "it makes an image of its prompt alone"
+    assert layout.no_reference == f"ZImagePipeline has no reference tokens: {reason}"
 
 
 def test_order_in_a_loop_of_ones_own_is_not_known(tiny):
@@ -119,12 +120,12 @@ class TestSeveralPictures:
         "text 2 padding",
         "text 3",
         "text 3 padding",
-        "reference 1",
-        "reference 1 padding",
+        "reference",
+        "reference padding",
         "generated",
         "generated padding",
-        "reference 1 (SigLIP)",
-        "reference 1 (SigLIP) padding",
+        "reference (SigLIP)",
+        "reference (SigLIP) padding",
         "generated (SigLIP) padding",
     )
 
@@ -156,17 +157,17 @@ class TestSeveralPictures:
         found = self.spans(watch, net, self.arguments())
         assert tuple(found) == self.NAMES
         assert found["text 3"] == Span("text 3", "text", 64, (2,))
-        assert found["reference 1"] == Span("reference 1", "reference", 96, (4, 3))
+        assert found["reference"] == Span("reference", "reference", 96, (4, 3))
         assert found["generated"] == Span("generated", "generated", 128, (5, 7))
-        assert found["reference 1 (SigLIP)"].grid == (6,)
+        assert found["reference (SigLIP)"].grid == (6,)
         assert found["generated (SigLIP) padding"].count == 32
 
     def test_without_features_and_pictures(self, watch, net):
         arguments = self.arguments()
         arguments["x"][0][0] = arguments["siglip_feats"][0] = None
         found = self.spans(watch, net, arguments)
-        assert tuple(found)[6:] == ("reference 1 padding", "generated", "generated padding")
-        assert found["reference 1 padding"].count == 32
+        assert tuple(found)[6:] == ("reference padding", "generated", "generated padding")
+        assert found["reference padding"].count == 32
 
     def test_keys_move_with_their_part_alone(self, watch, net, moved):
         """Its refiners mix the pictures, so that they are told apart in the first of them."""
@@ -190,7 +191,7 @@ class TestSeveralPictures:
             layer = "layers.0.attention"
             assert moved(net, arguments, other(name, 0), layer) == list(expected)
         layer = "noise_refiner.0.attention"
-        for index, name in enumerate(("reference 1", "generated")):
+        for index, name in enumerate(("reference", "generated")):
             span = found[name]
             positions = moved(net, arguments, other("x", index), layer)
             assert positions == list(range(span.start - 96, span.stop - 96))
