@@ -1,4 +1,4 @@
-"""Z-Image of several pictures: ``[text pieces | references and image | pieces of SigLIP]``.
+"""Z-Image of several pictures: ``[pieces of text | references and image | pieces of SigLIP]``.
 
 Every piece is padded to a multiple of 32 tokens. The transformer lays out the features of SigLIP
 anew, channels before places, so that a token of theirs has no place.
@@ -6,6 +6,7 @@ anew, channels before places, so that a token of theirs has no place.
 
 import math
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 from i2am.layouts.joint_tokens import Part, numbered
@@ -27,9 +28,9 @@ def patches(latents: Any, frame: Frame) -> tuple[int, ...]:
 def padded(part: Part) -> Iterator[Part]:
     """A span and its padding to a multiple of 32 tokens; without tokens it is padding alone."""
     name, _, grid = part
-    count = math.prod(grid)
+    tokens = math.prod(grid)
     yield part
-    yield f"{name} padding", OTHER, (-count % MULTIPLE if count else MULTIPLE,)
+    yield f"{name} padding", OTHER, (-tokens % MULTIPLE if tokens else MULTIPLE,)
 
 
 def pieces(frame: Frame) -> Iterator[Part]:
@@ -45,8 +46,11 @@ def pieces(frame: Frame) -> Iterator[Part]:
             "layout expects image_noise_mask to mark one noisy picture of each sample, got "
             f"{list(noisy)}"
         )
-    for number, text in enumerate(given["cap_feats"][row], 1):
-        yield f"text {number}", TEXT, (len(text),)
+    # each picture has a piece of text before it, the noisy one that of the prompt
+    prompt, templates = list(noisy).index(1), count(1)
+    for index, text in enumerate(given["cap_feats"][row]):
+        name = "text" if index == prompt else f"template {next(templates)}"
+        yield name, TEXT if index == prompt else OTHER, (len(text),)
     grids = [(0,) if latents is None else patches(latents, frame) for latents in pictures]
     roles = [GENERATED if noise else REFERENCE for noise in noisy]
     named = numbered(*zip(roles, grids, strict=True))
@@ -54,5 +58,5 @@ def pieces(frame: Frame) -> Iterator[Part]:
     features = (given.get("siglip_feats") or [None] * len(given["x"]))[row]
     if features is not None and frame.config.get("siglip_feat_dim") is not None:
         for (name, *_), feature in zip(named, features, strict=True):
-            count = 0 if feature is None else feature.shape[0] * feature.shape[1]
-            yield f"{name} (SigLIP)", REFERENCE, (count,)
+            tokens = 0 if feature is None else feature.shape[0] * feature.shape[1]
+            yield f"{name} (SigLIP)", REFERENCE, (tokens,)

@@ -114,12 +114,12 @@ class TestSeveralPictures:
 
     TEXT = (7, 3, 2)
     NAMES = (
-        "text 1",
-        "text 1 padding",
-        "text 2",
-        "text 2 padding",
-        "text 3",
-        "text 3 padding",
+        "template 1",
+        "template 1 padding",
+        "text",
+        "text padding",
+        "template 2",
+        "template 2 padding",
         "reference",
         "reference padding",
         "generated",
@@ -156,7 +156,8 @@ class TestSeveralPictures:
     def test_spans(self, watch, net):
         found = self.spans(watch, net, self.arguments())
         assert tuple(found) == self.NAMES
-        assert found["text 3"] == Span("text 3", "text", 64, (2,))
+        assert found["text"] == Span("text", "text", 32, (3,))
+        assert found["template 2"] == Span("template 2", "other", 64, (2,))
         assert found["reference"] == Span("reference", "reference", 96, (4, 3))
         assert found["generated"] == Span("generated", "generated", 128, (5, 7))
         assert found["reference (SigLIP)"].grid == (6,)
