@@ -1,7 +1,6 @@
 """The recorder: listens to the layers of a denoiser and to its scheduler, and has the maps."""
 
 import contextlib
-import itertools
 import threading
 import warnings
 import weakref
@@ -18,11 +17,12 @@ from i2am.adapters.clock import RunClock
 from i2am.adapters.contexts import Calls
 from i2am.adapters.guard import Guard
 from i2am.adapters.guidance import GuidanceOrder
-from i2am.adapters.hooks import around_calls, weakly
+from i2am.adapters.hooks import weakly
 from i2am.adapters.pictures import Pictures
 from i2am.adapters.report import Report
 from i2am.adapters.run import BEFORE, Run, Subject, recorded_layers
-from i2am.adapters.sites import LISTENERS, Site
+from i2am.adapters.sites import NUMBERS
+from i2am.adapters.tap import Tap
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.maps import AttributionMaps
 from i2am.layouts.token_layout import TokenLayout
@@ -83,8 +83,7 @@ class Recorder:
             rounds_up=getattr(config, "downsample_padding", 1) != 0,
             levels=levels,
         )
-        self._key = next(_KEYS)
-        self._calls = Calls(self._key)
+        self._calls = Calls(next(NUMBERS))
         self._clock = clock
         self._guard = Guard(weakly(self._give_up))
         clock.bind(
@@ -96,7 +95,7 @@ class Recorder:
         self._attend = attend
         self._in_block = False
         self._attachment: weakref.finalize[..., Any] | None = None
-        self._installed: dict[str, Any] = {}
+        self._tap: Tap | None = None
         self._processors: dict[str, str] = {}
         self._lost: dict[str, str] = {}
         self._elsewhere = self._unread = 0
@@ -122,12 +121,10 @@ class Recorder:
         self._attach(in_block=False)
 
     def _attach(self, *, in_block: bool) -> None:
-        from i2am.adapters.processors import install
-
         with _LOCK:  # two threads may come at once
             self._take_over()
             restore: list[Callable[[], None]] = []
-            undo = (self._key, self._network, self._clock, restore)
+            undo = (self._network, self._clock, restore)
             # runs at detach(), or when the last reference to the recorder goes
             self._attachment = weakref.finalize(self, _detach, *undo)
             self._attachment.atexit = False
@@ -137,16 +134,23 @@ class Recorder:
         self._run.read = True  # of an earlier block
         self._calls.take(thread=not in_block)
         guarded = self._guard.around
-        LISTENERS[self._key] = guarded(weakly(self._add))
+        opened, closed = guarded(weakly(self._open)), guarded(weakly(self._close))
         try:
-            for index, (name, module) in enumerate(self._layers.items()):
-                self._processors[name] = type(module.processor).__name__
-                site = Site(self._key, index, self._calls.here)
-                restore.append(install(module, site, self._attend, self._guard))
-                self._installed[name] = module.processor
-            before, after = weakly(self._open), weakly(self._close)
+            tap = self._tap = Tap(
+                self._denoiser,
+                layers=self._layers.__contains__,
+                listen=guarded(weakly(self._add)),
+                before=lambda network, args, kwargs: opened(args, kwargs),
+                after=lambda network: closed(),
+                attend=self._attend,
+                guard=self._guard,
+                here=self._calls.here,
+            )
+            for layer in tap.layers:
+                self._processors[layer.path] = type(layer.module.processor).__name__
+            restore.append(tap.detach)
+            tap.attach()
             restore.append(self._subject.pictures.attach())
-            restore.append(around_calls(self._denoiser, guarded(before), guarded(after)))
             restore.append(self._calls.name_by_cache_context(self._network))
             self._clock.attach()
         except BaseException:
@@ -180,7 +184,6 @@ class Recorder:
         self._lost = self._find_lost()
         attachment()
         self._calls.leave()
-        self._installed.clear()
 
     def calls(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Say which guidance part the denoiser calls of a block are, in a loop of one's own.
@@ -319,11 +322,8 @@ class Recorder:
         self._run.add(layer, call_index, query, *rest)
 
     def _find_lost(self) -> dict[str, str]:
-        return {
-            name: type(self._layers[name].processor).__name__
-            for name, installed in self._installed.items()
-            if self._layers[name].processor is not installed
-        }
+        lost = {} if self._tap is None else self._tap.lost()
+        return {layer.path: type(processor).__name__ for layer, processor in lost.items()}
 
 
 def _network(denoiser: nn.Module) -> nn.Module:
@@ -337,11 +337,8 @@ def attached_to(denoiser: nn.Module) -> Recorder | None:
     return None if reference is None else reference()
 
 
-def _detach(
-    key: int, network: nn.Module, clock: RunClock, restore: list[Callable[[], None]]
-) -> None:
+def _detach(network: nn.Module, clock: RunClock, restore: list[Callable[[], None]]) -> None:
     """Put everything back; knows no recorder, because its own may be gone."""
-    LISTENERS.pop(key, None)
     clock.detach()
     for put_back in restore:
         put_back()
@@ -350,6 +347,5 @@ def _detach(
 
 
 _LOCK = threading.Lock()
-_KEYS = itertools.count()
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Recorder]] = weakref.WeakKeyDictionary()
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, Branches] = weakref.WeakKeyDictionary()
