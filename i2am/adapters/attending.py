@@ -56,10 +56,12 @@ def attend_beside(
     scale: float | None = None,
 ) -> Attended | None:
     """``scaled_dot_product_attention`` to the bit, where PyTorch yields its log-sum-exp."""
-    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type)
     # others (SageAttention) are put in the place of PyTorch's function
     if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
         return None
+    if query.is_meta:
+        return None
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(query.device.type)
     if not plain or torch.compiler.is_compiling():
         return None
     return attention_with_lse(query, key, value, attn_mask=attn_mask, scale=scale)

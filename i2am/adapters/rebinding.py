@@ -31,9 +31,9 @@ from i2am.adapters.attending import (
     sdpa_call,
 )
 from i2am.adapters.sites import Record, takes
+from i2am.adapters.stand_ins import StandIn
 from i2am.adapters.watching import made_of
 
-_DISPATCH, _SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
 _DISPATCH_ARGUMENTS = (
     "query",
     "key",
@@ -125,7 +125,7 @@ class _Rebound:
     # beside the attributes that are shared with the original
     _i2am_recording: Recording | None
     base: type
-    stand_ins: "tuple[_StandIn, ...]"
+    stand_ins: tuple[StandIn, ...]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         made = super().__new__(cls)
@@ -182,111 +182,12 @@ def _recording_class(base: type) -> Any:
     return type(f"Recording{base.__name__}", (_Rebound, base), contents)
 
 
-class _StandIn:
-    """A module with the contents of another one, in which attention is recorded.
-
-    It is in ``sys.modules`` while a layer is recorded by it: compilers look up the globals of a
-    function by the name of its module.
-
-    Args:
-        source: The other one.
-    """
-
-    def __init__(self, source: types.ModuleType) -> None:
-        self._source = source
-        self._own = types.ModuleType(f"{__name__}.of.{source.__name__}")
-        self._users = 0
-        self._lock = threading.Lock()
-        ours = vars(self._own)
-        self._replaced: dict[str, Any] = {"__name__": ours["__name__"], "__spec__": None}
-        if hasattr(source, _DISPATCH):
-            self._replaced[_DISPATCH] = _dispatching(source)
-        if getattr(source, "F", None) is F:
-            functional = types.ModuleType(f"{self._own.__name__}.F")
-            contents = {_SDPA: _attending, "__name__": functional.__name__, "__spec__": None}
-            vars(functional).update(vars(F) | contents)
-            self._replaced["F"] = functional
-        self._helpers = {
-            name: (function, self.rebind(function))
-            for name, function in vars(source).items()
-            if self.attends(function)
-        }
-        self._refresh()
-
-    def attends(self, function: Any) -> bool:
-        """Whether a function of the module attends, itself or by other functions of it."""
-        return self._attends(function, set())
-
-    def _attends(self, function: Any, seen: set[Any]) -> bool:
-        of_source = vars(self._source)
-        if not isinstance(function, types.FunctionType) or function.__globals__ is not of_source:
-            return False
-        if function in seen:
-            return False
-        seen.add(function)
-        names = _names(function.__code__)
-        if _DISPATCH in names & self._replaced.keys():
-            return True
-        if _SDPA in names and "F" in names & self._replaced.keys():
-            return True
-        return any(self._attends(of_source.get(name), seen) for name in names)
-
-    def rebind(self, function: types.FunctionType) -> types.FunctionType:
-        """The same code with the globals of the stand-in."""
-        bound = types.FunctionType(
-            function.__code__,
-            vars(self._own),
-            function.__name__,
-            function.__defaults__,
-            function.__closure__,
-        )
-        bound.__kwdefaults__ = function.__kwdefaults__
-        bound.__module__, bound.__qualname__ = self._own.__name__, function.__qualname__
-        return bound
-
-    def enter(self) -> None:
-        """A layer begins to be recorded."""
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._refresh()
-                for module in self._modules:
-                    sys.modules[module.__name__] = module
-
-    def leave(self) -> None:
-        """A layer is recorded no more."""
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                for module in self._modules:
-                    sys.modules.pop(module.__name__, None)
-
-    @property
-    def _modules(self) -> list[types.ModuleType]:
-        functional = self._replaced.get("F")
-        return [self._own] if functional is None else [self._own, functional]
-
-    def _refresh(self) -> None:
-        """Take over what somebody has patched in the other module."""
-        of_source = vars(self._source)
-        helpers = {
-            name: rebound
-            for name, (function, rebound) in self._helpers.items()
-            if of_source.get(name) is function
-        }
-        vars(self._own).update(of_source | self._replaced | helpers)
-
-
 @functools.cache
-def _stand_in(name: str) -> _StandIn | None:
+def _stand_in(name: str) -> StandIn | None:
     source = sys.modules.get(name)
-    return None if source is None or name.split(".")[0] != "diffusers" else _StandIn(source)
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """The global names and attributes that a function uses, also inside of its own functions."""
-    inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    if source is None or name.split(".")[0] != "diffusers":
+        return None
+    return StandIn(source, dispatch=_dispatching(source), attend=_attending)
 
 
 def _attending(*args: Any, **kwargs: Any) -> Any:

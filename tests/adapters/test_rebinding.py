@@ -289,7 +289,7 @@ def fresh_compiler():
 
 
 def stand_ins() -> set[str]:
-    return {name for name in sys.modules if name.startswith("i2am.adapters.rebinding.")}
+    return {name for name in sys.modules if name.startswith("i2am.adapters.stand_ins.")}
 
 
 def processors(network: torch.nn.Module) -> list[Any]:
