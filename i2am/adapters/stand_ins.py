@@ -29,7 +29,8 @@ class StandIn:
         self._source = source
         self._own = types.ModuleType(f"{__name__}.of.{source.__name__}")
         self._users = 0
-        self._lock = threading.Lock()
+        # the garbage collector may detach a lost recorder in between, in the same thread
+        self._lock = threading.RLock()
         ours = vars(self._own)
         self._replaced: dict[str, Any] = {"__name__": ours["__name__"], "__spec__": None}
         if hasattr(source, _DISPATCH):

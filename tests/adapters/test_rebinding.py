@@ -6,6 +6,7 @@ import itertools
 import pickle
 import sys
 import threading
+import types
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -33,16 +34,18 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanTransformer3DModel,
 )
-from diffusers.models import attention_dispatch
+from diffusers.models import attention_dispatch, attention_processor
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers import transformer_flux
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from i2am.adapters.attending import attend_by
+from i2am.adapters.guard import Guard
 from i2am.adapters.sites import LISTENERS
 from i2am.adapters.tap import LayerCall, Tap, tap
 
@@ -286,6 +289,15 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def _grouped(self, attn, hidden_states, gqa=False, causal=False):
+    query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    key = attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    if gqa:
+        key = key[:, :1]
+    output = F.scaled_dot_product_attention(query, key, key, enable_gqa=gqa, is_causal=causal)
+    return output.transpose(1, 2).flatten(2)
 
 
 def stand_ins() -> set[str]:
@@ -683,6 +695,76 @@ def test_attention_of_somebody_else_in_the_place_of_pytorchs(make, monkeypatch):
         assert torch.equal(made.run(steps=1), plain)
     assert len(seen) == 4
     assert {call.query_lse for call in seen} == {None}
+
+
+def test_a_fault_of_the_listener_ends_the_recording_alone(make):
+    made, seen, faults = make("klein_kv"), [], []
+    before, plain = kinds(made.transformer), made.run()
+
+    def give_up(error):
+        faults.append(error)
+        tapped.detach()
+
+    def listen(layer, *call):
+        seen.append(layer)
+        if len(seen) == 3:  # between the two calls of the second layer
+            raise Stop
+
+    guard = Guard(give_up)
+    listening = guard.around(listen)
+    tapped = Tap(made.transformer, layers=lambda path: True, listen=listening, guard=guard)
+    with tapped:
+        assert torch.equal(made.run(), plain)
+        assert kinds(made.transformer) == before
+        assert not stand_ins()
+    assert seen == [0, 0, 1]
+    assert [type(fault) for fault in faults] == [Stop]
+
+
+def test_a_mask_by_key_and_masks_that_cannot_be(make):
+    made, seen = make("kontext"), []
+    attention = made.transformer.single_transformer_blocks[0].attn
+    states = noise(2, 9, 32)
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    with torch.no_grad(), tap(made.transformer, listen=seen.append):
+        attention(states, attention_mask=mask)
+        attention(states, attention_mask=mask.float().log())
+        assert [call.bias.shape for call in seen] == [(2, 1, 1, 9)] * 2
+        assert torch.equal(seen[0].bias[:, 0, 0], mask)
+        assert seen[0].query_lse is None
+        scores = seen[1].query @ seen[1].key.mT * 16**-0.5 + seen[1].bias
+        torch.testing.assert_close(seen[1].query_lse, scores.logsumexp(-1))
+        with attention_dispatch.attention_backend("flex"):
+            blocks = create_block_mask(lambda b, h, q, k: q >= k, None, None, 9, 9, device="cpu")
+            with pytest.raises(NotImplementedError, match=r"a mask of blocks .* got a BlockMask"):
+                attention(states, attention_mask=blocks)
+
+
+def test_grouped_and_causal_attention(make):
+    """As other processors of diffusers make the calls."""
+    made, seen = make("sd3"), []
+
+    class Grouped(JointAttnProcessor2_0):
+        __module__ = JointAttnProcessor2_0.__module__
+
+        __call__ = types.FunctionType(_grouped.__code__, vars(attention_processor), "__call__")
+
+    attention = made.transformer.transformer_blocks[1].attn
+    attention.set_processor(Grouped())
+    with tap(made.transformer, layers=lambda p: "1.attn" in p, listen=seen.append):
+        output = attention(noise(1, 9, 32), gqa=True)
+    (call,) = seen
+    assert call.key.shape == call.query.shape == (1, 2, 9, 16)
+    assert torch.equal(call.key[:, 0], call.key[:, 1])
+    torch.testing.assert_close(
+        F.scaled_dot_product_attention(call.query, call.key, call.key).transpose(1, 2).flatten(2),
+        output,
+    )
+    with (
+        tap(made.transformer, layers=lambda p: "1.attn" in p, listen=seen.append),
+        pytest.raises(NotImplementedError, match="causal attention is not supported"),
+    ):
+        attention(noise(1, 9, 32), causal=True)
 
 
 def test_attention_over_several_devices_is_refused(make):
