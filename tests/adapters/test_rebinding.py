@@ -291,7 +291,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def _grouped(self, attn, hidden_states, gqa=False, causal=False):
+def _grouped(self, attn, hidden_states, *_, gqa=False, causal=False, **__):
     query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     key = attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     if gqa:
@@ -748,6 +748,7 @@ def test_grouped_and_causal_attention(make):
         __module__ = JointAttnProcessor2_0.__module__
 
         __call__ = types.FunctionType(_grouped.__code__, vars(attention_processor), "__call__")
+        __call__.__kwdefaults__ = _grouped.__kwdefaults__
 
     attention = made.transformer.transformer_blocks[1].attn
     attention.set_processor(Grouped())
