@@ -16,17 +16,13 @@ from i2am.adapters.branches import Branches
 from i2am.adapters.clock import RunClock
 from i2am.adapters.contexts import Calls
 from i2am.adapters.guard import Guard
-from i2am.adapters.guidance import GuidanceOrder
 from i2am.adapters.hooks import weakly
-from i2am.adapters.pictures import Pictures
 from i2am.adapters.report import Report
-from i2am.adapters.run import BEFORE, Network, Run, Subject, recorded_layers
+from i2am.adapters.run import BEFORE, Run
 from i2am.adapters.sites import NUMBERS
-from i2am.adapters.tap import Tap
-from i2am.adapters.words import PromptWords
-from i2am.attribution.accumulator import Accumulator
+from i2am.adapters.subject import Subject
+from i2am.adapters.tap import Tap, inside
 from i2am.attribution.maps import AttributionMaps
-from i2am.layouts.token_layout import TokenLayout
 
 
 class Recorder:
@@ -44,48 +40,23 @@ class Recorder:
     Args:
         denoisers: The modules whose calls are the evaluations: one, or the halves of a schedule,
             whose layers have the same paths.
-        layout: Which of its attention layers and tokens.
+        subject: What is recorded of them.
         clock: Follows the scheduler.
-        order: Which guidance part is which.
-        wanted: Guidance branches to keep, the first one being :meth:`maps`'s default.
-        make: Makes an accumulator, given ``unresolved=``.
-        pictures: Lays the masks that `make` uses over the pictures of each run.
-        words: Finds the words of the prompts, ``None`` where none are wanted.
         attend: How recorded layers attend.
-
-    Raises:
-        ValueError: No attention layer matches the layout, or one that the layout does not describe.
     """
 
     def __init__(
         self,
         denoisers: Sequence[nn.Module],
+        subject: Subject,
         *,
-        layout: TokenLayout,
         clock: RunClock,
-        order: GuidanceOrder,
-        wanted: tuple[str, ...],
-        make: Callable[..., Accumulator],
-        pictures: Pictures,
-        words: PromptWords | None = None,
         attend: Attend = attend_beside,
     ) -> None:
-        self.layout = layout
+        self.layout = subject.layout
         self._denoisers = tuple(denoisers)
-        self._networks = tuple(map(_network, denoisers))
-        self._subject = Subject(
-            networks=tuple(map(Network.of, self._networks)),
-            # of several networks the layers of one path are recorded as one
-            layers=tuple(
-                path for network in self._networks for path in recorded_layers(network, layout)
-            ),
-            layout=layout,
-            order=order,
-            wanted=wanted,
-            make=make,
-            pictures=pictures,
-            words=words,
-        )
+        self._networks = tuple(map(inside, denoisers))
+        self._subject = subject
         self._calls = Calls(next(NUMBERS))
         self._clock = clock
         self._guard = Guard(weakly(self._give_up))
@@ -163,25 +134,20 @@ class Recorder:
             raise
 
     def _take_over(self) -> None:
-        for network in self._networks:
-            earlier = attached_to(network)
-            if earlier is not None:
-                self._end(earlier)
-
-    def _end(self, earlier: "Recorder") -> None:
-        network = self._subject.denoiser
-        if earlier._in_block or not earlier._calls.of_this_thread:
-            first = "leave that record() block" if earlier._in_block else "detach that recorder"
-            raise RuntimeError(
-                f"{network} is being recorded already; {first} first, or drop that recording by "
-                "i2am.release(pipe)"
+        name = self._subject.denoiser
+        for earlier in filter(None, map(attached_to, self._networks)):
+            if earlier._in_block or not earlier._calls.of_this_thread:
+                first = "leave that record() block" if earlier._in_block else "detach that recorder"
+                raise RuntimeError(
+                    f"{name} is being recorded already; {first} first, or drop that recording by "
+                    "i2am.release(pipe)"
+                )
+            earlier.detach()
+            warnings.warn(
+                f"{name} was still being recorded by an earlier recorder, which is detached now; "
+                "call detach() when a recording is over",
+                stacklevel=4,
             )
-        earlier.detach()
-        warnings.warn(
-            f"{network} was still being recorded by an earlier recorder, which is detached "
-            "now; call detach() when a recording is over",
-            stacklevel=5,
-        )
 
     def detach(self) -> None:
         """Put processors, hooks and scheduler back as they were; does nothing the second time."""
@@ -322,8 +288,6 @@ class Recorder:
             self._clock.advance()
 
     def _add(self, layer: int, call_index: int, query: Tensor, *rest: Any) -> None:
-        if not self._calls.here():
-            return  # compiled layers ask nobody before
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             self._clock.captured = True
             # a graph knows addresses and keeps nothing: replayed too late, until there is another,
@@ -337,14 +301,9 @@ class Recorder:
         return {layer.path: type(processor).__name__ for layer, processor in lost.items()}
 
 
-def _network(denoiser: nn.Module) -> nn.Module:
-    """torch.compile wraps the module; its layers are inside, its calls come from outside."""
-    return getattr(denoiser, "_orig_mod", denoiser)
-
-
 def attached_to(denoiser: nn.Module) -> Recorder | None:
     """The recorder of a denoiser, ``None`` if it is not being recorded."""
-    reference = _ATTACHED.get(_network(denoiser))
+    reference = _ATTACHED.get(inside(denoiser))
     return None if reference is None else reference()
 
 

@@ -98,7 +98,7 @@ class Tap:
         graph: bool = False,
     ) -> None:
         self._networks = [networks] if isinstance(networks, nn.Module) else list(networks)
-        insides = [getattr(network, "_orig_mod", network) for network in self._networks]
+        insides = [*map(inside, self._networks)]
         known = [
             TappedLayer(index, path, module)
             for index, network in enumerate(insides)
@@ -228,6 +228,11 @@ def tap(
             yield lent
     finally:
         calls.leave()
+
+
+def inside(network: nn.Module) -> nn.Module:
+    """torch.compile wraps a module; its layers are inside, its calls come from outside."""
+    return getattr(network, "_orig_mod", network)
 
 
 def attention_layers(network: nn.Module) -> dict[str, Any]:
