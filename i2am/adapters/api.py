@@ -48,6 +48,8 @@ def record(
     sums: str | None = None,
     joint: JointGrids = False,
     flow: bool = False,
+    values: str = "one",
+    normalise: str = "full",
     attach: str = "beside",
 ) -> Recorder:
     """Record the attention of a pipeline's runs, without changing a bit of the images.
@@ -114,6 +116,11 @@ def record(
             up to a third more while it records, heads only where all layers have equally many, and
             takes (on a CPU) one to two times as long as the recorded attention calls.
         flow: Also record where on the reference each patch looks, for ``maps.flow()``.
+        values: ``"norm"`` also records the share with every token counted by the norm of what it
+            brings, behind the output projection of its head, for
+            ``maps.reference_to_generated(values="norm")``; of the words too.
+        normalise: ``"conditional"`` also records where patches look given that they look at the
+            reference, for ``maps.generated_to_reference(normalise="conditional")``.
         attach: ``"beside"`` leaves the model's own attention calls as they are; ``"fused"`` lets
             recorded layers attend by the forward of ``impl``, which yields what recording needs:
             images are then the same to rounding, not to the bit. Layers that PyTorch runs by flash,
@@ -130,7 +137,8 @@ def record(
             has no reference tokens that `directions` or `reference_mask` could be about, or an
             option is out of range.
         NotImplementedError: The pipeline has several denoisers of other kinds, or one that is
-            sharded over devices.
+            sharded over devices; or ``values="norm"`` needs an output projection that is no plain
+            matrix: quantised, offloaded layer by layer, or under a LoRA that is not fused.
 
     Example:
         >>> with i2am.record(pipe) as recorder:  # doctest: +SKIP
@@ -173,6 +181,8 @@ def record(
             sums=sums,
             joint=joint,
             flow=flow,
+            values=values,
+            normalise=normalise,
             impl=impl,
             **options,
         )
@@ -191,6 +201,7 @@ def record(
         make=make,
         pictures=pictures,
         words=prompts,
+        norms=values == "norm",
     )
     return Recorder(denoisers, subject, clock=clock, attend=attend_by(attach, impl))
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from i2am.adapters.sites import Record
+from i2am.adapters.sites import Record, wanted
 from i2am.kernels import Impl
 from i2am.kernels import attention as kernel_attention
 from i2am.kernels.native import attention_with_lse
@@ -151,6 +151,10 @@ def record_given(record: Record, given: dict[str, Any], **known: Any) -> None:
     if given.get("is_causal"):
         raise NotImplementedError("recording causal attention is not supported")
     query, key = given["query"], given["key"]
+    known |= wanted(record, given["value"])
     if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        groups = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(groups, dim=1)
+        if "value" in known:
+            known["value"] = known["value"].repeat_interleave(groups, dim=1)
     record(query, key, bias=given.get("attn_mask"), scale=given.get("scale"), **known)

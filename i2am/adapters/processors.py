@@ -20,7 +20,7 @@ from i2am.adapters.attending import Attend, attend_beside, attend_guarded
 from i2am.adapters.guard import UNGUARDED
 from i2am.adapters.projections import additive_mask, key_states, split_heads
 from i2am.adapters.rebinding import install_rebound
-from i2am.adapters.sites import Record, takes
+from i2am.adapters.sites import Record, takes, wanted
 from i2am.adapters.watching import install_watching
 
 
@@ -78,11 +78,12 @@ class RecordingAttnProcessor(AttnProcessor2_0):
         else:
             output, lse = attended
         if record is not None:
+            given = wanted(record, value)
             if torch.compiler.is_compiling():  # as in attend_guarded
-                record(query, key, bias=mask, query_lse=lse)
+                record(query, key, bias=mask, query_lse=lse, **given)
             else:
                 with guard:
-                    record(query, key, bias=mask, query_lse=lse)
+                    record(query, key, bias=mask, query_lse=lse, **given)
         output = output.transpose(1, 2).flatten(2).to(query.dtype)
         output = attn.to_out[1](attn.to_out[0](output))
         if len(shape) == 4:

@@ -119,6 +119,7 @@ class Recorder:
                 attend=self._attend,
                 guard=self._guard,
                 here=self._calls.here,
+                values=self._subject.norms is not None,
             )
             for layer in tap.layers:
                 self._processors[layer.path] = type(layer.module.processor).__name__
@@ -247,9 +248,7 @@ class Recorder:
             others[BEFORE] = earlier.seen.denoiser_calls + earlier.others[BEFORE]
         self._unread += bool(made and not earlier.read)
         self._run = Run(self._subject, self._clock, self._processors, others)
-        self._subject.pictures.begin_run()
-        if self._subject.words is not None:
-            self._subject.words.begin_run()
+        self._subject.begin_run()
 
     def _give_up(self, error: Exception) -> None:
         """The run goes on without recording: nothing of it stays attached, or in memory."""

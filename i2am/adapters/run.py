@@ -122,11 +122,13 @@ class Run:
         scale: float | None,
         query_lse: Tensor | None,
         multiplier: Tensor | None,
+        value: Tensor | None,
     ) -> None:
         """A layer attends; see :data:`i2am.adapters.sites.Listener`.
 
         Raises:
-            NotImplementedError: The layer has other rows than the call.
+            NotImplementedError: The layer has other rows than the call, or its output projection is
+                none of its heads.
             ValueError: The layout does not fit, or the sums cannot hold what they are given.
         """
         if self._frame is None:
@@ -141,6 +143,9 @@ class Run:
                 f"recording attention over {len(query)} rows in a denoiser call of {self._rows} is "
                 f"not supported ({name}; do video frames lie in the batch?)"
             )
+        norms = None
+        if self.subject.norms is not None and value is not None and self._targets:
+            norms = self.subject.norms.of(layer, call_index, value)
         for part, accumulator in self._targets:
             for each in found:
                 rows = slice(max(each.rows.start, part.start), min(each.rows.stop, part.stop))
@@ -156,6 +161,7 @@ class Run:
                         scale=scale,
                         bias=_part_of_bias(bias, rows, each.generated),
                         lse=None if query_lse is None else query_lse[rows, :, each.generated],
+                        norms=None if norms is None else norms[rows],
                         rows=slice(rows.start - part.start, rows.stop - part.start),
                         samples=part.stop - part.start,
                     )

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 Listener = Callable[..., None]
-"""``listener(layer, call_index, query, key, bias, scale, query_lse, multiplier)``: ``multiplier``
-``[1 or seqlen_q]`` is what the layer multiplies the call's output by, ``None`` for 1."""
+"""``listener(layer, call_index, query, key, bias, scale, query_lse, multiplier, value)``:
+``multiplier`` ``[1 or seqlen_q]`` is what the layer multiplies the call's output by, ``None`` for
+1; ``value`` is ``None`` where nobody wants it."""
 
 Record = Callable[..., None]
-"""``record(query, key, *, bias, scale, query_lse, call_index, multiplier)``: all these may be left
-out."""
+"""``record(query, key, *, bias, scale, query_lse, call_index, multiplier, value)``: all these may
+be left out; ``value`` is given to those alone whose attribute ``values`` is true."""
 
 LISTENERS: dict[int, Listener] = {}
 """Who listens, by the number that sites carry; a site nobody listens to does nothing."""
@@ -28,10 +29,19 @@ class Site:
         listener: Key in :data:`LISTENERS`.
         layer: Index of the layer, handed on.
         here: Whether the listener takes calls that come from here.
+        values: Whether it wants their values.
     """
 
-    def __init__(self, listener: int, layer: int, here: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        listener: int,
+        layer: int,
+        here: Callable[[], bool] = lambda: True,
+        *,
+        values: bool = False,
+    ) -> None:
         self.here = here
+        self.values = values
         # Numbers in a tensor, not in attributes: compiled code is guarded by the latter's values,
         # and would be compiled once more for every layer and every recording.
         with torch.inference_mode(False):
@@ -47,6 +57,7 @@ class Site:
         query_lse: Tensor | None = None,
         call_index: int = 0,
         multiplier: Tensor | None = None,
+        value: Tensor | None = None,
     ) -> None:
         torch.ops.i2am.record_attention(
             self.address,
@@ -57,6 +68,7 @@ class Site:
             query_lse,
             call_index,
             multiplier,
+            None if value is None else value.detach(),
         )
 
 
@@ -64,6 +76,11 @@ def takes(record: Record) -> bool:
     """Whether somebody wants to be told of a layer's call from here."""
     here: Callable[[], bool] | None = getattr(record, "here", None)
     return here is None or here()
+
+
+def wanted(record: Record, value: Tensor) -> dict[str, Tensor]:
+    """The keyword that hands a call's value over, where somebody wants it."""
+    return {"value": value} if getattr(record, "values", False) else {}
 
 
 # address: a write that nobody makes, so that no compiler drops or reorders the call
@@ -77,13 +94,14 @@ def _record_attention(
     query_lse: Tensor | None,
     call_index: int,
     multiplier: Tensor | None,
+    value: Tensor | None,
 ) -> None:
     listener, layer = address.tolist()
     # the garbage collector, too, may detach a recorder, at any moment
     if (listen := LISTENERS.get(listener)) is not None:
-        listen(layer, call_index, query, key, bias, scale, query_lse, multiplier)
+        listen(layer, call_index, query, key, bias, scale, query_lse, multiplier, value)
 
 
 @_record_attention.register_fake
-def _(address, query, key, bias, scale, query_lse, call_index, multiplier):  # type: ignore[no-untyped-def]
+def _(address, query, key, bias, scale, query_lse, call_index, multiplier, value):  # type: ignore[no-untyped-def]
     return None

@@ -131,6 +131,7 @@ class Sources:
                 reference_grid=span.place if span.frames == 1 else None,
                 reference_tokens=span.count,
                 source=span.name,
+                alone=span.count == call.seqlen_k,
             )
             sources.append(Source(of_span, self._keys([span], call, device)))
         texts = sequences.keys_of("text")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from i2am.adapters.guidance import GuidanceOrder
+from i2am.adapters.outputs import ValueNorms
 from i2am.adapters.pictures import Pictures
 from i2am.adapters.tap import attention_layers, inside
 from i2am.adapters.words import PromptWords
@@ -72,6 +73,7 @@ class Subject:
         make: Makes an accumulator, given ``unresolved=``.
         pictures: Lays the masks that `make` uses over the pictures of each run.
         words: Finds the words of the prompts, ``None`` where none are wanted.
+        norms: Of what tokens bring, ``None`` where they are not wanted.
     """
 
     networks: tuple[Network, ...]
@@ -82,18 +84,35 @@ class Subject:
     make: Callable[..., Accumulator]
     pictures: Pictures
     words: PromptWords | None = None
+    norms: ValueNorms | None = None
 
     @classmethod
-    def of(cls, denoisers: Sequence[nn.Module], layout: TokenLayout, **known: Any) -> "Subject":
+    def of(
+        cls, denoisers: Sequence[nn.Module], layout: TokenLayout, *, norms: bool, **known: Any
+    ) -> "Subject":
         """What is recorded of some denoisers.
 
         Raises:
             ValueError: As :func:`recorded_layers` does.
+            NotImplementedError: As :class:`ValueNorms` does.
         """
         networks = [*map(inside, denoisers)]
         # of several networks the layers of one path are recorded as one
-        layers = [path for network in networks for path in recorded_layers(network, layout)]
-        return cls(tuple(map(Network.of, networks)), tuple(layers), layout, **known)
+        layers = [
+            (network, path) for network in networks for path in recorded_layers(network, layout)
+        ]
+        if norms:
+            known["norms"] = ValueNorms(layers)
+        paths = tuple(path for _, path in layers)
+        return cls(tuple(map(Network.of, networks)), paths, layout, **known)
+
+    def begin_run(self) -> None:
+        """What was known of the last run is forgotten."""
+        self.pictures.begin_run()
+        if self.words is not None:
+            self.words.begin_run()
+        if self.norms is not None:
+            self.norms.begin_run()
 
     @property
     def denoiser(self) -> str:

@@ -51,6 +51,7 @@ class LayerCall:
         query_lse: ``[batch, heads, seqlen_q]``, the log-sum-exp over keys, where the call yields
             it.
         multiplier: ``[1 or seqlen_q]``, what the layer multiplies the output by; ``None`` for 1.
+        value: ``[batch, heads, seqlen_k, features]``, where it was asked for.
     """
 
     layer: TappedLayer
@@ -61,6 +62,7 @@ class LayerCall:
     scale: float | None
     query_lse: Tensor | None
     multiplier: Tensor | None
+    value: Tensor | None = None
 
 
 class Tap:
@@ -69,8 +71,8 @@ class Tap:
     Args:
         networks: One or several; a compiled one as ``torch.compile`` returned it.
         layers: Which layers, by their path in the network.
-        listen: ``listen(layer, call_index, query, key, bias, scale, query_lse, multiplier)``, the
-            layer by its index in :attr:`layers`, the rest as in :class:`LayerCall`.
+        listen: ``listen(layer, call_index, query, key, bias, scale, query_lse, multiplier,
+            value)``, the layer by its index in :attr:`layers`, the rest as in :class:`LayerCall`.
         before: ``before(network, args, kwargs)`` before every call of a network, by its index.
         after: ``after(network)`` behind it, also after an exception.
         attend: How the layers attend meanwhile.
@@ -78,6 +80,7 @@ class Tap:
         here: Whether the calls that come from here are handed on.
         graph: Hand query and key over with their graph, so that gradients flow back; otherwise they
             are detached, and compiled code keeps the handing over.
+        values: Hand the values over too, which are ``None`` otherwise.
 
     Raises:
         ValueError: No attention layer matches.
@@ -96,6 +99,7 @@ class Tap:
         guard: AbstractContextManager[Any] = UNGUARDED,
         here: Callable[[], bool] = lambda: True,
         graph: bool = False,
+        values: bool = False,
     ) -> None:
         self._networks = [networks] if isinstance(networks, nn.Module) else list(networks)
         insides = [*map(inside, self._networks)]
@@ -123,6 +127,7 @@ class Tap:
         self._guard = guard
         self._here = here
         self._graph = graph
+        self._values = values
         self._key = next(NUMBERS)
         self._restore: list[Callable[[], None]] = []
         self._installed: dict[TappedLayer, Any] = {}
@@ -188,8 +193,8 @@ class Tap:
 
     def _record(self, index: int) -> Record:
         if self._graph:
-            return _Direct(self._listen, index, self._here)
-        return Site(self._key, index, self._here)
+            return _Direct(self._listen, index, self._here, self._values)
+        return Site(self._key, index, self._here, values=self._values)
 
 
 @contextlib.contextmanager
@@ -199,6 +204,7 @@ def tap(
     layers: Callable[[str], bool] = lambda path: True,
     listen: Callable[[LayerCall], None],
     graph: bool = False,
+    values: bool = False,
 ) -> Iterator[Tap]:
     """See the attention of some layers inside a block; calls of other threads are nobody's.
 
@@ -207,6 +213,7 @@ def tap(
         layers: Which layers, by their path in the network; all by default.
         listen: Told every call.
         graph: See :class:`Tap`.
+        values: See :class:`Tap`.
 
     Raises:
         ValueError: No attention layer matches.
@@ -221,7 +228,7 @@ def tap(
     def hear(layer: int, *call: Any) -> None:
         listen(LayerCall(lent.layers[layer], *call))
 
-    lent = Tap(networks, layers=layers, listen=hear, here=calls.here, graph=graph)
+    lent = Tap(networks, layers=layers, listen=hear, here=calls.here, graph=graph, values=values)
     calls.take(thread=False)
     try:
         with lent:
@@ -248,10 +255,13 @@ def attention_layers(network: nn.Module) -> dict[str, Any]:
 class _Direct:
     """The ``record`` callable of one layer that detaches nothing."""
 
-    def __init__(self, listen: Listener, layer: int, here: Callable[[], bool]) -> None:
+    def __init__(
+        self, listen: Listener, layer: int, here: Callable[[], bool], values: bool
+    ) -> None:
         self._listen = listen
         self._layer = layer
         self.here = here
+        self.values = values
 
     def __call__(
         self,
@@ -263,8 +273,10 @@ class _Direct:
         query_lse: Tensor | None = None,
         call_index: int = 0,
         multiplier: Tensor | None = None,
+        value: Tensor | None = None,
     ) -> None:
-        self._listen(self._layer, call_index, query, key, bias, scale, query_lse, multiplier)
+        call = (query, key, bias, scale, query_lse, multiplier, value)
+        self._listen(self._layer, call_index, *call)
 
 
 def _is_compiled(network: nn.Module) -> bool:

@@ -157,6 +157,9 @@ def _record_projections(record: Record, attn: Any, given: dict[str, Any]) -> Non
     )
     if attn.group_norm is not None:
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-    key = attn.to_k(key_states(attn, hidden_states, context))
-    query, key = split_heads(attn, attn.to_q(hidden_states), key)
-    record(query, key, bias=mask, scale=attn.scale)
+    states = key_states(attn, hidden_states, context)
+    query, key = split_heads(attn, attn.to_q(hidden_states), attn.to_k(states))
+    known = {}
+    if getattr(record, "values", False):
+        known["value"] = split_heads(attn, attn.to_v(states))[0]
+    record(query, key, bias=mask, scale=attn.scale, **known)

@@ -6,12 +6,12 @@ which model is recorded.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from i2am.attribution.buffers import LayerBuffers, Reading, Tokens, Words
+from i2am.attribution.buffers import LayerBuffers, Reading, Words
+from i2am.attribution.calls import Tokens, accumulate_call
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions
 from i2am.attribution.joint import JointMaps
@@ -20,11 +20,13 @@ from i2am.attribution.resized import ResizedSums
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.attribution.time_groups import TimeGroups
 from i2am.attribution.weights import as_batch
-from i2am.kernels import Impl, Probe, accumulate
+from i2am.kernels import Impl
 
 UNIFORM = "uniform"
 MASK = "mask"
 SUMS = ("native", "resized")
+VALUES = ("one", "norm")
+NORMALISE = ("full", "conditional")
 
 Source = tuple[str, str]
 """Layer and source."""
@@ -56,14 +58,16 @@ class Accumulator:
             both grids. What is not given is the layers' finest, halved until it has at most 1024
             cells. Layers without a reference grid do not take part.
         flow: Also keep where on the reference each patch looks, for :meth:`AttributionMaps.flow`.
+        values: ``"norm"``: also keep the share with each token counted by a norm that calls give.
+        normalise: ``"conditional"``: also keep G2R under the softmax over the reference tokens.
         impl: Implementation of the statistics; see :mod:`i2am.kernels`.
         unresolved: See above.
 
     Raises:
         ValueError: ``time_groups`` is below 1, no direction is given, a region has a reserved name
             or is none (see :func:`as_regions`), a mask is not ``[(batch,) height, width]`` or is 0
-            everywhere, ``sums`` is unknown, keys are to be kept of resized sums, or ``joint`` is no
-            grid.
+            everywhere, ``sums``, ``values`` or ``normalise`` is unknown or of a direction that is
+            not given, keys are to be kept of resized sums, or ``joint`` is no grid.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class Accumulator:
         sums: str = "native",
         joint: JointGrids = False,
         flow: bool = False,
+        values: str = "one",
+        normalise: str = "full",
         impl: Impl | str | None = None,
         unresolved: bool = False,
     ) -> None:
@@ -92,8 +98,15 @@ class Accumulator:
                 raise ValueError(
                     f"regions must not be called {name!r}, which is a weight row's name"
                 )
-        if sums not in SUMS:
-            raise ValueError(f"sums must be one of {', '.join(SUMS)}, got {sums!r}")
+        for name, given, known, needed in (
+            ("sums", sums, SUMS, None),
+            ("values", values, VALUES, Direction.REFERENCE_TO_GENERATED),
+            ("normalise", normalise, NORMALISE, Direction.GENERATED_TO_REFERENCE),
+        ):
+            if given not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+            if needed and given != known[0] and needed not in self.directions:
+                raise ValueError(f"{name}={given!r} needs {needed} among the directions")
         if keep_keys and sums == "resized":
             raise ValueError("keep_keys needs sums='native', got 'resized'")
         self.time_groups = time_groups
@@ -101,6 +114,8 @@ class Accumulator:
         self.reference_mask = as_batch("reference_mask", reference_mask)
         self.keep_keys = keep_keys
         self.flow = flow
+        self.values = values
+        self.normalise = normalise
         self.sums = sums
         self.impl = impl
         self.unresolved = unresolved
@@ -111,6 +126,8 @@ class Accumulator:
             self.reference_mask,
             keep_keys,
             flow,
+            norms=values == "norm",
+            conditional=normalise == "conditional",
             samples_known=not unresolved,
         )
         self._layers: dict[Source, LayerBuffers] = {}
@@ -184,6 +201,7 @@ class Accumulator:
         scale: float | None = None,
         bias: Tensor | None = None,
         query_lse: Tensor | None = None,
+        norms: Tensor | None = None,
         rows: slice = slice(None),
         samples: int | None = None,
     ) -> Tensor:
@@ -200,6 +218,7 @@ class Accumulator:
             scale: Softmax scale, default ``head_dim ** -0.5``.
             bias: Additive or bool mask of the call.
             query_lse: Row log-sum-exp over all keys of the call, where it is known.
+            norms: ``[rows, heads, seqlen_k]``, for ``values="norm"``: what each key counts with.
             rows: Which rows of the batch these are.
             samples: Rows of the whole batch; default those of the call.
 
@@ -209,6 +228,9 @@ class Accumulator:
         Raises:
             ValueError: The call does not fit the site, or the site changed since the first call.
         """
+        if (norms is None) == (self.values == "norm"):
+            given = "none" if norms is None else "some"
+            raise ValueError(f"norms must be given for values='norm' and no others, got {given}")
         self._change(group)
         layer = self._layers.get((site.layer, site.source))
         if self.sums == "resized" and layer is not None and not self.unresolved:
@@ -230,42 +252,27 @@ class Accumulator:
             raise ValueError(f"{site.layer} changed during the run, from {layer.site} to {site}")
         # rows of ragged batches, and calls of a run with caches, have their tokens elsewhere
         keys: Tokens = layer.keys if voters is not None else reference
-        probes = layer.probes(rows, words, samples_known=not self.unresolved)
-        lse = self._accumulate(layer, probes, query, key, keys, scale, bias, query_lse)
+        norms = None if norms is None else norms[..., keys]
+        probes = layer.probes(rows, words, norms, samples_known=not self.unresolved)
+        lse = accumulate_call(
+            query,
+            key,
+            probes,
+            keys=keys,
+            by_head=norms is not None,
+            reference=layer.reference,
+            pooled=[] if self._joint is None else self._joint.probes(layer.site, query),
+            alone=layer.conditional(rows),
+            scale=scale,
+            bias=bias,
+            normaliser=query_lse,
+            impl=self.impl,
+        )
         # on the device, because a replayed graph counts too
         layer.calls[rows, 0] += 1
         layer.add_by_key(query, key, scale, bias, rows)
         if self._resized is not None:
             self._move(layer)
-        return lse
-
-    def _accumulate(
-        self,
-        layer: LayerBuffers,
-        probes: list[Probe],
-        query: Tensor,
-        key: Tensor,
-        keys: Tokens,
-        scale: float | None,
-        bias: Tensor | None,
-        lse: Tensor | None,
-    ) -> Tensor:
-        """Add what probes read of some keys of a call, given or finding its row log-sum-exp."""
-        whole = isinstance(keys, slice) and keys == slice(None)
-        given: dict[str, Any] = {"scale": scale, "impl": self.impl}
-        if not whole:
-            if lse is None:  # the softmax over all keys is what the model takes
-                lse, _ = accumulate(query, key, [], bias=bias, **given)
-            key, bias = key[:, :, keys], _some(bias, keys)
-        joint = [] if self._joint is None else self._joint.probes(layer.site, query)
-        everything = isinstance(layer.reference, slice) and layer.reference == slice(None)
-        if everything:
-            probes, joint = probes + joint, []
-        lse, _ = accumulate(query, key, probes, bias=bias, normaliser=lse, **given)
-        if joint:
-            some = layer.reference
-            key, bias = key[:, :, some], _some(bias, some)
-            accumulate(query, key, joint, bias=bias, normaliser=lse, **given)
         return lse
 
     def resolve(self, rows: slice) -> "Accumulator":
@@ -279,6 +286,8 @@ class Accumulator:
             keep_keys=self.keep_keys,
             sums=self.sums,
             flow=self.flow,
+            values=self.values,
+            normalise=self.normalise,
             impl=self.impl,
         )
         resolved._groups = self._groups.copy()
@@ -334,8 +343,3 @@ class Accumulator:
             self._resized[source].add(sums)
         for each in layer.sums:
             each.zero_()
-
-
-def _some(bias: Tensor | None, keys: Tokens) -> Tensor | None:
-    """The columns of a mask that belong to some keys."""
-    return bias if bias is None or not bias.ndim or bias.shape[-1] == 1 else bias[..., keys]

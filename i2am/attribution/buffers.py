@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from i2am.attribution import weights
+from i2am.attribution.calls import Tokens, softmax_over_queries
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Region
-from i2am.attribution.layers import layer_sums
+from i2am.attribution.layers import ON_REFERENCE, layer_sums
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.attribution.time_groups import refuse_capture
 from i2am.attribution.weights import Own
 from i2am.kernels import Over, Probe
 
-Tokens = slice | Tensor
-"""Which tokens of a sequence."""
+NORM, CONDITIONAL = "attention_norm", "generated_to_reference_conditional"
+"""Fields of :class:`LayerSums` that are recorded on request, by probes that differ from others."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Reading:
         reference_mask: Likewise over the reference image.
         keep_keys: Whether ``C`` is kept of each voting key.
         flow: Whether the places that are looked at are kept.
+        norms: Whether shares are kept by the norms of values too.
+        conditional: Whether G2R is kept under the softmax over the reference tokens too.
         samples_known: Whether the batch of a call is the samples, see :class:`Accumulator`.
     """
 
@@ -40,6 +43,8 @@ class Reading:
     reference_mask: Tensor | None
     keep_keys: bool
     flow: bool
+    norms: bool
+    conditional: bool
     samples_known: bool
 
 
@@ -82,12 +87,15 @@ class Buffer:
     sums: Tensor
     own: Own
 
-    def probe(self, rows: slice) -> Probe:
-        """What adds to some rows of the batch."""
+    def probe(self, rows: slice, norms: Tensor | None = None) -> Probe:
+        """What adds to some rows of the batch; ``norms`` ``[rows, heads, keys]`` multiply ``V``."""
         left, right = (
             side if side is None or len(side) == 1 else side[rows]
             for side in (self.left, self.right)
         )
+        if norms is not None:
+            assert right is not None
+            right = right[:, None] * norms[:, :, None]
         return Probe(self.over, self.sums[rows, 0], left=left, right=right)
 
     def resolve(self, rows: slice, samples: int) -> "Buffer":
@@ -192,6 +200,8 @@ class LayerBuffers:
                 side = left if left is not None else right
                 assert side is not None
                 n_tokens = n_keys if left is not None else seqlen_q
+                if name == CONDITIONAL:
+                    n_tokens = tokens
                 sums = zeros(heads, side.shape[1], n_tokens)
                 if reading.samples_known:
                     own = replace(own, count=0)
@@ -211,12 +221,15 @@ class LayerBuffers:
         kept = [buffer.sums for buffer in self.held.values()]
         return [*kept, *([] if self.by_key is None else [self.by_key]), self.calls]
 
-    def probes(self, rows: slice, words: Words | None, *, samples_known: bool) -> list[Probe]:
+    def probes(
+        self, rows: slice, words: Words | None, norms: Tensor | None, *, samples_known: bool
+    ) -> list[Probe]:
         """What adds a call of some rows of the batch.
 
         Args:
             rows: The rows.
             words: The words among the keys of this call; the prompts of other rows may be longer.
+            norms: ``[rows, heads, keys]``, of the values of those that are read.
             samples_known: Whether the batch is the samples.
         """
         if words is not None and words.names != self.names:
@@ -227,15 +240,25 @@ class LayerBuffers:
             samples = len(self.calls) if samples_known else None
             votes, groups = words.vectors(samples, self.calls.device)
             self.held["reference_to_generated"].right = votes.to(self.calls.dtype)
-            self.held["attention_share"].right = groups.to(self.calls.dtype)
-        return [buffer.probe(rows) for buffer in self.held.values()]
+            for name in ("attention_share", NORM):
+                if name in self.held:
+                    self.held[name].right = groups.to(self.calls.dtype)
+        return [
+            buffer.probe(rows, norms if name == NORM else None)
+            for name, buffer in self.held.items()
+            if name != CONDITIONAL
+        ]
+
+    def conditional(self, rows: slice) -> list[Probe]:
+        """What adds a call's reference tokens under a softmax of their own, if anything."""
+        return [self.held[CONDITIONAL].probe(rows)] if CONDITIONAL in self.held else []
 
     def add_by_key(
         self, query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None, rows: slice
     ) -> None:
         """Add ``C`` of each voter, where it is kept."""
         if self.by_key is not None:
-            over_queries = _softmax_over_queries(query, key, scale, bias)
+            over_queries = softmax_over_queries(query, key, scale, bias)
             self.by_key[rows, 0] += over_queries[..., self.voters]
 
     def resolve(self, rows: slice) -> "LayerBuffers":
@@ -259,11 +282,12 @@ class LayerBuffers:
         if self.by_key is not None:
             fields["reference_to_generated_by_key"] = ordered(self.by_key).mT
         for name, sums in fields.items():
-            if name != "generated_to_reference":
+            if name not in ON_REFERENCE:
                 fields[name] = sums.unflatten(-1, shape)
-            else:
-                assert grid is not None
-                fields[name] = sums[..., self.reference].unflatten(-1, grid)
+                continue
+            assert grid is not None
+            sums = sums if name == CONDITIONAL else sums[..., self.reference]
+            fields[name] = sums.unflatten(-1, grid)
         fields["calls"] = ordered(self.calls)
         if self.site.role != "text":
             return [layer_sums(self.site, fields)]
@@ -306,33 +330,17 @@ def _probes(
             own = Own(1, 0 if mask is None else len(mask))
         yield "reference_to_generated", Over.QUERIES, None, votes, own
         yield "attention_share", Over.KEYS, None, groups, own
+        if reading.norms:
+            yield NORM, Over.KEYS, None, groups, own
         if reading.flow and grid is not None:
             values = weights.places(n_keys, reference, grid)
             yield "places", Over.KEYS, None, values, Own(3, 0)
     if Direction.GENERATED_TO_REFERENCE in reading.directions and grid is not None:
         mask = reading.mask
-        rows = weights.rows(
-            site.generated_grid,
-            reading.regions.values(),
-            mask=mask,
-            samples=samples,
-            frames=site.frames,
-        )
+        given = {"mask": mask, "samples": samples, "frames": site.frames}
+        rows = weights.rows(site.generated_grid, reading.regions.values(), **given)
         own = Own(1, 0 if mask is None else len(mask))
         yield "generated_to_reference", Over.KEYS, rows, None, own
-
-
-def _softmax_over_queries(
-    query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None
-) -> Tensor:
-    """``C`` ``[batch, heads, seqlen_q, seqlen_k]`` in the published order of fp32 operations."""
-    compute = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(compute) @ key.to(compute).mT
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None and bias.dtype == torch.bool:
-        scores = scores.masked_fill(~bias, -torch.inf)
-    elif bias is not None:
-        scores = scores + bias
-    # a key that no query may attend to spreads nothing: its softmax would be NaN
-    unseen = scores.isneginf().all(-2, keepdim=True)
-    return scores.softmax(-2).masked_fill(unseen, 0)
+        if reading.conditional and not site.alone:
+            rows = weights.rows(site.generated_grid, [], **given)
+            yield CONDITIONAL, Over.KEYS, rows, None, own

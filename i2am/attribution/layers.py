@@ -16,9 +16,15 @@ SUMS = (
     "reference_to_generated_by_key",
     "attention_share",
     "places",
+    "attention_norm",
+    "generated_to_reference_conditional",
     "calls",
 )
 """Fields of :class:`LayerSums` that hold a tensor ``[samples, time groups, ...]``."""
+
+
+ON_REFERENCE = ("generated_to_reference", "generated_to_reference_conditional")
+"""Those of them on the reference grid."""
 
 
 def tensors(layer: LayerSums) -> dict[str, Tensor]:
@@ -57,6 +63,38 @@ def recorded(layer: LayerSums, direction: Direction) -> Tensor:
         raise ValueError(
             f"{direction} was not recorded on {layer.site.layer}; record it with "
             f"record(directions=...)"
+        )
+    return sums
+
+
+def norms(layer: LayerSums) -> Tensor:
+    """Sums of the share by the norm of what tokens bring, ``[samples, time_groups, heads, votes,
+    (frames), h, w]``.
+
+    Raises:
+        ValueError: If they were not recorded.
+    """
+    if layer.attention_norm is None:
+        raise ValueError(
+            f"the norms of values were not recorded on {layer.site.layer}; record them with "
+            'record(values="norm")'
+        )
+    return multiplied(layer.attention_norm, layer.multiplier)
+
+
+def conditional(layer: LayerSums) -> Tensor:
+    """The sums of G2R given that a patch looks at the reference.
+
+    Raises:
+        ValueError: If they were not recorded.
+    """
+    sums = layer.generated_to_reference_conditional
+    if sums is None and layer.site.alone:
+        return recorded(layer, Direction.GENERATED_TO_REFERENCE)
+    if sums is None:
+        raise ValueError(
+            f"the conditional of generated_to_reference was not recorded on {layer.site.layer}; "
+            'record it with record(normalise="conditional")'
         )
     return sums
 
@@ -153,14 +191,16 @@ def check_layers(
                 if shape != leading:
                     raise ValueError(f"calls of {layer.site.layer} must be {leading}, got {shape}")
                 continue
-            if name in ("reference_to_generated", "attention_share"):
+            if name in ("reference_to_generated", "attention_share", "attention_norm"):
                 fourth = [1 if layer.site.role == "text" else len(votes)]
             elif name == "places":
                 fourth = [3]
-            elif name == "generated_to_reference":
+            elif name in ON_REFERENCE:
                 if layer.site.reference_grid is None:
                     raise ValueError(f"{layer.site.layer} has {name} sums but no reference grid")
-                fourth, grid = [len(rows)], layer.site.reference_grid
+                of_regions = name == "generated_to_reference"
+                fourth = [sum(of_regions or row in ("uniform", "mask") for row in rows)]
+                grid = layer.site.reference_grid
             heads = layer.site.heads
             if name == "reference_to_generated" and layer.site.spread_over_heads:
                 heads = 1

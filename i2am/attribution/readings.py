@@ -11,7 +11,7 @@ from i2am.attribution.direction import Direction
 from i2am.attribution.flow import Flow, read_flow
 from i2am.attribution.grid import Box, Grid, Patch
 from i2am.attribution.joint import JointMaps
-from i2am.attribution.layers import multiplied, recorded, shares
+from i2am.attribution.layers import conditional, multiplied, norms, recorded, shares
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reduction import (
     LayerWeighting,
@@ -52,6 +52,7 @@ class Readings:
         source: str | None = None,
         measure: Measure | None = None,
         votes: Literal["uniform", "mask"] = "uniform",
+        values: Literal["one", "norm"] = "one",
         preset: str | Preset = "paper",
         layer_weighting: LayerWeighting = "paper",
     ) -> Tensor:
@@ -63,6 +64,12 @@ class Readings:
         everywhere where the reference is all that a layer attends to. And ``"spread"``, the
         paper's: how each token would divide one unit over the generated image, a sum over the
         recorded steps.
+
+        With ``values="norm"`` every token counts in the share by ``|| W_o v ||``, the norm of what
+        it brings through the output projection of its head, instead of 1: a small model's maps were
+        then as right without a reference mask as its shares were with one. It is summed over the
+        recorded steps, averaged over heads and layers and divided by nothing, so that its unit is
+        that of a layer's output.
 
         What a layer multiplies its branch by, the scale and mask of an IP-Adapter, multiplies its
         map.
@@ -82,6 +89,8 @@ class Readings:
                 one sequence with the generated image (joint attention), else the spread, as the
                 paper has it; ``preset="official"`` always reads the spread.
             votes: Which reference tokens count: all alike, or by the recorded reference mask.
+            values: How much a token counts: ``"one"`` or, of the share alone, ``"norm"``, see
+                above; needs ``record(values="norm")``.
             preset: ``"paper"``, ``"official"`` or a :class:`Preset`. Official leaves out the mid
                 block and, of StableVITON's warp blocks, all but number 4, also from the layer axis.
             layer_weighting: ``"paper"`` averages layers as they are, so coarse ones weigh more;
@@ -91,9 +100,9 @@ class Readings:
             fp32 ``[samples, (time), (layer), (head), *size]``, not normalized.
 
         Raises:
-            ValueError: If the direction or the mask votes were not recorded, mask votes are asked
-                of a layer without a reference grid, ``per`` keeps heads of layers with different
-                head counts, or an argument is unknown.
+            ValueError: If the direction, the norms or the mask votes were not recorded, mask votes
+                are asked of a layer without a reference grid, ``per`` keeps heads of layers with
+                different head counts, or an argument is unknown.
         """
         if votes not in self.votes:
             raise ValueError(
@@ -102,6 +111,12 @@ class Readings:
             )
         if measure not in (None, "share", "spread"):
             raise ValueError(f"measure must be 'share' or 'spread', got {measure!r}")
+        if values not in ("one", "norm"):
+            raise ValueError(f"values must be 'one' or 'norm', got {values!r}")
+        if values == "norm":
+            if measure == "spread":
+                raise ValueError("values='norm' is of measure='share', got measure='spread'")
+            measure = "share"
         vote = self.votes.index(votes)
         preset = get_preset(preset)
         layers = spread_of(self.layer_sums, source, masked=votes == "mask")
@@ -116,7 +131,8 @@ class Readings:
 
         def sums(layer: LayerSums) -> Tensor:
             if measure == "share":
-                held = shares(layer, apart=apart)[:, :, :, vote]
+                held = norms(layer) if values == "norm" else shares(layer, apart=apart)
+                held = held[:, :, :, vote]
                 return held if layer.site.frames > 1 else held[:, :, :, None]
             by_key = layer.reference_to_generated_by_key
             if preset.clamp_after_grid_resize and votes == "uniform" and by_key is not None:
@@ -134,6 +150,7 @@ class Readings:
         size: Grid | None = None,
         source: str | None = None,
         weights: Literal["uniform", "mask"] = "uniform",
+        normalise: Literal["full", "conditional"] = "full",
         preset: str | Preset = "paper",
         layer_weighting: LayerWeighting = "paper",
     ) -> Tensor:
@@ -144,6 +161,10 @@ class Readings:
             size: Grid of the result; by default the finest reference grid.
             source: A reference of :attr:`sources`; needed where there are several.
             weights: Which generated patches count: all alike, or by the inpainting mask (eq 17).
+            normalise: ``"full"``: a patch counts by the part of its attention that goes to the
+                reference. ``"conditional"``: where patches look given that they look at the
+                reference, so that each of them counts alike; needs
+                ``record(normalise="conditional")`` where layers attend to more.
             preset: As in :meth:`reference_to_generated`; exact for official where no layer is
                 resized.
             layer_weighting: As in :meth:`reference_to_generated`.
@@ -153,9 +174,11 @@ class Readings:
 
         Raises:
             ValueError: If a layer has no reference grid, so that the map does not exist, the
-                direction or the mask weights were not recorded, ``per`` keeps heads of layers with
-                different head counts, or an argument is unknown.
+                direction, the mask weights or the conditional were not recorded, ``per`` keeps
+                heads of layers with different head counts, or an argument is unknown.
         """
+        if normalise not in ("full", "conditional"):
+            raise ValueError(f"normalise must be 'full' or 'conditional', got {normalise!r}")
         if weights not in ("uniform", "mask"):
             raise ValueError(f"weights must be 'uniform' or 'mask', got {weights!r}")
         if weights not in self.rows:
@@ -163,7 +186,9 @@ class Readings:
                 f"weights={weights!r} was not recorded; it needs record(mask=...), "
                 "the inpainting mask"
             )
-        return self._read_row(weights, per, size, source, preset, layer_weighting)
+        return self._read_row(
+            weights, per, size, source, preset, layer_weighting, conditionally=normalise != "full"
+        )
 
     def flow(
         self,
@@ -265,6 +290,8 @@ class Readings:
         source: str | None,
         preset: str | Preset,
         layer_weighting: LayerWeighting,
+        *,
+        conditionally: bool = False,
     ) -> Tensor:
         index = self.rows.index(row)
         preset = get_preset(preset)
@@ -272,7 +299,8 @@ class Readings:
         refuse_gridless(layers, "generated_to_reference", preset)
 
         def sums(layer: LayerSums) -> Tensor:
-            held = recorded(layer, Direction.GENERATED_TO_REFERENCE)[:, :, :, index, None]
+            held = recorded(layer, Direction.GENERATED_TO_REFERENCE)
+            held = (conditional(layer) if conditionally else held)[:, :, :, index, None]
             if layer.multiplier is None:
                 return held
             multiplier = layer.multiplier.mean((-2, -1)).to(held.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from i2am.attribution.grid import Grid, resize
-from i2am.attribution.layers import fields, layer_sums
+from i2am.attribution.layers import ON_REFERENCE, conditional, fields, layer_sums
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.attribution.time_groups import TimeGroups, refuse_capture
 
@@ -59,8 +59,10 @@ class ResizedSums:
         held = {}
         # tensors born in inference mode could not be updated outside of it later
         with torch.inference_mode(False):
-            for name, sums in fields(first).items():
-                grid = reference if name == "generated_to_reference" else generated
+            # some may lack the conditional, which is their G2R
+            every = {name: sums for layer in layers for name, sums in fields(layer).items()}
+            for name, sums in every.items():
+                grid = reference if name in ON_REFERENCE else generated
                 if grid is None:
                     continue
                 refuse_capture(sums)
@@ -97,7 +99,8 @@ class ResizedSums:
                 )
         added = fields(layer)
         for name, held in self.held.items():
-            sums = added[name][:, 0]
+            sums = added[name] if name in added else conditional(layer)
+            sums = sums[:, 0, :, : held.shape[3]]
             if held.shape[2] < sums.shape[1]:
                 sums = sums.mean(1, keepdim=True)
             held[:, 0] += resize(sums, (held.shape[-2], held.shape[-1]))
@@ -116,6 +119,7 @@ class ResizedSums:
             reference_grid=grid,
             reference_tokens=max(site.reference_tokens for site in sites),
             causal=all(site.causal for site in sites),
+            alone=all(site.alone for site in sites),
             merged=tuple(self.sites),
         )
         if grid is not None:

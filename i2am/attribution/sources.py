@@ -1,6 +1,6 @@
 """Which layers a reading is of: those of one source, or of all references together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -99,8 +99,6 @@ def _together(layers: Sequence[LayerSums]) -> LayerSums:
         for layer, count in zip(layers, tokens, strict=True)
         if layer.reference_to_generated is not None
     ]
-    shares = [layer.attention_share for layer in layers]
-    known = [share for share in shares if share is not None]
     # what is multiplied differently is multiplied before it is added
     multipliers = [layer.multiplier for layer in layers]
     alike = all(_same(multiplier, multipliers[0]) for multiplier in multipliers)
@@ -120,9 +118,18 @@ def _together(layers: Sequence[LayerSums]) -> LayerSums:
         ),
         reference_to_generated=torch.stack(spreads).sum(0) if len(spreads) == len(layers) else None,
         generated_to_reference=None,
+        generated_to_reference_conditional=None,
         reference_to_generated_by_key=None,
-        attention_share=torch.stack(known).sum(0) if len(known) == len(layers) else None,
+        attention_share=_total(layer.attention_share for layer in layers),
+        attention_norm=_total(layer.attention_norm for layer in layers),
     )
+
+
+def _total(sums: Iterable[Tensor | None]) -> Tensor | None:
+    """The sum of what every layer has, ``None`` where one lacks it."""
+    every = list(sums)
+    known = [each for each in every if each is not None]
+    return torch.stack(known).sum(0) if len(known) == len(every) else None
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -133,8 +133,9 @@ def _site(fields: Any) -> AttentionSite:
         if not isinstance(grid, list) or [*map(type, grid)] != [int, int]:
             raise ValueError(f"{name} must be a height and a width, got {grid!r}")
         grids[name] = tuple(grid)
-    merged = fields.get("merged", [])
+    merged, alone = fields.get("merged", []), fields.get("alone", False)
     require({"merged": merged}, "a site", {"merged": [str]})
+    require({"alone": alone}, "a site", {"alone": bool})
     frames, role = fields.get("frames", 1), fields.get("role", "reference")
     if type(frames) is not int or frames < 1 or role not in ("reference", "text"):
         raise ValueError(f"a site must have frames and a role, got {frames!r} and {role!r}")

@@ -37,6 +37,9 @@ class AttentionSite:
     """How R2G is read by default: ``"share"`` of words, and of references in one sequence with the
     generated image."""
 
+    alone: bool = False
+    """Whether the reference tokens are all that the layer's queries can attend to."""
+
     @property
     def spread_over_heads(self) -> bool:
         """Whether the spread is kept as a mean over heads: of resized sums, where it is not the
@@ -72,6 +75,13 @@ class LayerSums:
     places: Tensor | None = None
     """``[samples, time_groups, heads, 3, (frames), h, w]``, on request: the sums over the reference
     tokens of ``P`` times ``y``, ``x`` and ``y^2 + x^2``, places in [0, 1]."""
+    attention_norm: Tensor | None = None
+    """Like the share, on request: the sums over the tokens of ``P`` times ``|| W_o v ||``, the norm
+    of what a token brings through the output projection of its head."""
+    generated_to_reference_conditional: Tensor | None = None
+    """``[samples, time_groups, heads, rows, h_I, w_I]``, on request: G2R of the uniform row and the
+    mask's while ``P`` is normalized over the reference tokens; ``None`` also where those are all
+    keys."""
     calls: Tensor | None = None
     """``[samples, time_groups]``: how many calls were added up."""
     multiplier: Tensor | None = None

@@ -88,10 +88,10 @@ def test_watched_processors_attach_alike(tiny, calls, attach):
 
 def test_what_pytorch_hands_over_saves_a_sweep(tiny, monkeypatch):
     """Both ways in give the log-sum-exp of all keys of the call to the statistics."""
-    from i2am.attribution import Accumulator, accumulator
+    from i2am.attribution import Accumulator, calls
 
     given = []
-    add, accumulate = Accumulator.add, accumulator.accumulate
+    add, accumulate = Accumulator.add, calls.accumulate
 
     def spy(self, site, query, key, *, query_lse, **rest):
         exact = (query.double() @ key.double().mT * query.shape[-1] ** -0.5).logsumexp(-1)
@@ -104,7 +104,7 @@ def test_what_pytorch_hands_over_saves_a_sweep(tiny, monkeypatch):
         return accumulate(query, key, probes, **rest)
 
     monkeypatch.setattr(Accumulator, "add", spy)
-    monkeypatch.setattr(accumulator, "accumulate", no_sweep_for_it)
+    monkeypatch.setattr(calls, "accumulate", no_sweep_for_it)
     loop = tiny.loop()
     pipeline = tiny.ip_adapters(tiny.stable_diffusion(), "full")
     for attach in ("beside", "fused"):

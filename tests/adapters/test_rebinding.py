@@ -399,7 +399,7 @@ def test_a_graph_may_attend_by_the_kernels(make, fresh_compiler):
         ):
             torch.testing.assert_close(network(**arguments)[0], expected, rtol=1e-4, atol=1e-4)
     assert [layer for layer, *_ in seen] == [0, 1, 2, 3]
-    assert all(lse is not None for *_, lse, _ in seen)
+    assert all(lse is not None for *_, lse, _, _ in seen)
 
 
 @pytest.fixture
