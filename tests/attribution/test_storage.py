@@ -180,6 +180,7 @@ def test_a_changed_description_is_found(tmp_path, change, message):
         (lambda d: d.update(sites=[1]), "is damaged"),
         (lambda d: d["sites"][0].pop("layer"), "is damaged"),
         (lambda d: d["sites"][0].update(generated_grid="4x3"), "is damaged"),
+        (lambda d: d["sites"][0].update(alone="yes"), "is damaged"),
         (lambda d: d.update(rows={"a": 1}), "rows must be a list"),
         (lambda d: d.update(votes=None), "votes must be a list"),
         (lambda d: d.update(provenance=[]), "provenance must be an object"),
