@@ -14,15 +14,15 @@ from i2am.attribution.layers import (
     apply,
     check_layers,
     nonfinite,
-    shares,
     tensors,
 )
 from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
 from i2am.attribution.presets import Preset
 from i2am.attribution.readings import Readings
-from i2am.attribution.sources import combined, of_source, sources
+from i2am.attribution.shown import share_votes
+from i2am.attribution.sources import of_source, sources
 from i2am.attribution.summary import summary
-from i2am.attribution.sums import LayerSums
+from i2am.attribution.sums import LayerSums, Measure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,18 +136,8 @@ class AttributionMaps(Readings):
     def share_of(self) -> Literal["uniform", "mask"] | None:
         """Which votes' attention share says most: that of the tokens in the reference mask; without
         one that of all reference tokens, where layers attend to others as well; None where it was
-        not recorded or is 1 everywhere."""
-        references = [layer for layer in self.layer_sums if layer.site.role == "reference"]
-        recorded = [layer for layer in references if layer.attention_share is not None]
-        if len(recorded) < len(references) or not references:
-            return None
-        if "mask" in self.votes and any(layer.site.reference_grid for layer in recorded):
-            return "mask"
-        together = combined(recorded)
-        beside = any(
-            bool((shares(layer, apart=False)[:, :, :, 0] < 1 - 1e-4).any()) for layer in together
-        )
-        return "uniform" if beside else None
+        not recorded or is 1 everywhere. Of a word where no reference was recorded."""
+        return share_votes(self.layer_sums, self.votes)
 
     def nonfinite(self) -> list[str]:
         """Where values are NaN or infinite: one line per place, empty if all is well."""
@@ -256,7 +246,9 @@ class AttributionMaps(Readings):
         generated: Any = None,
         reference: Any = None,
         sample: int = 0,
+        source: str | None = None,
         votes: Literal["uniform", "mask"] = "uniform",
+        measure: Measure | None = None,
         weights: Literal["uniform", "mask"] = "uniform",
         style: str = "default",
         threshold: float | None = 0.4,
@@ -269,19 +261,22 @@ class AttributionMaps(Readings):
         Args:
             which: A figure of the paper, 4 to 9, or its name: ``"time_and_head"``,
                 ``"time_groups"``, ``"heads"``, ``"reference_maps"``, ``"specific_reference"``;
-                or ``"layers"``.
+                ``"layers"``; ``"words"``, the share of every word; or ``"frames"`` of a video.
             generated: The generated image, uint8 ``[height, width, 3]``: array, tensor or PIL
-                image. Figures 4 to 7, 9 and layers need it.
+                image; of a video any of its pictures. All but figure 8 need it.
             reference: The reference image, likewise. Figures 4, 8, 9 and layers need it where the
                 maps have a reference grid.
             sample: Which generated image.
-            votes: As for :meth:`reference_to_generated`.
+            source: Which of :attr:`sources`; default the first, and the heading names it where
+                there are several.
+            votes, measure: As for :meth:`reference_to_generated`.
             weights: As for :meth:`generated_to_reference`.
             style: ``"default"`` or ``"paper"``.
             threshold: Normalized values up to this are left out; None keeps all.
             shared: One scale for all maps of a row, so that they can be compared.
             preset: How maps are read and drawn.
-            heading: Text above the figure.
+            heading: Text above the figure; by default what its maps are, where that is not simply
+                the spread of the only reference of a picture.
 
         Returns:
             A figure made without pyplot; ``figure.savefig("heads.png")`` writes it.
@@ -297,7 +292,9 @@ class AttributionMaps(Readings):
         return figure(
             which,
             [Recorded(self.select(samples=sample), generated, reference)],
+            source=source,
             votes=votes,
+            measure=measure,
             weights=weights,
             style=style,
             threshold=threshold,

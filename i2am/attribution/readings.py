@@ -23,7 +23,7 @@ from i2am.attribution.reduction import (
     refuse_gridless,
     undeclared,
 )
-from i2am.attribution.sources import received_of, spread_of
+from i2am.attribution.sources import default_measure, received_of, spread_of
 from i2am.attribution.sums import LayerSums, Measure
 
 PerAxes = str | Iterable[str]
@@ -105,9 +105,7 @@ class Readings:
         vote = self.votes.index(votes)
         preset = get_preset(preset)
         layers = spread_of(self.layer_sums, source, masked=votes == "mask")
-        if measure is None:
-            shared = all(layer.site.measure == "share" for layer in layers)
-            measure = "share" if shared and not preset.clamp_after_grid_resize else "spread"
+        measure = measure or default_measure(layers, preset)
         if votes == "mask":
             refuse_gridless(layers, "reference_to_generated(votes='mask')", preset)
         elif preset.clamp_after_grid_resize and measure == "spread":

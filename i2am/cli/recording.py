@@ -11,6 +11,7 @@ import torch
 
 import i2am
 from i2am.attribution import AttributionMaps, Box, Direction
+from i2am.attribution.shown import Shown
 from i2am.cli.calling import call, check_model, complete, generated_size, layout_of, warn_of_size
 from i2am.cli.errors import InputRejected
 from i2am.cli.estimate import Estimate, estimate
@@ -137,7 +138,7 @@ def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Pr
             f"regions need reference patches to look at, and model {settings.model} has a single "
             "reference token"
         )
-    several = any(layer.site.reference_tokens > 1 for layer in maps.layer_sums)
+    several = not Shown(maps).single
     return _Probe(maps, keys, keep_keys=several and settings.preset == "official")
 
 

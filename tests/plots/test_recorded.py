@@ -6,7 +6,8 @@ import torch
 from i2am.attribution import OFFICIAL, PAPER, Box, Patch
 from i2am.plots import recorded as module
 from i2am.plots import splits
-from i2am.plots.reading import Reading, region_box
+from i2am.attribution.pictures import region_box
+from i2am.attribution.shown import Shown
 from i2am.plots.recorded import FIGURES, NUMBERS, Recorded, figure, lacks
 from i2am.testing import make_maps, make_site
 
@@ -129,24 +130,24 @@ def test_single_tokens_are_inverted_by_the_official_preset_alone(calls, one, pre
 
 
 def test_heads_come_from_the_layers_that_have_as_many_as_the_finest(calls, one):
-    reading = Reading(record(COARSE, FINE, OTHER_HEADS))
+    reading = Shown(record(COARSE, FINE, OTHER_HEADS))
     assert reading.heads_of == "averaged over 2 of 3 layers"
     assert reading.head_count == 2
     figure("heads", [one(record(COARSE, FINE, OTHER_HEADS))])
     wanted = record(COARSE, FINE, OTHER_HEADS).select(layers=["down_blocks.0", "up_blocks.0"])
     assert torch.equal(calls[0][1][1][0], wanted.reference_to_generated("head")[0])
-    assert Reading(record(FINE, MIDDLE), OFFICIAL).heads_of == "averaged over 1 of 1 layers"
+    assert Shown(record(FINE, MIDDLE), OFFICIAL).heads_of == "averaged over 1 of 1 layers"
 
 
 def test_a_region_covers_what_it_was_declared_as():
     regions = {"patch": LOGO, "box": Box(12, 6, 24, 9, (48, 36)), "free": torch.ones(48, 36)}
     provenance = {"regions": {"patch": "2,1@8x6", "box": "12,6,24,9@48x36", "free": "weights"}}
     maps = record(FINE, regions=regions, provenance=provenance)
-    assert region_box(maps, "patch") == (2 / 8, 1 / 6, 1 / 8, 1 / 6)
-    assert region_box(maps, "box") == (0.25, 6 / 36, 0.5, 0.25)
-    assert region_box(maps, "free") is None
+    assert region_box(maps.provenance, "patch") == (2 / 8, 1 / 6, 1 / 8, 1 / 6)
+    assert region_box(maps.provenance, "box") == (0.25, 6 / 36, 0.5, 0.25)
+    assert region_box(maps.provenance, "free") is None
     # regions of a list are called what they are
-    assert region_box(record(FINE, regions={str(LOGO): LOGO}), "2,1@8x6") == (
+    assert region_box(record(FINE, regions={str(LOGO): LOGO}).provenance, "2,1@8x6") == (
         0.25,
         1 / 6,
         1 / 8,
