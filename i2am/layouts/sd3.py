@@ -17,6 +17,7 @@ from i2am.layouts.joint_tokens import (
     Part,
     checked,
     known_reason,
+    no_reference,
     text_length,
 )
 from i2am.layouts.spans import GENERATED, REFERENCE, TEXT, Sequences, in_order, joint
@@ -32,9 +33,12 @@ _PIPELINES = {
     "StableDiffusion3ControlNetPipeline": CONTROLNET,
     "StableDiffusion3ControlNetInpaintingPipeline": CONTROLNET,
 }
-# the two CLIP encoders share positions
-_CLIP = (Encoder(), Encoder("text_encoder_2", "tokenizer_2"))
-_T5 = (Encoder("text_encoder_3", "tokenizer_3", span="text 2"),)
+# the two CLIP encoders share positions; without T5 its span holds zeros
+_ENCODERS = (
+    Encoder(),
+    Encoder("text_encoder_2", "tokenizer_2"),
+    Encoder("text_encoder_3", "tokenizer_3", span="text 2"),
+)
 
 
 def sd3(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
@@ -54,7 +58,7 @@ def sd3(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
         else:
             query = in_order(generated)
             tokens = max(call.seqlen_k - query[0].stop, 1)
-            found = Sequences(query, in_order(generated, ("adapter 1", REFERENCE, (tokens,))))
+            found = Sequences(query, in_order(generated, ("reference", REFERENCE, (tokens,))))
         return checked(call, found, calls=1 + adapter)
 
     return TokenLayout(
@@ -62,15 +66,10 @@ def sd3(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
         spans,
         layers=LAYERS,
         note=CAVEATS,
-        encoders=(*_first_of(pipe, _CLIP), *_first_of(pipe, _T5)),
-        no_reference="" if adapter else reason or ALONE,
+        encoders=() if clip is None else _ENCODERS,
+        no_reference="" if adapter else no_reference(pipe, reason or ALONE),
         sums="resized",
     )
-
-
-def _first_of(pipe: Any, encoders: tuple[Encoder, ...]) -> tuple[Encoder, ...]:
-    """The first that a pipeline has: it may be without some."""
-    return tuple(each for each in encoders if getattr(pipe, each.component, None) is not None)[:1]
 
 
 def _text(length: int, clip: int | None) -> list[Part]:
