@@ -127,7 +127,11 @@ class Shown:
             ValueError: As `AttributionMaps.reference_to_generated` does.
         """
         return self._select(placed=votes == "mask", per=per).reference_to_generated(
-            per=per, votes=votes, measure=measure or self.measure, preset=self.preset
+            per=per,
+            source=self.source,
+            votes=votes,
+            measure=measure or self.measure,
+            preset=self.preset,
         )
 
     def g2r(self, per: str | tuple[str, ...] = (), *, weights: Votes = "uniform") -> Tensor:
