@@ -107,6 +107,15 @@ class Shown:
             found.append(R2G("r2g_mask", "mask", "spread"))
         return tuple(found)
 
+    @property
+    def weights(self) -> tuple[Votes, ...]:
+        """Which generated patches look, in the G2R maps that there are."""
+        return tuple(rows for rows in ROWS if self.has_g2r and rows in self.maps.rows)
+
+    def inverted(self, measure: Measure | None = None) -> bool:
+        """Whether R2G is to be drawn as ``1 - map``."""
+        return self.invert and (measure or self.measure) == "spread"
+
     def axes(self, way: R2G | None = None) -> tuple[str, ...]:
         """Which axes all layers can be read by, of a way of reading R2G, or of G2R."""
         spread = way is not None and way.measure == "spread"

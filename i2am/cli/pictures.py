@@ -12,7 +12,7 @@ from torch import Tensor
 
 from i2am.attribution import AttributionMaps, picture
 from i2am.attribution.postprocess import is_constant
-from i2am.attribution.shown import ROWS, R2G, Shown
+from i2am.attribution.shown import ROWS, Shown
 from i2am.cli.settings import Inputs, NamedBox
 from i2am.plots import contact_sheet, overlay
 from i2am.plots.overlay import SIDE, resized
@@ -111,7 +111,7 @@ def _sheets(read: "_Reader", scene: Scene) -> Iterator[Sheet]:
     heads = list(read.heads())
     heading = f"Maps per head, {read.shown.heads_of}."
     yield Sheet("heads", f"{heading} {_SCALE}", heads, min(8, read.shown.head_count))
-    for box in scene.boxes:
+    for box in scene.boxes if g2r else ():
         heading = f"Where on the reference the region {box.name} looks."
         yield Sheet(f"region_{box.name}", f"{heading} {_SCALE}", list(read.region(box)), 3)
 
@@ -122,15 +122,16 @@ class _Reader:
     def __init__(self, maps: AttributionMaps, scene: Scene) -> None:
         self.maps, self.scene = maps, scene
         self.shown = Shown(maps, scene.preset)
-        ways, rows = self.shown.ways, ROWS if self.shown.placed else {}
-        self._r2g = {way: self.shown.r2g(votes=way.votes, measure=way.measure)[0] for way in ways}
-        self._g2r = {row: self.shown.g2r(weights=row)[0] for row in rows}
+        self._r2g = {
+            way: self.shown.r2g(votes=way.votes, measure=way.measure)[0] for way in self.shown.ways
+        }
+        self._g2r = {row: self.shown.g2r(weights=row)[0] for row in self.shown.weights}
 
     def r2g(self) -> Iterator[Tile]:
         """The share first, then one tile per vote vector."""
         for way, maps in self._r2g.items():
             title = self.shown.r2g_title(way.votes, way.measure)
-            yield self._on_generated(title, maps, invert=self._inverted(way))
+            yield self._on_generated(title, maps, invert=self.shown.inverted(way.measure))
 
     def g2r(self) -> Iterator[Tile]:
         """One tile per weighting of the generated patches."""
@@ -142,7 +143,7 @@ class _Reader:
         generated = np.asarray(self.scene.generated.convert("RGB"))
         for way, maps in self._r2g.items():
             name = "overlay_r2g_mask_votes" if way.name == "r2g_mask" else f"overlay_{way.name}"
-            yield name, self._over(generated, maps, invert=self._inverted(way))
+            yield name, self._over(generated, maps, invert=self.shown.inverted(way.measure))
         reference = np.asarray(self.scene.inputs.reference)
         for row, maps in self._g2r.items():
             name = "overlay_g2r" if row == "uniform" else f"overlay_g2r_{row}"
@@ -161,17 +162,16 @@ class _Reader:
         """The region on the person and the generated image, and its map on the reference."""
         yield Tile("person, region in red", self._framed(self.scene.inputs.person, box))
         yield Tile("generated, region in red", self._framed(self.scene.generated, box))
-        if self.shown.placed:
-            maps = self.shown.region(box.name)[0]
-            tile = self._on_reference("G2R: only patches in the region", maps)
-            if box.truth is not None:
-                tile = Tile(f"{tile.title}; ring: the true place", _ringed(tile.pixels, box.truth))
-            yield tile
+        maps = self.shown.region(box.name)[0]
+        tile = self._on_reference("G2R: only patches in the region", maps)
+        if box.truth is not None:
+            tile = Tile(f"{tile.title}; ring: the true place", _ringed(tile.pixels, box.truth))
+        yield tile
 
     def _split(self, axis: str, titles: list[str]) -> Iterator[Tile]:
         for title, one in zip(titles, self.shown.r2g(axis)[0], strict=True):
-            yield self._on_generated(f"R2G, {title}", one, invert=self.shown.invert)
-        if self.shown.placed:
+            yield self._on_generated(f"R2G, {title}", one, invert=self.shown.inverted())
+        if self._g2r:
             for title, one in zip(titles, self.shown.g2r(axis)[0], strict=True):
                 yield self._on_reference(f"G2R, {title}", one)
 
@@ -185,9 +185,6 @@ class _Reader:
         ImageDraw.Draw(shown).rectangle(corners, outline="white", width=4)
         ImageDraw.Draw(shown).rectangle(corners, outline="red", width=2)
         return np.asarray(shown)
-
-    def _inverted(self, way: R2G) -> bool:
-        return self.shown.invert and way.measure == "spread"
 
     def _on_generated(self, title: str, maps: Tensor, *, invert: bool) -> Tile:
         return self._tile(title, maps, self.scene.generated, invert=invert)

@@ -190,9 +190,8 @@ class _Rows:
         every = []
         for shown in self.shown:
             one = shown.r2g(per or (), votes=self.votes, measure=self.measure)[0].cpu()
-            spread = (self.measure or shown.measure) == "spread"
             # min-max of the negative is one minus the min-max
-            every.append(-one if shown.invert and spread else one)
+            every.append(-one if shown.inverted(self.measure) else one)
         return every
 
     def g2r(self, per: str = "") -> list[Tensor | None]:

@@ -62,10 +62,10 @@ def overall_stacks(shown: Shown, number: int, layers: Sequence[str]) -> Iterator
         read = partial(shown.r2g, votes=way.votes, measure=way.measure)
         yield stack(way.name, read, shown.axes(way), placed=way.votes == "mask")
     if shown.has_g2r:
-        for name, weights in (("g2r", "uniform"), ("g2r_mask", "mask")):
-            if weights in shown.maps.rows:
-                read = partial(shown.g2r, weights=weights)
-                yield stack(name, read, shown.axes(), placed=True)
+        for weights in shown.weights:
+            read = partial(shown.g2r, weights=weights)
+            name = "g2r" if weights == "uniform" else f"g2r_{weights}"
+            yield stack(name, read, shown.axes(), placed=True)
         for index, region in enumerate(shown.maps.regions):
             read = partial(shown.region, region)
             yield stack(f"region {index}", read, shown.axes(), placed=True)
