@@ -182,8 +182,8 @@ def make_maps(
     layers: dict[str, list[AttentionSite]] = {}
     for site in sites:
         layers.setdefault(site.layer, []).append(site)
-    for number, of in enumerate(layers.values()):
-        for step in range(steps):
+    for step in range(steps):
+        for number, of in enumerate(layers.values()):
             query, key, _ = make_qkv(
                 samples,
                 of[0].heads,
