@@ -293,7 +293,7 @@ def record() -> Callable[..., Any]:
     from i2am.testing import make_maps, make_site
 
     def recorded(kind: str, **options: Any) -> Any:
-        several = ("reference 1", (5, 4)), ("reference 2", (3, 6))
+        several = ("reference 1", (5, 4)), ("reference 2", (10, 8))
         one = (("reference", (5, 4)),)
         places = {"two references": several, "everything": several, "words": ()}.get(kind, one)
         words = ("cat", "hat") if kind in ("words", "reference and words", "everything") else ()
@@ -310,7 +310,7 @@ def record() -> Callable[..., Any]:
             for tokens, word in enumerate(words, 1):
                 given = {"heads": heads, "source": word, "role": "text", "tokens": tokens}
                 sites.append(make_site(layer, grid, None, **given, **said))
-        mask, reference_mask = torch.zeros(48, 36), torch.zeros(40, 50)
+        mask, reference_mask = torch.zeros(48, 36), torch.zeros(50, 40)
         mask[:, :18] = reference_mask[10:30] = 1
         given = {
             "samples": 1,

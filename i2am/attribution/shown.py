@@ -1,4 +1,4 @@
-"""What is shown of a recording: which layers, heads and R2G maps of a source, under which titles."""
+"""What is shown of a recording: which layers, heads and R2G of a source, under which titles."""
 
 import math
 from collections.abc import Sequence

@@ -47,7 +47,7 @@ class View:
 
 
 def maps_html(maps: AttributionMaps) -> str:
-    """Both maps of every source of the first samples as pictures, below what the maps say of themselves.
+    """Maps of every source of the first samples as pictures, below what ``repr`` says of them.
 
     Args:
         maps: The recording; nothing of it is changed.

@@ -37,7 +37,7 @@ def page(
         maps: The recording. With joint maps, ``record(joint=True)``, any patch can be pointed at.
         generated: The generated images, one per sample; see `i2am.data.arrays.pictures`.
         reference: The reference images, likewise; a single one serves every sample. Of several
-            references ``{name: images}``, see :attr:`AttributionMaps.sources`; None for words alone.
+            ``{name: images}``, see :attr:`AttributionMaps.sources`; None for words alone.
         mask: White where the images were painted, likewise, see `i2am.data.arrays.masks`; for
             outlines. Of the shape of its image to within 1 %.
         reference_mask: White on the object in the reference, likewise; for outlines.
@@ -53,10 +53,10 @@ def page(
 
     Raises:
         TypeError: Something that is no image.
-        ValueError: An image cannot be read, a mask has another shape than its picture, there is not
-            a picture of every reference, there are
-            not as many images or ids as samples, two ids are equal, scores come with several
-            samples or hold NaN, or the maps hold NaN or Inf.
+        ValueError: An image cannot be read, a mask has another shape than its picture or comes with
+            several references, there are not as many references as were recorded, or not as many
+            images or ids as samples, two ids are equal, scores come with several samples or hold
+            NaN, or the maps hold NaN or Inf.
 
     Example:
         >>> html = page(maps, generated=image, reference=garment)  # doctest: +SKIP

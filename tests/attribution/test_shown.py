@@ -191,7 +191,7 @@ def test_the_source_must_be_a_recorded_one(record):
                 "words: cat, hat",
                 "frames: 3",
                 "resized: 3 frames of 8x6 from 5x4 of reference 1, 2 heads, mean of 2 layers",
-                "resized: 3 frames of 8x6 from 3x6 of reference 2, 2 heads, mean of 2 layers",
+                "resized: 3 frames of 8x6 from 10x8 of reference 2, 2 heads, mean of 2 layers",
                 "resized: 3 frames of 8x6 from 2 words, 2 heads, mean of 2 layers",
             ],
         ),

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from i2am.attribution import OFFICIAL, PAPER, Box, Patch
-from i2am.plots import recorded as module
-from i2am.plots import splits
 from i2am.attribution.pictures import region_box
 from i2am.attribution.shown import Shown
-from i2am.plots.recorded import FIGURES, NUMBERS, Recorded, figure, lacks
+from i2am.plots import recorded as module
+from i2am.plots import splits
+from i2am.plots.recorded import FIGURES, FURTHER, NUMBERS, Recorded, figure, lacks
 from i2am.testing import make_maps, make_site
 
 COARSE = make_site("down_blocks.0", (4, 3), (5, 4))
@@ -234,3 +234,71 @@ def test_nan_maps_are_refused_by_name(one):
     maps.layer_sums[0].reference_to_generated[0, 0, 0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"maps\[0\] must be finite"):
         figure("heads", [one(maps)])
+
+
+@pytest.mark.parametrize("which", [*FIGURES, *FURTHER])
+def test_every_source_of_every_kind_is_drawn_or_refused_with_the_reason(every_kind, image, which):
+    given = {"generated": image(), "reference": image(REFERENCE)}
+    for source in every_kind.sources:
+        reason = lacks(which, [Recorded(every_kind)], source)
+        if reason is None:
+            assert every_kind.plot(which, source=source, **given).axes
+            continue
+        with pytest.raises(ValueError, match=r"cannot be drawn, because") as raised:
+            every_kind.plot(which, source=source, **given)
+        assert str(raised.value).endswith(f"because {reason}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "which", "source", "reason"),
+    [
+        ("words", "reference_maps", "cat", 'the word "cat" has no place on a reference'),
+        ("words", "words", "cat", None),
+        ("words", "heads", "hat", None),
+        ("two references", "specific_reference", "reference 2", None),
+        ("two references", "words", None, "no words of the prompt were recorded, record(words="),
+        ("frames", "frames", None, None),
+        ("head counts", "frames", None, "it is of a picture, which has one frame"),
+        ("head counts", "reference_maps", None, None),
+        ("gridless", "layers", None, None),
+        ("resized", "layers", None, "layers were added up while recording (sums='resized')"),
+        ("everything", "frames", "cat", None),
+    ],
+)
+def test_why_a_figure_of_a_source_cannot_be_made(record, kind, which, source, reason):
+    found = lacks(which, [Recorded(record(kind))], source)
+    assert found == reason or found.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("kind", "which", "source", "heading"),
+    [
+        ("resized", "heads", None, ""),
+        ("two references", "heads", None, "R2G: share of attention to reference 1"),
+        ("two references", "reference_maps", "reference 2", "G2R: all generated patches on refer"),
+        ("words", "time_groups", "hat", 'R2G: share of attention to "hat"'),
+        ("reference and words", "words", None, "R2G: share of attention to each word"),
+        ("frames", "heads", None, "R2G: every reference token votes, mean over 3 frames"),
+        # frames apart are no mean
+        ("frames", "frames", None, "R2G: every reference token votes"),
+    ],
+)
+def test_the_heading_says_what_could_be_taken_for_something_else(
+    record, image, kind, which, source, heading
+):
+    given = {"generated": image(), "reference": image(REFERENCE), "source": source}
+    found = record(kind).plot(which, **given).get_suptitle()
+    assert found.startswith(heading)
+    assert bool(found) == bool(heading)
+    assert ("frames" in found) == ("frames" in heading)
+
+
+def test_words_and_frames_have_a_map_each(record, image, panels):
+    maps = record("everything")
+    (words,) = panels(maps.plot("words", generated=image()))
+    assert [title for title, _ in words] == ["generated", "cat", "hat"]
+    wanted = panels(splits.strip(image(), torch.cat([*maps.words.values()]), ["cat", "hat"]))
+    pairs = zip(words, wanted[0], strict=True)
+    assert all((one == other).all() for (_, one), (_, other) in pairs)
+    (frames,) = panels(maps.plot("frames", generated=image(), source="hat"))
+    assert [title for title, _ in frames[1:]] == [f"latent frame {number}" for number in range(3)]
