@@ -9,6 +9,7 @@ from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.pictures import Which, cut_place, region_box, seen
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.shown import Shown
+from i2am.attribution.sources import sources
 from i2am.data.arrays import ImageInput, as_pil, cut_picture, masks, require_shape
 from i2am.plots.titles import head_titles, step_titles
 from i2am.viewer.packing import encode, pack
@@ -128,8 +129,7 @@ class Sample:
             )
             payloads[part] += pack(stack.maps, levels)
         first = Source(self.source, self.reference, self.share, self.invert)
-        sources = [first, *self.others]
-        masks = [self.reference_mask, *[None] * len(sources)]
+        masked = [(first, self.reference_mask), *((other, None) for other in self.others)]
         return {
             "id": self.id,
             "generated": _outlined(self.generated, self.mask),
@@ -140,7 +140,7 @@ class Sample:
                     "share": source.share,
                     "invert": source.invert,
                 }
-                for source, mask in zip(sources, masks, strict=False)
+                for source, mask in masked
             ],
             "times": list(self.times),
             "heads": list(self.heads),
@@ -274,8 +274,7 @@ def references(maps: AttributionMaps, reference: References) -> dict[str, Any]:
     Raises:
         ValueError: There are not as many as there are references.
     """
-    names = [layer.site.source for layer in maps.layer_sums if layer.site.role == "reference"]
-    names = [*dict.fromkeys(names)]
+    names = sources(maps.layer_sums, "reference")
     if reference is None or isinstance(reference, Mapping):
         given = dict(reference or {})
     else:

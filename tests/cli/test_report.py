@@ -105,8 +105,8 @@ def test_a_recorded_run_becomes_a_page(recorded, run, tmp_path):
     assert document["id"] == "run"
     names = [entry["name"] for entry in document["maps"]]
     assert names == [
-        "r2g",
         "share",
+        "r2g",
         "r2g_mask",
         "g2r",
         "g2r_mask",
@@ -119,7 +119,7 @@ def test_a_recorded_run_becomes_a_page(recorded, run, tmp_path):
     scores = json.loads((out / "scores.json").read_text())
     assert document["scores"] == scores
     assert document["generated"]["outline"]
-    assert document["reference"]["outline"]
+    assert document["sources"][0]["reference"]["outline"]
     assert document["facts"]["Guidance"] == "2, conditional half recorded"
 
 
