@@ -53,6 +53,7 @@ class JointSums:
         self._time_groups = time_groups
         self._levels: dict[tuple[Grid, Grid], _Level] = {}
         self._layers: dict[str, int] = {}
+        self._source: str | None = None
         self._poolings: dict[tuple[Grid, Grid, torch.device], Pooling] = {}
 
     @property
@@ -66,9 +67,18 @@ class JointSums:
         Args:
             site: The layer; the keys of the call are its reference tokens.
             query: ``[batch, heads, seqlen_q, head_dim]``: the tokens of the generated grid.
+
+        Raises:
+            ValueError: Another reference was added up before.
         """
         if site.reference_grid is None:
             return []
+        if self._source not in (None, site.source):
+            raise ValueError(
+                f"joint must be left out where there are several references, got {self._source} "
+                f"and {site.source}"
+            )
+        self._source = site.source
         self._layers[site.layer] = site.heads
         grids = (
             _pooled(site.generated_grid, self._grids[0]),
@@ -103,7 +113,7 @@ class JointSums:
     def resolve(self, rows: slice) -> "JointSums":
         """Copies of some rows of the batch."""
         resolved = JointSums(*self._grids, self._time_groups)
-        resolved._layers = dict(self._layers)
+        resolved._layers, resolved._source = dict(self._layers), self._source
         resolved._poolings = self._poolings
         for grids, level in self._levels.items():
             resolved._levels[grids] = _Level(

@@ -462,3 +462,12 @@ def test_what_is_not_finite_is_named(value):
         "generated_to_reference of the joint maps",
         "reference_to_generated of the joint maps",
     ]
+
+
+def test_joint_maps_are_of_one_reference(record):
+    with pytest.raises(
+        ValueError, match=r"joint must be left out .* got reference 1 and reference 2"
+    ):
+        record("two references", joint=True)
+    # words have no place
+    assert record("reference and words", joint=True).joint.reference_grid == (5, 4)

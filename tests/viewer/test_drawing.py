@@ -50,7 +50,8 @@ def decoded(entry, data):
 
 def photograph(sample, side):
     """The picture as the browser reads it."""
-    data = base64.b64decode(sample[side]["src"].split(",")[1])
+    shown = sample if side == "generated" else sample["sources"][0]
+    data = base64.b64decode(shown[side]["src"].split(",")[1])
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
