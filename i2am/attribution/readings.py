@@ -21,6 +21,7 @@ from i2am.attribution.reduction import (
     missing_for_official,
     read,
     refuse_gridless,
+    refuse_mean_heads,
     undeclared,
 )
 from i2am.attribution.sources import default_measure, received_of, spread_of
@@ -93,7 +94,7 @@ class Readings:
         Raises:
             ValueError: If the direction or the mask votes were not recorded, mask votes are asked
                 of a layer without a reference grid, ``per`` keeps heads of layers with different
-                head counts, or an argument is unknown.
+                head counts or that were not kept apart, or an argument is unknown.
         """
         if votes not in self.votes:
             raise ValueError(
@@ -110,7 +111,10 @@ class Readings:
             refuse_gridless(layers, "reference_to_generated(votes='mask')", preset)
         elif preset.clamp_after_grid_resize and measure == "spread":
             self._warn_approximate(layers, preset, size)
-        apart = "time" in kept_axes(per)
+        axes = kept_axes(per)
+        apart = "time" in axes
+        if measure == "spread" and "head" in axes:
+            refuse_mean_heads(layers_of(layers, preset))
 
         def sums(layer: LayerSums) -> Tensor:
             if measure == "share":

@@ -89,6 +89,20 @@ def refuse_gridless(layers: Sequence[LayerSums], what: str, preset: Preset) -> N
         )
 
 
+def refuse_mean_heads(layers: Sequence[LayerSums]) -> None:
+    """Refuses the spread per head where its mean over heads was kept alone.
+
+    Raises:
+        ValueError: If it was, of a layer.
+    """
+    if any(layer.site.spread_over_heads for layer in layers):
+        raise ValueError(
+            "per='head' of measure='spread' needs heads apart, record(sums='native'); these maps "
+            "were recorded with sums='resized', which keeps the mean over heads of a spread that "
+            "is not read by default"
+        )
+
+
 def read(
     layers: Sequence[LayerSums],
     sums: Callable[[LayerSums], Tensor],

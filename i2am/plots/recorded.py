@@ -89,15 +89,15 @@ def figure_name(which: str | int) -> str:
 
 def lacks(which: str, recorded: Sequence[Recorded], source: str | None = None) -> str | None:
     """Why a figure cannot be made of these recordings, in words that follow "because"; or None."""
-    if which == "models":
-        return "it compares two recordings or more" if len(recorded) < 2 else None
+    if which == "models" and len(recorded) < 2:
+        return "it compares two recordings or more"
     if which in ONE_EACH and len(recorded) > 1:
         return "it shows a single recording"
     for one in recorded:
         shown = Shown(one.maps, source=source)
+        if shown.word and which in ("reference_maps", "specific_reference", "models"):
+            return f"the word {shown.name} has no place on a reference"
         if which in ("reference_maps", "specific_reference"):
-            if shown.word:
-                return f"the word {shown.name} has no place on a reference"
             if shown.placed is None:
                 return "no layer has reference patches"
             if not shown.has_g2r:

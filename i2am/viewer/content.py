@@ -38,38 +38,38 @@ class Source:
     """One of the sources of a sample, which a reader chooses from.
 
     Attributes:
-        name: What it is called; empty where there is no other.
         reference: Its picture; None for a word.
+        mask: White on the object, for its outline and nothing else.
+        name: What it is called; empty where there is no other.
         share: What its share goes to, in the title of that map.
         invert: Whether its R2G is drawn as ``1 - map``, where that is a spread.
     """
 
-    name: str
     reference: "Image | None"
+    mask: "Image | None" = None
+    name: str = ""
     share: str = "the object"
     invert: bool = False
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated image with its reference and maps, ready to be packed.
+    """One generated image with its sources and maps, ready to be packed.
 
     Attributes:
         id: Names the sample in links; any text, different for every sample of a report.
-        generated, reference: The images; there is no reference of a word.
+        generated: The image.
+        sources: What the maps are of, at least one; the scores are of the first.
         stacks: Their maps.
         times, heads, layers: Names of the slices "t0", "h0", "l0", ...
-        mask, reference_mask: White on what was painted and on the object, for outlines and nothing
-            else.
+        mask: White on what was painted, for its outline and nothing else.
         scores: By name, as ``i2am record`` writes them; computed for whole maps.
         scored: Name of the map of each score that stands beside a picture; where another map is
             shown, the page says what the score is of.
         regions: Declared regions, by their number in "region N": name, box and true place.
         facts: What made the image, in words: model, steps, ...
         notes: Sentences a reader must know.
-        normalizations, invert: How the preset draws maps.
-        source, share: As for `Source`, whose first these fields are.
-        others: Further sources.
+        normalizations: How often the preset normalizes a map that it draws.
 
     Raises:
         ValueError: Maps hold NaN or Inf, or a score is neither a finite number nor None with a
@@ -78,23 +78,18 @@ class Sample:
 
     id: str
     generated: "Image"
-    reference: "Image | None"
+    sources: Sequence[Source]
     stacks: Sequence[Stack]
     times: Sequence[str] = ()
     heads: Sequence[str] = ()
     layers: Sequence[str] = ()
     mask: "Image | None" = None
-    reference_mask: "Image | None" = None
     scores: Mapping[str, Score] = field(default_factory=dict)
     scored: Mapping[str, str] = field(default_factory=lambda: SCORED)
     regions: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     normalizations: int = 1
-    invert: bool = False
-    source: str = ""
-    share: str = "the object"
-    others: Sequence[Source] = ()
 
     def __post_init__(self) -> None:
         for stack in self.stacks:
@@ -128,19 +123,17 @@ class Sample:
                 }
             )
             payloads[part] += pack(stack.maps, levels)
-        first = Source(self.source, self.reference, self.share, self.invert)
-        masked = [(first, self.reference_mask), *((other, None) for other in self.others)]
         return {
             "id": self.id,
             "generated": _outlined(self.generated, self.mask),
             "sources": [
                 {
                     "name": source.name,
-                    "reference": source.reference and _outlined(source.reference, mask),
+                    "reference": source.reference and _outlined(source.reference, source.mask),
                     "share": source.share,
                     "invert": source.invert,
                 }
-                for source, mask in masked
+                for source in self.sources
             ],
             "times": list(self.times),
             "heads": list(self.heads),
@@ -207,11 +200,11 @@ def sample(
         raise ValueError(
             f"reference_mask must belong to one reference, got one for {len(given)} recorded ones"
         )
-    pictures, outlined = {}, None
+    # words have none
+    pictures: dict[str, tuple[Image | None, Image | None]]
+    pictures = dict.fromkeys(maps.sources, (None, None))
     for name, image in given.items():
-        pictures[name], outlined = _shown(
-            maps, "reference", image, "reference_mask", reference_mask
-        )
+        pictures[name] = _shown(maps, "reference", image, "reference_mask", reference_mask)
     maps = maps.select(samples=[index])
     if broken := maps.nonfinite():
         raise ValueError(f"maps must be finite, got NaN or Inf in {broken[0]}")
@@ -236,35 +229,29 @@ def sample(
     if maps.frames > 1:
         told.append(f"Maps are the mean over {maps.frames} frames of a video.")
     several = len(every) > 1 or every[0].word
-    first, *others = [
-        Source(
-            name=one.name if several else "",
-            reference=pictures.get(one.source),
-            share=one.aim(one.ways[0].votes) if one.ways else one.name,
-            invert=one.invert,
-        )
-        for one in every
-    ]
     return Sample(
         id=id,
         generated=generated,
-        reference=first.reference,
+        sources=[
+            Source(
+                *pictures[one.source],
+                one.name if several else "",
+                one.aim(one.ways[0].votes if one.ways else "uniform"),
+                one.invert,
+            )
+            for one in every
+        ],
         stacks=stacks,
         times=step_titles(maps.time_groups, maps.provenance.get("steps")),
         heads=head_titles(max((one.head_count for one in every if one.alike), default=0)),
         layers=layers,
         mask=mask,
-        reference_mask=outlined,
         scores=scores or {},
         scored=SCORED if preset.query_mask else {**SCORED, "imacs_r": "g2r"},
         regions=regions,
         facts=facts or {},
         notes=[*dict.fromkeys([*notes, *told])],
         normalizations=preset.normalizations,
-        invert=first.invert,
-        source=first.name,
-        share=first.share,
-        others=others,
     )
 
 

@@ -173,7 +173,7 @@ def _thumbnail(sample: Sample) -> bytes:
     """The generated image beside its reference, if there is one."""
     from PIL import Image
 
-    images = [image for image in (sample.generated, sample.reference) if image is not None]
+    images = [image for image in (sample.generated, sample.sources[0].reference) if image]
     pictures = [shown(image, THUMBNAIL) for image in images]
     width = sum(picture.width for picture in pictures)
     sheet = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")

@@ -76,6 +76,8 @@ def test_resized_spreads_beside_shares_have_no_heads(record):
     shown = Shown(record("everything"), source="reference 1")
     assert "head" in shown.axes(OBJECT)
     assert "head" not in shown.axes(SPREAD)
+    with pytest.raises(ValueError, match="per='head' of measure='spread' needs heads apart"):
+        shown.r2g("head", measure="spread")
 
 
 def test_without_a_share_that_says_anything_the_spread_comes_first():

@@ -328,7 +328,7 @@ def test_the_maps_of_a_shard_are_read_as_recordings_are(evaluated, tmp_path):
     torch.testing.assert_close(stack.maps[:, 0].double(), torch.stack(exact), rtol=1e-6, atol=0)
     # an unpaired sample shows the garment of the other person
     garment = Image.open(tmp_path / "data" / "test" / "cloth" / "00001_00.jpg").convert("RGB")
-    assert np.array_equal(np.asarray(samples[0].reference), np.asarray(garment))
+    assert np.array_equal(np.asarray(samples[0].sources[0].reference), np.asarray(garment))
 
 
 def test_a_sample_whose_kept_maps_are_not_finite_is_left_out(evaluated, run, tmp_path):

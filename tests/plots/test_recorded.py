@@ -270,6 +270,14 @@ def test_why_a_figure_of_a_source_cannot_be_made(record, kind, which, source, re
     assert found == reason or found.startswith(reason)
 
 
+def test_models_are_compared_by_a_reference_and_by_no_word(record, image):
+    maps = record("reference and words")
+    pair = [Recorded(maps, image(), image(REFERENCE)) for _ in range(2)]
+    assert figure("models", pair).axes
+    with pytest.raises(ValueError, match='because the word "cat" has no place on a reference'):
+        figure("models", pair, source="cat")
+
+
 @pytest.mark.parametrize(
     ("kind", "which", "source", "heading"),
     [

@@ -126,7 +126,9 @@ def test_codes_keep_ends_and_peaks(sample, recording):
 
 
 def test_a_preset_that_normalizes_twice_and_inverts_is_drawn(visit, make_sample):
-    made = replace(make_sample(), normalizations=2, invert=True)
+    made = make_sample()
+    inverted = [replace(source, invert=True) for source in made.sources]
+    made = replace(made, normalizations=2, sources=inverted)
     html = render([made])
     view = visit(html).wait()
     (sample,) = documents(html)
