@@ -286,8 +286,8 @@ def _evaluated_sample(
         if stacks
         else (0, 0)
     )
-    steps = settings["steps"]
-    guidance = settings["guidance"]
+    steps, guidance = settings["steps"], settings["guidance"]
+    garment = read_image(data.path("garment", index), name="reference")
     return Sample(
         id=title,
         generated=read_image(
@@ -295,12 +295,7 @@ def _evaluated_sample(
             name="generated image",
             content=store.image(shard, id),
         ),
-        sources=[
-            Source(
-                read_image(data.path("garment", index), name="reference"),
-                _outlined(data.path("garment_mask", index)),
-            )
-        ],
+        sources=[Source(garment, _outlined(data.path("garment_mask", index)))],
         stacks=stacks,
         times=step_titles(groups, steps),
         heads=[f"head {head}" for head in range(heads)],
