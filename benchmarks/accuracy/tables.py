@@ -10,6 +10,7 @@ SCORES = {
     "imacs_r": "IMACS_r",
     "g2r_share_on_garment": "G2R on the garment",
     "imacs_g": "IMACS_g, uniform votes",
+    "imacs_g_share": "IMACS_g, share of attention",
     "imacs_g_mask_votes": "IMACS_g, garment votes",
     "r2g_share_uniform_votes": "R2G in the mask, uniform votes",
     "r2g_share_mask_votes": "R2G in the mask, garment votes",
@@ -54,6 +55,9 @@ def _accuracy(result: dict[str, Any]) -> list[str]:
 def _scores(models: dict[str, Any], areas: dict[str, float]) -> list[str]:
     lines = [_head("all layers / best layer", *models)]
     for score, title in SCORES.items():
+        # results of earlier versions lack the younger ones
+        if any(score not in model["scores"][ALL] for model in models.values()):
+            continue
         figures = []
         for model in models.values():
             both = [model["scores"][layer][score] for layer in (ALL, model["best_layer"])]

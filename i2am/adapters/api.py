@@ -12,6 +12,7 @@ from i2am.adapters.guidance import guidance_order
 from i2am.adapters.inputs import find_denoisers, find_layout
 from i2am.adapters.pictures import Pictures
 from i2am.adapters.recorder import Recorder, attached_to
+from i2am.adapters.subject import Subject
 from i2am.adapters.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
@@ -182,17 +183,16 @@ def record(
     for region in as_regions(regions).values():
         region_weights(region, (1, 1))
     clock = RunClock(scheduler, time_groups=time_groups, steps=num_inference_steps)
-    return Recorder(
+    subject = Subject.of(
         denoisers,
-        layout=layout,
-        clock=clock,
+        layout,
         order=order,
         wanted=GUIDANCE[guidance],
         make=make,
         pictures=pictures,
         words=prompts,
-        attend=attend_by(attach, impl),
     )
+    return Recorder(denoisers, subject, clock=clock, attend=attend_by(attach, impl))
 
 
 def release(pipe_or_denoiser: Any) -> None:

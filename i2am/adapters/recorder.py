@@ -1,13 +1,11 @@
 """The recorder: listens to the layers of a denoiser and to its scheduler, and has the maps."""
 
 import contextlib
-import itertools
 import threading
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -18,16 +16,13 @@ from i2am.adapters.branches import Branches
 from i2am.adapters.clock import RunClock
 from i2am.adapters.contexts import Calls
 from i2am.adapters.guard import Guard
-from i2am.adapters.guidance import GuidanceOrder
-from i2am.adapters.hooks import around_calls, weakly
-from i2am.adapters.pictures import Pictures
+from i2am.adapters.hooks import weakly
 from i2am.adapters.report import Report
-from i2am.adapters.run import BEFORE, Network, Run, Subject, recorded_layers
-from i2am.adapters.sites import LISTENERS, Site
-from i2am.adapters.words import PromptWords
-from i2am.attribution.accumulator import Accumulator
+from i2am.adapters.run import BEFORE, Run
+from i2am.adapters.sites import NUMBERS
+from i2am.adapters.subject import Subject
+from i2am.adapters.tap import Tap, inside
 from i2am.attribution.maps import AttributionMaps
-from i2am.layouts.token_layout import TokenLayout
 
 
 class Recorder:
@@ -45,53 +40,24 @@ class Recorder:
     Args:
         denoisers: The modules whose calls are the evaluations: one, or the halves of a schedule,
             whose layers have the same paths.
-        layout: Which of its attention layers and tokens.
+        subject: What is recorded of them.
         clock: Follows the scheduler.
-        order: Which guidance part is which.
-        wanted: Guidance branches to keep, the first one being :meth:`maps`'s default.
-        make: Makes an accumulator, given ``unresolved=``.
-        pictures: Lays the masks that `make` uses over the pictures of each run.
-        words: Finds the words of the prompts, ``None`` where none are wanted.
         attend: How recorded layers attend.
-
-    Raises:
-        ValueError: No attention layer matches the layout, or one that the layout does not describe.
     """
 
     def __init__(
         self,
         denoisers: Sequence[nn.Module],
+        subject: Subject,
         *,
-        layout: TokenLayout,
         clock: RunClock,
-        order: GuidanceOrder,
-        wanted: tuple[str, ...],
-        make: Callable[..., Accumulator],
-        pictures: Pictures,
-        words: PromptWords | None = None,
         attend: Attend = attend_beside,
     ) -> None:
-        self.layout = layout
+        self.layout = subject.layout
         self._denoisers = tuple(denoisers)
-        self._networks = tuple(map(_network, denoisers))
-        # of several networks the layers of one path are recorded as one
-        self._layers = [
-            layer
-            for network in self._networks
-            for layer in recorded_layers(network, layout).items()
-        ]
-        self._subject = Subject(
-            networks=tuple(map(Network.of, self._networks)),
-            layers=tuple(name for name, _ in self._layers),
-            layout=layout,
-            order=order,
-            wanted=wanted,
-            make=make,
-            pictures=pictures,
-            words=words,
-        )
-        self._key = next(_KEYS)
-        self._calls = Calls(self._key)
+        self._networks = tuple(map(inside, denoisers))
+        self._subject = subject
+        self._calls = Calls(next(NUMBERS))
         self._clock = clock
         self._guard = Guard(weakly(self._give_up))
         clock.bind(
@@ -103,7 +69,7 @@ class Recorder:
         self._attend = attend
         self._in_block = False
         self._attachment: weakref.finalize[..., Any] | None = None
-        self._installed: list[Any] = []
+        self._tap: Tap | None = None
         self._processors: dict[str, str] = {}
         self._lost: dict[str, str] = {}
         self._elsewhere = self._unread = 0
@@ -129,12 +95,10 @@ class Recorder:
         self._attach(in_block=False)
 
     def _attach(self, *, in_block: bool) -> None:
-        from i2am.adapters.processors import install
-
         with _LOCK:  # two threads may come at once
             self._take_over()
             restore: list[Callable[[], None]] = []
-            undo = (self._key, self._networks, self._clock, restore)
+            undo = (self._networks, self._clock, restore)
             # runs at detach(), or when the last reference to the recorder goes
             self._attachment = weakref.finalize(self, _detach, *undo)
             self._attachment.atexit = False
@@ -145,46 +109,45 @@ class Recorder:
         self._run.read = True  # of an earlier block
         self._calls.take(thread=not in_block)
         guarded = self._guard.around
-        LISTENERS[self._key] = guarded(weakly(self._add))
         try:
-            for index, (name, module) in enumerate(self._layers):
-                self._processors[name] = type(module.processor).__name__
-                site = Site(self._key, index, self._calls.here)
-                restore.append(install(module, site, self._attend, self._guard))
-                self._installed.append(module.processor)
-            after = guarded(weakly(self._close))
+            tap = self._tap = Tap(
+                self._denoisers,
+                layers=set(self._subject.layers).__contains__,
+                listen=guarded(weakly(self._add)),
+                before=guarded(weakly(self._open)),
+                after=guarded(weakly(self._close)),
+                attend=self._attend,
+                guard=self._guard,
+                here=self._calls.here,
+            )
+            for layer in tap.layers:
+                self._processors[layer.path] = type(layer.module.processor).__name__
+            restore.append(tap.detach)
+            tap.attach()
             restore.append(self._subject.pictures.attach())
             if self._subject.words is not None:
                 restore.append(self._subject.words.attach())
-            for number, denoiser in enumerate(self._denoisers):
-                before = guarded(partial(weakly(self._open), number))
-                restore.append(around_calls(denoiser, before, after))
-                restore.append(self._calls.name_by_cache_context(self._networks[number]))
+            restore += map(self._calls.name_by_cache_context, self._networks)
             self._clock.attach()
         except BaseException:
             self.detach()
             raise
 
     def _take_over(self) -> None:
-        for network in self._networks:
-            earlier = attached_to(network)
-            if earlier is not None:
-                self._end(earlier)
-
-    def _end(self, earlier: "Recorder") -> None:
-        network = self._subject.denoiser
-        if earlier._in_block or not earlier._calls.of_this_thread:
-            first = "leave that record() block" if earlier._in_block else "detach that recorder"
-            raise RuntimeError(
-                f"{network} is being recorded already; {first} first, or drop that recording by "
-                "i2am.release(pipe)"
+        name = self._subject.denoiser
+        for earlier in filter(None, map(attached_to, self._networks)):
+            if earlier._in_block or not earlier._calls.of_this_thread:
+                first = "leave that record() block" if earlier._in_block else "detach that recorder"
+                raise RuntimeError(
+                    f"{name} is being recorded already; {first} first, or drop that recording by "
+                    "i2am.release(pipe)"
+                )
+            earlier.detach()
+            warnings.warn(
+                f"{name} was still being recorded by an earlier recorder, which is detached now; "
+                "call detach() when a recording is over",
+                stacklevel=4,
             )
-        earlier.detach()
-        warnings.warn(
-            f"{network} was still being recorded by an earlier recorder, which is detached "
-            "now; call detach() when a recording is over",
-            stacklevel=5,
-        )
 
     def detach(self) -> None:
         """Put processors, hooks and scheduler back as they were; does nothing the second time."""
@@ -195,7 +158,6 @@ class Recorder:
         self._lost = self._find_lost()
         attachment()
         self._calls.leave()
-        self._installed.clear()
 
     def calls(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Say which guidance part the denoiser calls of a block are, in a loop of one's own.
@@ -318,7 +280,7 @@ class Recorder:
         self._clock.arrive()
         self._run.open(network, args, kwargs, self._calls.name)
 
-    def _close(self) -> None:
+    def _close(self, network: int) -> None:
         if not self._calls.here():
             return
         self._run.close()
@@ -326,8 +288,6 @@ class Recorder:
             self._clock.advance()
 
     def _add(self, layer: int, call_index: int, query: Tensor, *rest: Any) -> None:
-        if not self._calls.here():
-            return  # compiled layers ask nobody before
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             self._clock.captured = True
             # a graph knows addresses and keeps nothing: replayed too late, until there is another,
@@ -337,32 +297,20 @@ class Recorder:
         self._run.add(layer, call_index, query, *rest)
 
     def _find_lost(self) -> dict[str, str]:
-        return {
-            name: type(module.processor).__name__
-            for (name, module), installed in zip(self._layers, self._installed, strict=False)
-            if module.processor is not installed
-        }
-
-
-def _network(denoiser: nn.Module) -> nn.Module:
-    """torch.compile wraps the module; its layers are inside, its calls come from outside."""
-    return getattr(denoiser, "_orig_mod", denoiser)
+        lost = {} if self._tap is None else self._tap.lost()
+        return {layer.path: type(processor).__name__ for layer, processor in lost.items()}
 
 
 def attached_to(denoiser: nn.Module) -> Recorder | None:
     """The recorder of a denoiser, ``None`` if it is not being recorded."""
-    reference = _ATTACHED.get(_network(denoiser))
+    reference = _ATTACHED.get(inside(denoiser))
     return None if reference is None else reference()
 
 
 def _detach(
-    key: int,
-    networks: Sequence[nn.Module],
-    clock: RunClock,
-    restore: list[Callable[[], None]],
+    networks: Sequence[nn.Module], clock: RunClock, restore: list[Callable[[], None]]
 ) -> None:
     """Put everything back; knows no recorder, because its own may be gone."""
-    LISTENERS.pop(key, None)
     clock.detach()
     for put_back in restore:
         put_back()
@@ -372,6 +320,5 @@ def _detach(
 
 
 _LOCK = threading.Lock()
-_KEYS = itertools.count()
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Recorder]] = weakref.WeakKeyDictionary()
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, Branches] = weakref.WeakKeyDictionary()

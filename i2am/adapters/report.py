@@ -77,6 +77,7 @@ class Report:
             "guidance_order": list(run.branches.order),
             "guidance": self._branch,
             "attach": self._attach,
+            "sums": self._accumulator.sums,
             "pictures": run.subject.pictures.provenance(),
             "regions": describe_regions(self._accumulator.regions),
             "steps": clock.steps,

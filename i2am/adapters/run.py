@@ -1,27 +1,24 @@
 """One run of a denoiser: whose rows its calls are, and what its layers attend to."""
 
-import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from i2am.adapters.branches import Branches, Target
 from i2am.adapters.clock import RunClock
-from i2am.adapters.guidance import GuidanceOrder
 from i2am.adapters.multipliers import Multipliers
 from i2am.adapters.observations import Observations
-from i2am.adapters.pictures import Pictures
 from i2am.adapters.sources import Rows, Sources
-from i2am.adapters.words import PromptWords
+from i2am.adapters.subject import Subject
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Grid
-from i2am.layouts.token_layout import AttentionCall, Frame, TokenLayout
+from i2am.layouts.token_layout import AttentionCall, Frame
 
 BEFORE, AFTER, ELSEWHERE = "before the run", "after the run", "other threads or tasks"
 """Calls that are nobody's, as :attr:`Run.others` counts them."""
@@ -31,107 +28,6 @@ _SAMPLES = ("sample", "hidden_states", "x")
 _MOMENTS = ("timestep", "timesteps", "t")
 
 _G2R = (Direction.GENERATED_TO_REFERENCE,)
-
-
-@dataclass(frozen=True)
-class Network:
-    """What is known of a denoiser before it is called.
-
-    Attributes:
-        name: Its class name.
-        signature: Of its ``forward``.
-        config: Its configuration.
-    """
-
-    name: str
-    signature: inspect.Signature
-    config: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "Network":
-        """What is known of a module."""
-        config = getattr(module, "config", None)
-        known = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-        return cls(type(module).__name__, inspect.signature(module.forward), known)
-
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by the names of ``forward``."""
-        bound = self.signature.bind_partial(*args, **kwargs).arguments
-        for parameter in self.signature.parameters.values():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                bound |= bound.pop(parameter.name, {})
-        return bound
-
-    def frame(self, arguments: Mapping[str, Any], sample: Any, run: dict[Any, Any]) -> Frame:
-        """What a layout is told of a call."""
-        size = None
-        if isinstance(sample, Tensor) and sample.ndim == 4:
-            size = (sample.shape[2], sample.shape[3])
-        return Frame(
-            size,
-            arguments,
-            self.config,
-            run=run,
-            rounds_up=self.config.get("downsample_padding", 1) != 0,
-            levels=len(self.config.get("down_block_types") or ()) or None,
-        )
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is recorded, the same in every run.
-
-    Attributes:
-        networks: The denoisers; several are halves of one schedule.
-        layers: Paths of the recorded layers; calls refer to them by their index.
-        layout: Which tokens.
-        order: Which guidance part is which.
-        wanted: Guidance branches to keep.
-        make: Makes an accumulator, given ``unresolved=``.
-        pictures: Lays the masks that `make` uses over the pictures of each run.
-        words: Finds the words of the prompts, ``None`` where none are wanted.
-    """
-
-    networks: tuple[Network, ...]
-    layers: tuple[str, ...]
-    layout: TokenLayout
-    order: GuidanceOrder
-    wanted: tuple[str, ...]
-    make: Callable[..., Accumulator]
-    pictures: Pictures
-    words: PromptWords | None = None
-
-    @property
-    def denoiser(self) -> str:
-        """Class name of the denoisers."""
-        return self.networks[0].name
-
-
-def recorded_layers(network: nn.Module, layout: TokenLayout) -> dict[str, Any]:
-    """The attention modules of a denoiser that a layout matches, by path.
-
-    Raises:
-        ValueError: There is none, or one that the layout does not describe.
-    """
-    attention = {
-        name: module for name, module in network.named_modules() if hasattr(module, "get_processor")
-    }
-    layers = {name: module for name, module in attention.items() if layout.matches(name)}
-    if not layers:
-        raise ValueError(
-            f"layout {layout.name!r} must match an attention layer of "
-            f"{type(network).__name__}, but {layout.layers!r} matches none of "
-            f"{len(attention)}: {', '.join([*attention][:4])}, ..."
-        )
-    if layout.context_keys:
-        for name, module in layers.items():
-            if not getattr(module, "is_cross_attention", False):
-                raise ValueError(
-                    f"layout {layout.name!r} must match cross-attention layers alone, whose "
-                    f"keys are a context, got the {type(module).__name__} {name} of "
-                    f"{type(network).__name__}, whose keys are also the image's own"
-                )
-    return layers
 
 
 @dataclass

@@ -20,7 +20,7 @@ READABLE = (1, 2, 3)
 """Versions that are read: 1 has neither joint maps nor shares, 2 no shares."""
 
 JOINT_SUMS = ("g2r", "r2g")
-_FIELDS = {"sites": list, "votes": list, "rows": list, "provenance": dict}
+_FIELDS = {"sites": list, "votes": [str], "rows": [str], "provenance": dict}
 _SITE = {"layer": str, "heads": int, "reference_tokens": int, "causal": bool}
 JOINT_FACTS = ("generated_grid", "reference_grid", "time_groups", "heads", "layers")
 
@@ -134,8 +134,7 @@ def _site(fields: Any) -> AttentionSite:
             raise ValueError(f"{name} must be a height and a width, got {grid!r}")
         grids[name] = tuple(grid)
     merged = fields.get("merged", [])
-    if not isinstance(merged, list) or not all(isinstance(name, str) for name in merged):
-        raise ValueError(f"merged must be names of layers, got {merged!r}")
+    require({"merged": merged}, "a site", {"merged": [str]})
     frames, role = fields.get("frames", 1), fields.get("role", "reference")
     if type(frames) is not int or frames < 1 or role not in ("reference", "text"):
         raise ValueError(f"a site must have frames and a role, got {frames!r} and {role!r}")

@@ -3,6 +3,7 @@
 Results go to stdout, everything else to stderr. Nothing heavy is imported before a subcommand runs.
 """
 
+import errno
 import logging
 import signal
 import threading
@@ -87,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OutputRefused as error:
             return _fail(ExitCode.CONFLICT, str(error))
         except OSError as error:
-            return _fail(ExitCode.IO, str(error))
+            # no disk takes such a name
+            named = error.errno == errno.ENAMETOOLONG
+            return _fail(ExitCode.REJECTED if named else ExitCode.IO, str(error))
         except Exception as error:
             if out_of_memory(error):
                 return _fail(

@@ -20,7 +20,7 @@ _FIELDS = {
     "files": dict,
     "inputs": dict,
     "inputs.reference": dict,
-    "notes": list,
+    "notes": [str],
     "image.width": int,
     "image.height": int,
     "model.scheduler": str,

@@ -82,14 +82,15 @@ def parse_json(data: bytes | str, what: str) -> Any:
     raise FileRejected(f"{what} is damaged: it is nested more than {DEPTH} deep")
 
 
-def require(document: Any, what: str, fields: Mapping[str, type]) -> None:
+def require(document: Any, what: str, fields: Mapping[str, type | list[type]]) -> None:
     """Refuse a document without certain fields.
 
     Args:
         document: What `read_json` returned.
         what: What to call it in messages.
-        fields: bool, int, float (which takes integers too), str, list or dict, by the path of the
-            field, for example ``{"settings.steps": int}``.
+        fields: bool, int, float (which takes integers too), str, list or dict, or ``[str]`` and
+            the like for a list of them, by the path of the field, for example
+            ``{"settings.steps": int}``.
 
     Raises:
         FileRejected: A field is missing or of another kind; the sentence names it.
@@ -100,13 +101,23 @@ def require(document: Any, what: str, fields: Mapping[str, type]) -> None:
             if not isinstance(value, dict) or name not in value:
                 raise FileRejected(f"{what} is damaged: it has no {path}")
             value = value[name]
-        kinds = (int, float) if kind is float else kind
-        # true is an integer in Python, and an integer may be too large for a float
-        plain = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
-        if not plain or (kind is float and not _is_finite(value)):
-            raise FileRejected(
-                f"{what} is damaged: {path} must be {_KINDS[kind]}, got {_shortened(value)}"
-            )
+        values = [(path, value, list if isinstance(kind, list) else kind)]
+        if isinstance(kind, list) and isinstance(value, list):
+            values = [(f"{path}[{index}]", each, kind[0]) for index, each in enumerate(value)]
+        for name, each, wanted in values:
+            if not _is(each, wanted):
+                raise FileRejected(
+                    f"{what} is damaged: {name} must be {_KINDS[wanted]}, got {_shortened(each)}"
+                )
+
+
+def _is(value: Any, kind: type) -> bool:
+    # true is an integer in Python, and an integer may be too large for a float
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and _is_finite(value)
+    return isinstance(value, kind)
 
 
 def _dumped(document: Any, **style: Any) -> str:

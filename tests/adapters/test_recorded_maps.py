@@ -494,6 +494,7 @@ def test_provenance_says_what_ran(tiny):
         "guidance_order": ["unconditional", "conditional"],
         "guidance": "conditional",
         "attach": "beside",
+        "sums": "native",
         "pictures": {
             "generated": {"size": [8, 6], "box": None},
             "reference": {"size": None, "box": None},

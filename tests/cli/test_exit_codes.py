@@ -44,6 +44,7 @@ def black(path, size=(96, 128), value=0):
 
 REJECTED = {
     "person-missing": (lambda f: {"person": f / "no.png"}, r"person \S+no.png does not exist"),
+    "person-long": (lambda f: {"person": f / ("9" * 300)}, "File name too long"),
     "person-folder": (lambda f: {"person": f}, r"person \S+ is a folder, a file was expected"),
     "person-text": (
         lambda f: {"person": broken(f / "x.png", b"text")},
