@@ -20,7 +20,12 @@ READABLE = (1, 2, 3)
 """Versions that are read: 1 has neither joint maps nor shares, 2 no shares."""
 
 JOINT_SUMS = ("g2r", "r2g")
-_FIELDS = {"sites": list, "votes": [str], "rows": [str], "provenance": dict}
+_FIELDS: dict[str, type | list[type]] = {
+    "sites": list,
+    "votes": [str],
+    "rows": [str],
+    "provenance": dict,
+}
 _SITE = {"layer": str, "heads": int, "reference_tokens": int, "causal": bool}
 JOINT_FACTS = ("generated_grid", "reference_grid", "time_groups", "heads", "layers")
 

@@ -14,7 +14,7 @@ from i2am.files import MANIFEST, FileRejected, is_listed, read_json, require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_FIELDS = {
+_FIELDS: dict[str, type | list[type]] = {
     "i2am": str,
     "device": str,
     "files": dict,
