@@ -160,7 +160,7 @@ def make_site(
     `said` is the rest of :class:`AttentionSite`: source, role, frames, measure."""
     if reference_grid is not None:
         tokens = reference_grid[0] * reference_grid[1]
-    given = {"causal": tokens > 1 or said.get("role") == "text", **said}
+    given = {"informative": tokens > 1 or said.get("role") == "text", **said}
     return AttentionSite(layer, heads, generated_grid, reference_grid, tokens, **given)
 
 

@@ -124,13 +124,13 @@ class AttributionMaps(Readings):
         )
 
     @property
-    def causal(self) -> bool:
+    def informative(self) -> bool:
         """Whether every layer's output depends on the attention its map shows.
 
         False where a layer has a single reference token: its softmax over keys is 1 whatever the
         queries are, so its R2G map shows logits that the model never used.
         """
-        return all(layer.site.causal for layer in self.layer_sums)
+        return all(layer.site.informative for layer in self.layer_sums)
 
     @property
     def share_of(self) -> Literal["uniform", "mask"] | None:
@@ -221,7 +221,7 @@ class AttributionMaps(Readings):
 
         Raises:
             ValueError: If `results` is empty, or they differ in layers, grids, heads, time groups,
-                votes, rows, recorded sums, guidance, layout, the votes of prefix tokens, what a
+                votes, rows, recorded sums, branch, layout, the votes of prefix tokens, what a
                 region's name stands for, or joint maps.
         """
         results = list(results)

@@ -26,7 +26,7 @@ _FIELDS: dict[str, type | list[type]] = {
     "rows": [str],
     "provenance": dict,
 }
-_SITE = {"layer": str, "heads": int, "reference_tokens": int, "causal": bool}
+_SITE = {"layer": str, "heads": int, "reference_tokens": int, "informative": bool}
 JOINT_FACTS = ("generated_grid", "reference_grid", "time_groups", "heads", "layers")
 
 
@@ -104,6 +104,7 @@ def load_maps(path: str | Path) -> AttributionMaps:
         require(document, str(path), _FIELDS)
         content = container.load_all(file)
     try:
+        document = _renamed(document)
         layers = [
             LayerSums(
                 _site(site),
@@ -120,6 +121,21 @@ def load_maps(path: str | Path) -> AttributionMaps:
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _renamed(document: dict[str, Any]) -> dict[str, Any]:
+    """What earlier schemas say, in the words of this one."""
+    if document["schema"] == SCHEMA:
+        return document
+    sites = [
+        {"informative" if name == "causal" else name: value for name, value in site.items()}
+        for site in document["sites"]
+    ]
+    said = {
+        "branch" if name == "guidance" else name: value
+        for name, value in document["provenance"].items()
+    }
+    return document | {"sites": sites, "provenance": said}
 
 
 def _joint(facts: dict[str, Any] | None, content: dict[str, Tensor]) -> JointMaps | None:

@@ -21,7 +21,7 @@ def summary(maps: "AttributionMaps") -> str:
     head = (
         f"AttributionMaps: {counted(maps.n_samples, 'sample')}, "
         f"{counted(maps.time_groups, 'time group')}, {counted(len(maps.layers), 'layer')}, "
-        f"{nbytes / 2**20:.1f} MiB, guidance {maps.provenance.get('guidance', 'unknown')}"
+        f"{nbytes / 2**20:.1f} MiB, branch {maps.provenance.get('branch', 'unknown')}"
     )
     lines = [
         head,
@@ -68,7 +68,7 @@ def _line(site: AttentionSite, of: str) -> str:
     frames = f"{site.frames} frames of " if site.frames > 1 else ""
     return (
         f"{site.layer}: {frames}{_by(site.generated_grid)} from {of}, "
-        f"{counted(site.heads, 'head')}{merged}{'' if site.causal else ', causal=False'}"
+        f"{counted(site.heads, 'head')}{merged}{'' if site.informative else ', informative=False'}"
     )
 
 

@@ -192,7 +192,7 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_
         pipe,
         layout=layout_of(pipe, settings),
         time_groups=settings.time_groups,
-        guidance=settings.guidance_branch,
+        branch=settings.guidance_branch,
         regions=regions,
         mask=inputs.mask,
         reference_mask=inputs.reference_mask,

@@ -224,7 +224,7 @@ def sample(
         stacks += joint_stacks(maps.joint)
 
     told = [maps.provenance["note"]] if maps.provenance.get("note") else []
-    if not maps.causal:
+    if not maps.informative:
         told.append("Some layers have a single reference token: their maps show no cause.")
     if maps.frames > 1:
         told.append(f"Maps are the mean over {maps.frames} frames of a video.")

@@ -32,7 +32,7 @@ def assert_joint(maps):
     torch.testing.assert_close(votes, maps.reference_to_generated(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("guidance", ["conditional", "unconditional", "both"])
+@pytest.mark.parametrize("asked", ["conditional", "unconditional", "both"])
 @pytest.mark.parametrize(
     ("form", "order"),
     [
@@ -41,15 +41,15 @@ def assert_joint(maps):
         ("two calls", ("conditional", "unconditional")),
     ],
 )
-def test_both_halves_of_guidance(tiny, form, order, guidance):
+def test_both_halves_of_guidance(tiny, form, order, asked):
     loop = tiny.loop(3)
     plain = loop(tiny.reference(2), guidance=form)
     layout = TokenLayout.cross_attention(GRID, guidance_order=order)
-    options = {"time_groups": 3, "guidance": guidance, "regions": CELLS}
+    options = {"time_groups": 3, "branch": asked, "regions": CELLS}
     with i2am.record(loop, layout=layout, joint=True, **options) as recorder:
         image = loop(tiny.reference(2), guidance=form)
     assert torch.equal(image, plain)
-    branches = ["conditional", "unconditional"] if guidance == "both" else [guidance]
+    branches = ["conditional", "unconditional"] if asked == "both" else [asked]
     for branch in branches:
         maps = recorder.maps(branch)
         assert maps.joint.n_samples == 2

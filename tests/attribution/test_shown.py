@@ -167,7 +167,7 @@ def test_layers_without_a_place_count_in_what_needs_none(record):
         ([SINGLE], "official", True),
         ([SINGLE], "paper", False),
         ([SINGLE, COARSE], "official", False),
-        ([replace(SINGLE, role="text", source="cat", causal=True)], "official", False),
+        ([replace(SINGLE, role="text", source="cat", informative=True)], "official", False),
     ],
 )
 def test_single_tokens_of_a_reference_are_inverted_by_the_official_preset(sites, preset, invert):
@@ -208,7 +208,7 @@ def test_the_source_must_be_a_recorded_one(record):
         (
             "gridless",
             [
-                "down.attn: 4x3 from 1 token, 2 heads, causal=False",
+                "down.attn: 4x3 from 1 token, 2 heads, informative=False",
                 "up.attn: 8x6 from 5x4, 2 heads",
             ],
         ),
