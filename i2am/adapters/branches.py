@@ -45,6 +45,8 @@ class Branches:
     Attributes:
         recorded: Accumulators of the wanted branches that were met.
         met: Every branch that was met, wanted or not.
+        revealed: What the first evaluation left: rows that turned out to be wanted samples, and the
+            unresolved accumulator that they are in.
         others: How many calls were no guidance part, by what they were called.
     """
 
@@ -68,6 +70,7 @@ class Branches:
         self._begin_evaluation()
         self.recorded: dict[str, Accumulator] = {}
         self.met: set[str] = set()
+        self.revealed: list[Target] = []
         self.others: Counter[str] = Counter()
 
     def _begin_evaluation(self) -> None:
@@ -147,6 +150,7 @@ class Branches:
             with torch.inference_mode(False):
                 for branch, part in parts:
                     self.recorded[branch] = pending.resolve(part)
+                    self.revealed.append((part, pending))
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -33,8 +33,11 @@ _PIPELINES = {
     "StableDiffusion3ControlNetInpaintingPipeline": CONTROLNET,
 }
 # the two CLIP encoders share positions
-_CLIP = (Encoder(), Encoder("text_encoder_2", "tokenizer_2"))
-_T5 = (Encoder("text_encoder_3", "tokenizer_3", span="text 2"),)
+_ENCODERS = (
+    Encoder(),
+    Encoder("text_encoder_2", "tokenizer_2"),
+    Encoder("text_encoder_3", "tokenizer_3", span="text 2"),
+)
 
 
 def sd3(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
@@ -62,15 +65,10 @@ def sd3(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
         spans,
         layers=LAYERS,
         note=CAVEATS,
-        encoders=(*_first_of(pipe, _CLIP), *_first_of(pipe, _T5)),
+        encoders=() if clip is None else _ENCODERS,
         no_reference="" if adapter else reason or ALONE,
         sums="resized",
     )
-
-
-def _first_of(pipe: Any, encoders: tuple[Encoder, ...]) -> tuple[Encoder, ...]:
-    """The first that a pipeline has: it may be without some."""
-    return tuple(each for each in encoders if getattr(pipe, each.component, None) is not None)[:1]
 
 
 def _text(length: int, clip: int | None) -> list[Part]:

@@ -548,7 +548,7 @@ def _sized(pipe: Any, inputs: dict[str, Any]) -> Tiny:
     return Tiny(pipe, sizes | inputs)
 
 
-_BUILDERS: dict[str, Callable[..., Any]] = {
+BUILDERS: dict[str, Callable[..., Any]] = {
     "flux": _flux,
     "chroma": _chroma,
     "flux2": _flux2,
@@ -566,6 +566,6 @@ def tiny() -> Callable[..., Any]:
     def make(family: str, *args: Any, **options: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return _BUILDERS[family](*args, **options)
+            return BUILDERS[family](*args, **options)
 
     return functools.cache(make)

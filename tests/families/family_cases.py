@@ -1,0 +1,587 @@
+"""Complete tiny pipelines of every family, and what this page knows of their tokens.
+
+Positions are counted from lengths and sizes that are chosen here and in the builders; no layout of
+i2am is asked where tokens are.
+"""
+
+import importlib.util
+import re
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import torch
+from family_oracle import Call, Keys, Tokens
+from torch import Tensor, nn
+
+from i2am.layouts import first_frame, reference_frames
+
+
+def _builders(folder: str) -> ModuleType:
+    path = Path(__file__).parent.parent / "layouts" / folder / "conftest.py"
+    spec = importlib.util.spec_from_file_location(f"builders_of_{folder}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+dits, unets = _builders("families"), _builders("families_unet")
+normal = dits.normal
+
+
+@dataclass
+class Model:
+    """A pipeline, how it is run, and what its tokens are.
+
+    Attributes:
+        pipe: The pipeline.
+        run: Makes its image.
+        layers: Regular expression of the layers that are to be recorded.
+        part: Which rows are the conditional samples: ``"all"``, ``"first"`` or ``"second"`` of the
+            equal parts of a batch, or those of the first of two ``"calls"``.
+        tokens: What the tokens of a sample are in a call of a layer, None if it is nobody's.
+        words: As for ``record``.
+        samples: How many images are made.
+        steps: How many steps.
+        layout: Where it has to be given.
+        denoisers: The pipeline's attributes.
+    """
+
+    pipe: Any
+    run: Callable[[], Tensor]
+    layers: str
+    part: str
+    tokens: Callable[[Call, int], Tokens | None]
+    words: Any = None
+    samples: int = 1
+    steps: int = 2
+    layout: Any = None
+    denoisers: Sequence[str] = ("transformer",)
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [getattr(self.pipe, name) for name in self.denoisers]
+
+    @property
+    def scheduler(self) -> Any:
+        return getattr(self.pipe, "scheduler", None) or self.pipe.noise_scheduler
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For ``record``."""
+        given = {} if self.layout is None else {"layout": self.layout}
+        return {"time_groups": 2, "words": self.words, **given}
+
+    @property
+    def groups(self) -> list[int]:
+        """Time group of every evaluation, of two."""
+        return [step * 2 // self.steps for step in range(self.steps)]
+
+    def of(self, call: Call) -> list[tuple[int, Tokens]] | None:
+        """The row of every sample in a call, and what its tokens are."""
+        if not re.search(self.layers, call.layer):
+            return None
+        if self.part == "calls" and call.denoiser_call:
+            return None
+        parts = {"all": 1, "calls": 1, "first": 2, "second": 2, "first third": 3}[self.part]
+        assert call.rows == parts * self.samples
+        start = self.samples if self.part == "second" else 0
+        found = []
+        for sample in range(self.samples):
+            tokens = self.tokens(call, sample)
+            if tokens is not None:
+                found.append((start + sample, tokens))
+        return found or None
+
+
+def seeded(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The same weights each time, and attention as uneven as a trained model's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = make(*args, **options)
+    pipe = getattr(made, "pipe", made)
+    for name in ("transformer", "transformer_2", "unet", "unet_vton"):
+        net = getattr(pipe, name, None)
+        for module in [] if net is None else net.modules():
+            if not hasattr(module, "get_processor"):
+                continue
+            norm = getattr(module.norm_q, "weight", None) if hasattr(module, "norm_q") else None
+            weight = module.to_q.weight if norm is None else norm
+            weight.data *= 4
+    return made
+
+
+def widened(inputs: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """Embeddings of several samples, each of its own."""
+
+    def wide(name: str, value: Any) -> Any:
+        if isinstance(value, list) and "embeds" in name:
+            return [wide(f"{name} {number}", each) for number, each in enumerate(value)]
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            return value.repeat(samples, 1)
+        return normal(samples * len(value), *value.shape[1:], seed=zlib.crc32(name.encode()) % 999)
+
+    return {name: wide(name, value) for name, value in inputs.items()}
+
+
+def run_of(made: Any, samples: int, **changes: Any) -> Callable[[], Tensor]:
+    """Runs a joint transformer's pipeline, always from the same noise."""
+    inputs = {**made.inputs, **changes}
+    inputs = widened(inputs, samples) if samples > 1 else inputs
+
+    def run() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return made.pipe(**inputs, generator=generator).images
+
+    return run
+
+
+# Joint transformers: parts of one sequence
+
+IMAGE = (5, 7)
+Part = tuple[Any, Any]
+
+
+def counted(*parts: Part) -> dict[Any, range]:
+    """Positions of the parts of a sequence, by what they are; each has a length or a grid."""
+    found, start = {}, 0
+    for name, size in parts:
+        length = size if isinstance(size, int) else size[0] * size[1]
+        found[name] = range(start, start + length)
+        start += length
+    return found
+
+
+def joint(*parts: Part, words: Mapping[str, Sequence[int]], call: int = 0) -> Any:
+    """Of one sequence that is queries and keys; parts that have a number are references, words
+    lie in "text"."""
+    at = counted(*parts)
+
+    def tokens(one: Call, sample: int) -> Tokens | None:
+        if one.index != call:
+            return None
+        assert one.seqlen_q == one.seqlen_k == sum(map(len, at.values()))
+        return Tokens(
+            at["generated"],
+            IMAGE,
+            {name: Keys(at[name], size) for name, size in parts if isinstance(name, int)},
+            {word: [at["text"][i] for i in positions] for word, positions in words.items()},
+        )
+
+    return tokens
+
+
+BLOCKS = r"^(single_)?transformer_blocks\.\d+\.attn$"
+T = dits.FLUX_TEXT
+SHIRT = {"shirt": [1, 2], "rest": [0, 3, 4, 5]}
+
+
+def flux(kind: str, *references: tuple[int, int], samples: int = 1, **changes: Any) -> Model:
+    made = seeded(dits.BUILDERS["flux"], kind)
+    parts = [("text", T), ("generated", IMAGE), *enumerate(references)]
+    apart = "true_cfg_scale" in changes
+    if apart:
+        changes |= {
+            "negative_prompt_embeds": normal(1, T, 32, seed=7),
+            "negative_pooled_prompt_embeds": normal(1, 32, seed=8),
+        }
+    return Model(
+        made.pipe,
+        run_of(made, samples, **changes),
+        BLOCKS,
+        "calls" if apart else "all",
+        joint(*parts, words=SHIRT),
+        SHIRT,
+        samples,
+    )
+
+
+ADAPTERS = {1: (4, 0.7), 2: (3, 0.5)}  # tokens and scale, by attention call
+
+
+def flux_adapters(kind: str, *references: tuple[int, int], samples: int = 1) -> Model:
+    model = flux(kind, *references, samples=samples)
+    of_joint = model.tokens
+
+    def tokens(call: Call, sample: int) -> Tokens | None:
+        if call.index == 0:
+            return of_joint(call, sample)
+        count, scale = ADAPTERS[call.index]
+        assert call.seqlen_k == count
+        # the queries are all pictures, without the text
+        number = len(references) + call.index - 1
+        return Tokens(range(35), IMAGE, {number: Keys(range(count), weight=scale)})
+
+    model.tokens = tokens
+    return model
+
+
+def flux2(kind: str, *references: tuple[int, int], samples: int = 1, **options: Any) -> Model:
+    made = seeded(dits.BUILDERS["flux2"], kind, **options)
+    words = {"shirt": [1, 2], "rest": [0, 3, 4]}
+    text = ("text", dits.FLUX2_TEXT)
+    of_joint = joint(text, ("generated", IMAGE), *enumerate(references), words=words)
+
+    def cached(call: Call, sample: int) -> Tokens | None:
+        if call.index:  # the references among themselves
+            return None
+        at = counted(text, *enumerate(references), ("generated", IMAGE))
+        own = counted(text, ("generated", IMAGE))
+        assert (call.seqlen_q, call.seqlen_k) == (own["generated"].stop, at["generated"].stop)
+        keys = {number: Keys(at[number], size) for number, size in enumerate(references)}
+        return Tokens(own["generated"], IMAGE, keys, words)
+
+    steps = 3 if kind == "klein kv" else 2  # later ones have the references in a cache
+    return Model(
+        made.pipe,
+        run_of(made, samples, num_inference_steps=steps),
+        BLOCKS,
+        "calls" if kind in ("klein", "klein inpaint") else "all",
+        cached if kind == "klein kv" else of_joint,
+        words,
+        samples,
+        steps,
+    )
+
+
+def qwen(kind: str, *references: tuple[int, int], samples: int = 1, padded: bool = False) -> Model:
+    made = seeded(dits.BUILDERS["qwen"], kind, padded=padded)
+    words = {"shirt": [1, 2], "rest": [0, 3, 4, 5, 6]}
+    more: dict[str, Any] = {}
+    if kind == "text" and samples > 1:  # of one prompt more than of the next
+        mask = torch.ones(samples, dits.QWEN_TEXT, dtype=torch.long)
+        for row in range(samples):
+            mask[row, dits.QWEN_TEXT - row :] = 0
+        run = run_of(made, samples)
+        inputs = widened(made.inputs, samples) | {"prompt_embeds_mask": mask}
+
+        def run() -> Tensor:
+            return made.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+    else:
+        more = {"num_images_per_prompt": samples}
+        run = run_of(made, 1, **more)
+    parts = [("text", dits.QWEN_TEXT), ("generated", IMAGE), *enumerate(references)]
+    return Model(
+        made.pipe,
+        run,
+        r"^transformer_blocks\.\d+\.attn$",
+        "calls",
+        joint(*parts, words=words),
+        words,
+        samples,
+    )
+
+
+def sd3(samples: int = 1, adapter: bool = False) -> Model:
+    made = seeded(dits.BUILDERS["sd3"], adapter=adapter)
+    clip = dits.CLIP_TOKENS
+    # a word has tokens of both encoders
+    given = {
+        "shirt": {"text": [1, 2], "text 2": [0]},
+        "rest": {"text": [0, *range(3, clip)], "text 2": [1, 2, 3]},
+    }
+    words = {
+        word: [*spans["text"], *(clip + i for i in spans["text 2"])]
+        for word, spans in given.items()
+    }
+    of_joint = joint(("generated", IMAGE), ("text", dits.SD3_TEXT), words=words)
+
+    def tokens(call: Call, sample: int) -> Tokens | None:
+        if call.index == 0:
+            return of_joint(call, sample)
+        assert (call.seqlen_q, call.seqlen_k) == (35, 35 + dits.SD3_ADAPTER_TOKENS)
+        scale = made.pipe.transformer.transformer_blocks[0].attn.processor.scale
+        return Tokens(range(35), IMAGE, {0: Keys(range(35, call.seqlen_k), weight=scale)})
+
+    return Model(
+        made.pipe,
+        run_of(made, samples),
+        r"^transformer_blocks\.\d+\.attn$",
+        "second",
+        tokens,
+        given,
+        samples,
+    )
+
+
+def zimage(samples: int = 1, texts: Sequence[int] = (40, 7, 12), negative: int = 9) -> Model:
+    """Image and text are padded to multiples of 32; samples come before their negative prompts."""
+    made = seeded(dits.BUILDERS["zimage"])
+    inputs = {
+        **made.inputs,
+        "prompt_embeds": [normal(length, 24, seed=length) for length in texts[:samples]],
+        "negative_prompt_embeds": [normal(negative, 24, seed=i) for i in range(samples)],
+    }
+    words = {"shirt": [1, 2], "hat": [5]}
+    if samples == 1:
+        words["hat"] = [5, texts[0] - 1]  # beyond the negative prompt
+
+    def tokens(call: Call, sample: int) -> Tokens:
+        return Tokens(
+            range(35), IMAGE, words={word: [64 + i for i in at] for word, at in words.items()}
+        )
+
+    def run() -> Tensor:
+        return made.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+
+    return Model(
+        made.pipe, run, r"^layers\.\d+\.attention$", "first", tokens, words, samples
+    )
+
+
+# UNets: the level of a layer has its grid
+
+def level(layer: str) -> int:
+    if layer.startswith("mid"):
+        return 2
+    number = int(layer.split(".")[1])
+    return number if layer.startswith("down") else 2 - number
+
+
+def halved(size: tuple[int, int], times: int) -> tuple[int, int]:
+    """Sides of 5 become 3."""
+    height, width = size
+    for _ in range(times):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width
+
+
+def spelled(prompt: str, start: int = 1, length: int = 77, last: int = 1) -> dict[str, list[int]]:
+    """Positions of every word where each letter is a token, and of what surrounds them."""
+    found: dict[str, list[int]] = {}
+    at = start
+    for word in re.findall(r"\w+|[^\w\s]", prompt):
+        name = word if word[0].isalnum() else "<punctuation>"
+        found.setdefault(name, []).extend(range(at, at + len(word)))
+        at += len(word)
+    found.setdefault("<punctuation>", [])
+    found["<special>"] = [*range(start), *range(at, at + last)]
+    found["<padding>"] = [*range(at + last, length)]
+    return found
+
+
+PROMPTS = (unets.PROMPT, "the zebra, a hat", "shirt on a shirt")
+CROSS = r"^(down|mid|up)_block.*transformer_blocks\.\d+\.attn2$"
+
+
+def sd(
+    cls: str = "StableDiffusionPipeline",
+    *adapters: str,
+    samples: int = 1,
+    images: int = 1,
+    words: Any = True,
+    **changes: Any,
+) -> Model:
+    """Of UNets with text encoders, and with IP-Adapters."""
+    kind = getattr(diffusers, cls)
+    xl = "XL" in cls
+    made = unets.make_image_encoder() if adapters and xl else {}
+    pipe = seeded(unets.sdxl, kind, **made) if xl else seeded(unets.stable_diffusion, kind)
+    if adapters:
+        unets.add_ip_adapters(pipe, *adapters)
+        for scale, module in zip((0.6, 0.3), adapters, strict=False):
+            assert scale and module
+        pipe.set_ip_adapter_scale([0.6, 0.3][: len(adapters)])
+    height, width = 40, 56
+    if xl:
+        inputs = {"prompt": unets.PROMPT, "num_inference_steps": 2, "output_type": "latent"}
+        inputs |= {"height": height, "width": width}
+    else:
+        inputs = unets.stable_diffusion_arguments(kind, height, width)
+    prompts = list(PROMPTS[:samples])
+    inputs |= {"prompt": prompts[0] if samples == 1 else prompts, **changes}
+    if "Pix2Pix" not in cls:
+        inputs["negative_prompt"] = "bad" if samples == 1 else ["bad"] * samples
+    if adapters:
+        pictures = [unets.picture(seed=5 + number) for number in range(images)]
+        inputs["ip_adapter_image"] = [pictures if images > 1 else pictures[0]] * len(adapters)
+    if samples > 1 and "image" in inputs:
+        inputs["image"] = [inputs["image"]] * samples
+        if "mask_image" in inputs:
+            inputs["mask_image"] = [inputs["mask_image"]] * samples
+    names: dict[str, None] = {}
+    for prompt in prompts:
+        names |= dict.fromkeys(name for name in spelled(prompt) if name[0] != "<")
+    every = [*names, "<punctuation>", "<special>", "<padding>"]
+    wanted = every if words is True else list(words)
+    numbers = {"base": 4, "full": 17}
+
+    def tokens(call: Call, sample: int) -> Tokens:
+        grid = halved((20, 28), level(call.layer))
+        assert call.seqlen_q == grid[0] * grid[1]
+        queries = range(call.seqlen_q)
+        if call.index == 0:
+            at = spelled(prompts[sample])
+            at["red zebra"] = at.get("red", []) + at.get("zebra", [])
+            return Tokens(queries, grid, words={word: at.get(word, []) for word in wanted})
+        adapter = adapters[call.index - 1]
+        count = numbers[adapter]
+        assert call.seqlen_k == count * images
+        first = (call.index - 1) * images
+        keys, scale = {}, (0.6, 0.3)[call.index - 1]
+        for number in range(images):
+            start = number * count
+            keys[first + number] = (
+                Keys(range(start + 1, start + 17), (4, 4), scale)
+                if adapter == "full"
+                else Keys(range(start, start + count), weight=scale)
+            )
+        return Tokens(queries, grid, keys)
+
+    def run() -> Tensor:
+        return pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+
+    part = "first third" if "Pix2Pix" in cls else "second"
+    return Model(pipe, run, CROSS, part, tokens, words, samples, denoisers=("unet",))
+
+
+SELF = r"^(down|mid|up)_block.*transformer_blocks\.\d+\.attn1$"
+
+
+def catvton(name: str, samples: int = 1) -> Model:
+    """Two pictures on one canvas; garments come last."""
+    pipe = seeded(getattr(unets, name))
+    axis, size = pipe.axis, [16, 13] if pipe.axis == -2 else [13, 16]
+
+    def tokens(call: Call, sample: int) -> Tokens:
+        canvas = list(size)
+        canvas[axis] *= 2
+        grid = halved((canvas[0], canvas[1]), level(call.layer))
+        assert call.seqlen_q == call.seqlen_k == grid[0] * grid[1]
+        person, garment = torch.arange(call.seqlen_k).view(grid).chunk(2, axis)
+        keys = Keys(garment.flatten().tolist(), tuple(garment.shape))
+        return Tokens(person.flatten().tolist(), tuple(person.shape), {0: keys})
+
+    def run() -> Tensor:
+        return pipe(size[0], size[1], samples=samples)
+
+    return Model(pipe, run, SELF, "second", tokens, None, samples, denoisers=("unet",))
+
+
+def second_unet(name: str, samples: int = 1) -> Model:
+    """The garment's features lie behind the person's tokens."""
+    pipe = seeded(getattr(unets, name))
+    size = (15, 10)
+    idm = name == "idm_vton"
+    person = normal(samples, 9 if idm else 4, *size)
+    garment = normal(samples, 4, *size, seed=1)
+
+    def tokens(call: Call, sample: int) -> Tokens:
+        grid = halved(size, level(call.layer))
+        n = grid[0] * grid[1]
+        assert call.seqlen_q == call.seqlen_k == 2 * n
+        return Tokens(range(n), grid, {0: Keys(range(n, 2 * n), grid)})
+
+    return Model(
+        pipe,
+        lambda: pipe(person, garment),
+        SELF,
+        "second" if idm else "first",
+        tokens,
+        None,
+        samples,
+        denoisers=("unet" if idm else "unet_vton",),
+    )
+
+
+# Videos
+
+VIDEO = (3, 2, 3)
+
+
+def wan(kind: str, samples: int = 1, layout: Any = None) -> Model:
+    pipe = seeded(unets.wan, kind)
+    inputs = unets.wan_arguments(kind)
+    inputs = widened(inputs, samples) if samples > 1 else inputs
+    words = {"shirt": [1, 2, 3], "rest": [0, *range(4, 512)]}
+
+    def run() -> Tensor:
+        return pipe(**inputs, generator=torch.Generator().manual_seed(0)).frames
+
+    def words_of(call: Call, sample: int) -> Tokens:
+        assert call.seqlen_q == 18
+        if kind == "i2v" and call.index == 0:  # a class token and 4x4 patches
+            assert call.seqlen_k == 17
+            return Tokens(range(18), VIDEO, {0: Keys(range(1, 17), (4, 4))})
+        assert call.seqlen_k == 512
+        return Tokens(range(18), VIDEO, words=words)
+
+    def frames(call: Call, sample: int) -> Tokens:
+        first = 2 if kind == "vace" else 1
+        assert call.seqlen_q == call.seqlen_k == 6 * (3 + (first if kind == "vace" else 0))
+        frames = call.seqlen_q // 6
+        # of two pictures the second lies in front
+        keys = {
+            number: Keys(range(6 * number, 6 * number + 6), (2, 3)) for number in range(first)
+        }
+        return Tokens(range(6 * first, call.seqlen_q), (frames - first, 2, 3), keys)
+
+    two = kind in ("t2v_22", "i2v_22")
+    return Model(
+        pipe,
+        run,
+        r"^blocks\.\d+\.attn2$" if layout is None else r"^blocks\.\d+\.attn1$",
+        "calls",
+        words_of if layout is None else frames,
+        words if layout is None else None,
+        samples,
+        steps=4,
+        layout=layout,
+        denoisers=("transformer", "transformer_2") if two else ("transformer",),
+    )
+
+
+FAMILIES: dict[str, Callable[..., Model]] = {
+    "flux kontext": partial(flux, "kontext", (3, 6)),
+    "flux kontext, true guidance": partial(flux, "kontext", (3, 6), true_cfg_scale=2.0),
+    "flux kontext inpaint": partial(flux, "kontext inpaint", (3, 6)),
+    "flux dev": partial(flux, "dev"),
+    "flux fill": partial(flux, "fill"),
+    "flux adapters": partial(flux_adapters, "adapter"),
+    "flux kontext adapters": partial(flux_adapters, "kontext adapter", (3, 6)),
+    "flux2 dev": partial(flux2, "dev", (3, 6), (7, 2)),
+    "flux2 dev, one reference": partial(flux2, "dev", (3, 6), references=(dits.WIDE,)),
+    "flux2 klein": partial(flux2, "klein", (3, 6), (7, 2)),
+    # its references get the size of the first
+    "flux2 klein inpaint": partial(flux2, "klein inpaint", IMAGE, (3, 6), (3, 6)),
+    "flux2 klein kv": partial(flux2, "klein kv", (3, 6), (7, 2)),
+    "qwen": partial(qwen, "text"),
+    "qwen edit": partial(qwen, "edit", (16, 8)),
+    "qwen edit, padded": partial(qwen, "edit", (16, 8), padded=True),
+    "qwen edit plus": partial(qwen, "edit plus", (8, 16), (16, 8)),
+    "sd3": sd3,
+    "sd3 adapter": partial(sd3, adapter=True),
+    "zimage": zimage,
+    "sd": sd,
+    "sd, some words": partial(sd, words=["zebra", "red zebra"]),
+    "sd img2img": partial(sd, "StableDiffusionImg2ImgPipeline"),
+    "sd inpaint": partial(sd, "StableDiffusionInpaintPipeline"),
+    "sd controlnet": partial(sd, "StableDiffusionControlNetPipeline"),
+    "sd adapters": partial(sd, "StableDiffusionPipeline", "base", "full"),
+    "sd adapter of two images": partial(sd, "StableDiffusionPipeline", "full", images=2),
+    "sdxl": partial(sd, "StableDiffusionXLPipeline"),
+    "sdxl adapter": partial(sd, "StableDiffusionXLPipeline", "base"),
+    "instruct pix2pix": partial(sd, "StableDiffusionInstructPix2PixPipeline"),
+    "catvton": partial(catvton, "CatVTONPipeline"),
+    "catvton pix2pix": partial(catvton, "CatVTONPix2PixPipeline"),
+    "idm-vton": partial(second_unet, "idm_vton"),
+    "ootdiffusion": partial(second_unet, "ootdiffusion"),
+    "wan t2v": partial(wan, "t2v"),
+    "wan 2.2 t2v": partial(wan, "t2v_22"),
+    "wan i2v": partial(wan, "i2v"),
+    "wan 2.2 i2v": partial(wan, "i2v_22"),
+    "wan ti2v, first frame": partial(wan, "ti2v_22", layout=first_frame()),
+    "wan vace": partial(wan, "vace", layout=reference_frames(2)),
+}
