@@ -1,12 +1,12 @@
 """FLUX.1 and Chroma: ``[text | generated | references]``, as ``img_ids`` tell.
 
-IP-Adapter adds calls after the joint one: the queries are the pictures, the keys an adapter's
-tokens. Tokens of Redux lie among those of the text, where nothing tells them apart.
+Each IP-Adapter adds a call after the joint one: the queries are the pictures, the keys the tokens
+of its images. Tokens of Redux lie among those of the text, where nothing tells them apart.
 """
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from i2am.layouts.joint_tokens import (
     CAVEATS,
@@ -16,7 +16,9 @@ from i2am.layouts.joint_tokens import (
     PROMPT,
     checked,
     known_reason,
-    picture_parts,
+    no_reference,
+    numbered,
+    pictures_of,
     refuse_references,
     text_length,
 )
@@ -52,32 +54,36 @@ def flux(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
     # the first encoder's tokens are pooled
     encoder = Encoder("text_encoder_2", "tokenizer_2")
     reason = known_reason(pipe, denoiser, _FLUX)
-    return _layout("flux", reason, denoiser, encoder, note=REDUX + CAVEATS)
+    return _layout("flux", reason, pipe, denoiser, encoder, note=REDUX + CAVEATS)
 
 
 def chroma(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
     """Chroma; ``None`` for pipelines of another order."""
     reason = known_reason(pipe, denoiser, _CHROMA)
-    return _layout("chroma", reason, denoiser, Encoder(), note=CAVEATS)
+    return _layout("chroma", reason, pipe, denoiser, Encoder(), note=CAVEATS)
 
 
 def _layout(
-    name: str, reason: str | None, denoiser: nn.Module, encoder: Encoder, note: str
+    name: str, reason: str | None, pipe: Any, denoiser: nn.Module, encoder: Encoder, note: str
 ) -> TokenLayout | None:
     if reason is None:
         return None
-    adapters = getattr(denoiser, "encoder_hid_proj", None)
-    count = len(getattr(adapters, "image_projection_layers", ()))
+    loaded = getattr(denoiser, "encoder_hid_proj", None) is not None
 
     def spans(call: AttentionCall, frame: Frame) -> Sequences:
-        pictures = picture_parts(frame)
-        refuse_references(pictures, reason)
+        pictures, images = pictures_of(frame), _images(frame)
+        refuse_references(numbered(*pictures), reason)
+        unplaced = [(REFERENCE, (1,))] * sum(images)
+        named = numbered(*pictures, *unplaced)
+        own, others = named[: len(pictures)], named[len(pictures) :]
         if call.call_index == 0:
-            found = joint(("text", TEXT, (text_length(frame),)), *pictures)
+            found = joint(("text", TEXT, (text_length(frame),)), *own)
         else:
-            adapter = (f"adapter {call.call_index}", REFERENCE, (call.seqlen_k,))
-            found = Sequences(in_order(*pictures), in_order(adapter))
-        return checked(call, found, calls=1 + count)
+            adapter = slice(sum(images[: call.call_index - 1]), sum(images[: call.call_index]))
+            tokens = call.seqlen_k // max(len(others[adapter]), 1)
+            keys = [(name, role, (tokens,)) for name, role, _ in others[adapter]]
+            found = Sequences(in_order(*own), in_order(*keys))
+        return checked(call, found, calls=1 + len(images))
 
     return TokenLayout(
         name,
@@ -85,6 +91,16 @@ def _layout(
         layers=LAYERS,
         note=note,
         encoders=(encoder,),
-        no_reference="" if count else reason,
+        no_reference="" if loaded else no_reference(pipe, reason),
         sums="resized",
     )
+
+
+def _images(frame: Frame) -> list[int]:
+    """How many images each IP-Adapter was given."""
+    given = frame.arguments.get("joint_attention_kwargs") or {}
+    # the denoiser may have put the one in place of the other
+    embeds = given.get("ip_adapter_image_embeds", given.get("ip_hidden_states"))
+    if isinstance(embeds, Tensor):
+        return [1]
+    return [each.shape[1] for each in embeds or ()]

@@ -1,4 +1,4 @@
-"""FLUX.2: ``[text | generated | reference 1 | reference 2 ...]``, as ``img_ids`` tell.
+"""FLUX.2: ``[text | generated | references]``, as ``img_ids`` tell.
 
 With a cache of the references (klein-KV) the first call has them before the generated tokens, the
 later calls have them as keys alone and know nothing of their grids.
@@ -13,14 +13,15 @@ from i2am.layouts.joint_tokens import (
     Part,
     checked,
     known_reason,
-    picture_parts,
+    numbered,
+    pictures_of,
     text_length,
 )
 from i2am.layouts.spans import GENERATED, REFERENCE, TEXT, Sequences, in_order, joint
 from i2am.layouts.token_layout import AttentionCall, Encoder, Frame, TokenLayout
 
 LAYERS = r"^(single_)?transformer_blocks\.\d+\.attn$"
-PAINTED = "reference 1 is the picture that is painted into; "
+PAINTED = "the first reference is the picture that is painted into; "
 
 _PIPELINES = {
     "Flux2Pipeline": "",
@@ -48,7 +49,7 @@ def flux2(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
 
 def _spans(call: AttentionCall, frame: Frame) -> Sequences | None:
     text: Part = ("text", TEXT, (text_length(frame),))
-    pictures = picture_parts(frame)
+    pictures = numbered(*pictures_of(frame))
     generated = [part for part in pictures if part[1] == GENERATED]
     mode = frame.arguments.get("kv_cache_mode")
     if mode == "extract":

@@ -1,6 +1,7 @@
 """What the layouts of joint transformers share: whose pipeline it is, which pictures, what fits."""
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from i2am.layouts.token_layout import AttentionCall, Frame
 
 Part = tuple[str, Role, Sequence[int]]
 """Name, role and grid of a span, for :func:`i2am.layouts.spans.in_order`."""
+Picture = tuple[Role, Sequence[int]]
+"""Role and grid."""
 
 # why a pipeline has no reference tokens
 PROMPT = "it makes an image of its prompt alone"
@@ -51,7 +54,7 @@ def text_length(frame: Frame) -> int:
     return int(frame.arguments["encoder_hidden_states"].shape[1])
 
 
-def picture_parts(frame: Frame) -> list[Part]:
+def pictures_of(frame: Frame) -> list[Picture]:
     """The pictures that ``img_ids`` tell of, in order: number 0 is generated, others references.
 
     Raises:
@@ -64,16 +67,17 @@ def picture_parts(frame: Frame) -> list[Part]:
             "layout expects img_ids to number the generated picture 0 and references otherwise, "
             f"got pictures {', '.join(f'{number:g}' for number in numbers)}"
         )
-    return numbered(*((GENERATED if number == 0 else REFERENCE, grid) for number, grid in found))
+    return [(GENERATED if number == 0 else REFERENCE, grid) for number, grid in found]
 
 
-def numbered(*pictures: tuple[Role, Sequence[int]]) -> list[Part]:
-    """Parts of pictures, references counted from 1."""
-    parts: list[Part] = []
-    for role, grid in pictures:
-        count = sum(part[1] == REFERENCE for part in parts) + 1
-        parts.append((f"reference {count}" if role == REFERENCE else role, role, grid))
-    return parts
+def numbered(*pictures: Picture) -> list[Part]:
+    """Parts of pictures; several references are counted from 1."""
+    several = sum(role == REFERENCE for role, _ in pictures) > 1
+    numbers = count(1)
+    return [
+        (f"{role} {next(numbers)}" if several and role == REFERENCE else role, role, grid)
+        for role, grid in pictures
+    ]
 
 
 def refuse_references(parts: Sequence[Part], reason: str) -> None:
@@ -89,6 +93,11 @@ def refuse_references(parts: Sequence[Part], reason: str) -> None:
         )
 
 
+def no_reference(pipe: Any, reason: str) -> str:
+    """The sentence of a layout that says why there are no reference tokens, if there are none."""
+    return reason and f"{type(pipe).__name__} has no reference tokens: {reason}"
+
+
 def _pictures(ids: Tensor) -> tuple[tuple[float, Grid], ...]:
     """Number and grid of every picture of ``[seqlen, 3 or more]`` (number, row, column) ids.
 
@@ -98,16 +107,16 @@ def _pictures(ids: Tensor) -> tuple[tuple[float, Grid], ...]:
     ids = (ids[0] if ids.ndim == 3 else ids).detach().cpu().double()
     runs = torch.unique_consecutive(ids[:, 0], return_counts=True)
     pictures, start = [], 0
-    for number, count in zip(*(run.tolist() for run in runs), strict=True):
-        places = ids[start : start + count, 1:3]
+    for number, tokens in zip(*(run.tolist() for run in runs), strict=True):
+        places = ids[start : start + tokens, 1:3]
         width = int(torch.unique_consecutive(places[:, 0], return_counts=True)[1][0])
-        if count % width or not _is_row_major(places.view(-1, width, 2)):
+        if tokens % width or not _is_row_major(places.view(-1, width, 2)):
             raise ValueError(
                 "layout expects img_ids to tell the rows of each picture from top to bottom, and "
                 f"each from left to right, got another order in picture {number:g}"
             )
-        pictures.append((number, (count // width, width)))
-        start += count
+        pictures.append((number, (tokens // width, width)))
+        start += tokens
     return tuple(pictures)
 
 

@@ -1,4 +1,4 @@
-"""Qwen-Image and its editing: ``[text | generated | reference 1 ...]``, as ``img_shapes`` tell.
+"""Qwen-Image and its editing: ``[text | generated | references]``, as ``img_shapes`` tell.
 
 The text may hold padding, which is masked: no token attends to it.
 """
@@ -14,6 +14,7 @@ from i2am.layouts.joint_tokens import (
     PROMPT,
     checked,
     known_reason,
+    no_reference,
     numbered,
     refuse_references,
     text_length,
@@ -56,7 +57,7 @@ def qwen(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
         layers=LAYERS,
         note=LOOKED * (not reason) + CAVEATS,
         encoders=(Encoder(dropped=dropped),),
-        no_reference=reason,
+        no_reference=no_reference(pipe, reason),
         sums="resized",
     )
 

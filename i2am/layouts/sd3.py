@@ -17,6 +17,7 @@ from i2am.layouts.joint_tokens import (
     Part,
     checked,
     known_reason,
+    no_reference,
     text_length,
 )
 from i2am.layouts.spans import GENERATED, REFERENCE, TEXT, Sequences, in_order, joint
@@ -32,7 +33,7 @@ _PIPELINES = {
     "StableDiffusion3ControlNetPipeline": CONTROLNET,
     "StableDiffusion3ControlNetInpaintingPipeline": CONTROLNET,
 }
-# the two CLIP encoders share positions
+# the two CLIP encoders share positions; without T5 its span holds zeros
 _ENCODERS = (
     Encoder(),
     Encoder("text_encoder_2", "tokenizer_2"),
@@ -57,7 +58,7 @@ def sd3(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
         else:
             query = in_order(generated)
             tokens = max(call.seqlen_k - query[0].stop, 1)
-            found = Sequences(query, in_order(generated, ("adapter 1", REFERENCE, (tokens,))))
+            found = Sequences(query, in_order(generated, ("reference", REFERENCE, (tokens,))))
         return checked(call, found, calls=1 + adapter)
 
     return TokenLayout(
@@ -66,7 +67,7 @@ def sd3(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
         layers=LAYERS,
         note=CAVEATS,
         encoders=() if clip is None else _ENCODERS,
-        no_reference="" if adapter else reason or ALONE,
+        no_reference="" if adapter else no_reference(pipe, reason or ALONE),
         sums="resized",
     )
 

@@ -1,7 +1,8 @@
 """Z-Image: ``[generated | text]`` of each sample, each padded to a multiple of 32 tokens.
 
 Samples differ in length: the shorter are padded once more, and that padding is masked. The padding
-to multiples of 32 is a learned token, which is attended to.
+to multiples of 32 is a learned token, which is attended to. Where samples are lists of pictures
+the order is another, see :mod:`i2am.layouts.zimage_omni`.
 """
 
 from typing import Any
@@ -16,8 +17,9 @@ from i2am.layouts.joint_tokens import (
     PROMPT,
     checked,
     known_reason,
+    no_reference,
 )
-from i2am.layouts.spans import GENERATED, OTHER, TEXT, Sequences, joint
+from i2am.layouts.spans import GENERATED, OTHER, TEXT, Sequences, in_order
 from i2am.layouts.token_layout import (
     CONDITIONAL,
     UNCONDITIONAL,
@@ -26,57 +28,49 @@ from i2am.layouts.token_layout import (
     Frame,
     TokenLayout,
 )
+from i2am.layouts.zimage_omni import MIXED, padded, patches, pieces
 
 LAYERS = r"^layers\.\d+\.attention$"
-MULTIPLE = 32
-PADDED = "padding of the generated tokens to a multiple of 32 draws attention; "
+PADDED = "padding to multiples of 32 tokens draws attention; "
 
-# not the one of several pictures, whose references were mixed with the image before these layers
 _PIPELINES = {
     "ZImagePipeline": PROMPT,
     "ZImageImg2ImgPipeline": LATENTS,
     "ZImageInpaintPipeline": LATENTS,
     "ZImageControlNetPipeline": CONTROLNET,
     "ZImageControlNetInpaintPipeline": CONTROLNET,
+    "ZImageOmniPipeline": "",
 }
 
 
 def zimage(pipe: Any, denoiser: nn.Module) -> TokenLayout | None:
-    """Z-Image and -Turbo; ``None`` for pipelines of another order."""
+    """Z-Image, -Turbo and -Omni; ``None`` for pipelines of another order."""
     reason = known_reason(pipe, denoiser, _PIPELINES)
     if reason is None:
         return None
+    omni = not reason and getattr(denoiser, "siglip_embedder", None) is not None
     return TokenLayout(
         "zimage",
         _spans,
         layers=LAYERS,
-        note=PADDED + CAVEATS,
+        note=MIXED * omni + PADDED + CAVEATS,
         guidance_order=None if pipe is denoiser else (CONDITIONAL, UNCONDITIONAL),
         ragged=True,
-        encoders=(Encoder(),),
-        no_reference=reason or ALONE,
+        # the texts between pictures are rows of one call of the encoder
+        encoders=() if omni else (Encoder(),),
+        no_reference="" if omni else no_reference(pipe, reason or ALONE),
         sums="resized",
     )
 
 
 def _spans(call: AttentionCall, frame: Frame) -> Sequences:
-    given = frame.arguments
-    latents = given["x"][frame.row]
+    latents = frame.arguments["x"][frame.row]
     if isinstance(latents, list):
-        raise ValueError(
-            "layout expects one picture for each sample of Z-Image, got several, whose tokens are "
-            "mixed before the layers that are recorded"
-        )
-    patches = (given.get("f_patch_size") or 1, *(given.get("patch_size") or 2,) * 2)
-    grid = tuple(side // patch for side, patch in zip(latents.shape[1:], patches, strict=True))
-    image, text = grid[0] * grid[1] * grid[2], len(given["cap_feats"][frame.row])
-    rest = call.seqlen_k - image - -image % MULTIPLE - text
-    return checked(
-        call,
-        joint(
-            ("generated", GENERATED, grid[1:] if grid[0] == 1 else grid),
-            ("image padding", OTHER, (-image % MULTIPLE,)),
-            ("text", TEXT, (text,)),
-            ("text padding", OTHER, (max(rest, -text % MULTIPLE),)),
-        ),
-    )
+        parts = list(pieces(frame))
+    else:
+        text = len(frame.arguments["cap_feats"][frame.row])
+        parts = [("generated", GENERATED, patches(latents, frame)), ("text", TEXT, (text,))]
+    found = in_order(*(part for piece in parts for part in padded(piece)))
+    rest = call.seqlen_k - found[-1].stop
+    found += in_order(("padding", OTHER, (max(rest, 0),)), start=found[-1].stop)
+    return checked(call, Sequences(found, found))

@@ -87,19 +87,24 @@ def test_watched_processors_attach_alike(tiny, calls, attach):
 
 
 def test_what_pytorch_hands_over_saves_a_sweep(tiny, monkeypatch):
-    """Both ways in give the log-sum-exp of the call to the statistics."""
-    from i2am.attribution import accumulator
+    """Both ways in give the log-sum-exp of all keys of the call to the statistics."""
+    from i2am.attribution import Accumulator, accumulator
 
     given = []
-    original = accumulator.accumulate
+    add, accumulate = Accumulator.add, accumulator.accumulate
 
-    def spy(query, key, probes, *, normaliser, **rest):
+    def spy(self, site, query, key, *, query_lse, **rest):
         exact = (query.double() @ key.double().mT * query.shape[-1] ** -0.5).logsumexp(-1)
-        torch.testing.assert_close(normaliser.double(), exact, rtol=1e-5, atol=1e-5)
-        given.append(normaliser)
-        return original(query, key, probes, normaliser=normaliser, **rest)
+        torch.testing.assert_close(query_lse.double(), exact, rtol=1e-5, atol=1e-5)
+        given.append(query_lse)
+        return add(self, site, query, key, query_lse=query_lse, **rest)
 
-    monkeypatch.setattr(accumulator, "accumulate", spy)
+    def no_sweep_for_it(query, key, probes, **rest):
+        assert probes
+        return accumulate(query, key, probes, **rest)
+
+    monkeypatch.setattr(Accumulator, "add", spy)
+    monkeypatch.setattr(accumulator, "accumulate", no_sweep_for_it)
     loop = tiny.loop()
     pipeline = tiny.ip_adapters(tiny.stable_diffusion(), "full")
     for attach in ("beside", "fused"):

@@ -84,7 +84,7 @@ class TestGuard:
 
 
 PLACES = {
-    "layout": (TokenLayout, "resolve"),
+    "layout": (TokenLayout, "spans"),
     "sums": (Accumulator, "add"),
     "run begins": (RunClock, "arrive"),
     "step": (RunClock, "advance"),
@@ -159,7 +159,7 @@ def test_a_fault_ends_the_recording_alone(monkeypatch, tiny, kind, place, calls)
 
     options = {"layout": layout, "time_groups": 1, "impl": "reference"}
     if place == "layout":
-        options["layout"] = dataclasses.replace(layout, resolve=failing(layout.resolve))
+        options["layout"] = dataclasses.replace(layout, spans=failing(layout.spans))
     else:
         monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
     if place == "attending":

@@ -1,7 +1,7 @@
-"""A family that i2am has no layout for yet: text, generated and reference tokens in one sequence.
+"""A layout of one's own for text, generated and reference tokens in one sequence: README's lines.
 
-The general layout carries it as it is: FLUX Kontext, by the lines of README. Its grids stand in the
-arguments of its transformer, its processors are not UNet ones, and its guidance runs in two calls.
+Recorded is FLUX Kontext. Its grids stand in the arguments of its transformer, its processors are
+not UNet ones, and its guidance runs in two calls.
 """
 
 import re
@@ -20,20 +20,18 @@ from diffusers import (
 from torch.overrides import TorchFunctionMode
 
 import i2am
-from i2am.layouts import TokenLayout
+from i2am.layouts import TokenLayout, registry
 
 TEXT, GENERATED, REFERENCE = 5, (8, 6), (4, 4)
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 (LINES,) = (
-    block
-    for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL)
-    if "def kontext" in block
+    block for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL) if "def spans" in block
 )
 
 
 DEFINED: dict = {}
-exec(LINES.partition("\nwith ")[0], DEFINED)
+exec(LINES.partition("\nregister_layout")[0], DEFINED)
 LAYOUT = DEFINED["layout"]
 
 
@@ -182,8 +180,8 @@ def test_kontext(tiny, pipeline, true_guidance):
             )
 
 
-def test_the_lines_of_readme_run_as_they_stand(tiny, pipeline):
-    class Small(FluxKontextPipeline):
+def test_the_lines_of_readme_run_as_they_stand(tiny, pipeline, monkeypatch):
+    class MyPipeline(FluxKontextPipeline):
         def __call__(self, image, prompt):
             assert prompt
             return super().__call__(
@@ -197,10 +195,12 @@ def test_the_lines_of_readme_run_as_they_stand(tiny, pipeline):
                 num_inference_steps=5,
             )
 
-    pipe = Small(**pipeline.components)
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    pipe = MyPipeline(**pipeline.components)
     pipe.set_progress_bar_config(disable=True)
     names = {"pipe": pipe, "reference": tiny.picture(0, 16, 16)}
     exec(LINES, names)
-    (layer,) = names["maps"].layer_sums
+    assert names["maps"].provenance["layout"] == "mine"
+    layer = names["maps"].layer_sums[0]
     assert (layer.site.generated_grid, layer.site.reference_grid) == (GENERATED, REFERENCE)
     assert names["image"].size == (24, 32)

@@ -305,7 +305,7 @@ def test_adapter_unloaded_while_recording(tiny):
         if name.endswith("attn1"):
             module.set_processor(AttnProcessor())
     adapters = [p for p in pipeline.unet.attn_processors.values() if hasattr(p, "to_k_ip")]
-    layout = TokenLayout("both", SELF_ATTENTION.resolve, layers=r"attn[12]$")
+    layout = TokenLayout("both", SELF_ATTENTION.spans, layers=r"attn[12]$")
     with i2am.record(pipeline, layout=layout):
         pipeline.unload_ip_adapter()
     kinds = {type(processor) for processor in pipeline.unet.attn_processors.values()}

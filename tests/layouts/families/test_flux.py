@@ -1,14 +1,18 @@
 """FLUX.1 and Chroma: text, generated tokens, references; the calls of IP-Adapter."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 
-from i2am.layouts import Encoder, Span
+from i2am.layouts import AttentionCall, Encoder, Frame, Span
 from i2am.layouts.registry import known_layout
 
 TEXT, IMAGE, WIDE = 6, 5 * 7, 3 * 6
 GENERATED = Span("generated", "generated", TEXT, (5, 7))
-REFERENCE = Span("reference 1", "reference", TEXT + IMAGE, (3, 6))
+REFERENCE = Span("reference", "reference", TEXT + IMAGE, (3, 6))
+FIRST = Span("reference 1", "reference", TEXT + IMAGE, (3, 6))  # of several
 PROMPT = Span("text", "text", 0, (TEXT,))
 LAYERS = {
     "transformer_blocks.0.attn",
@@ -44,21 +48,50 @@ def test_spans(watch, tiny, kind, expected):
 
 @pytest.mark.parametrize(
     ("kind", "pictures"),
-    [("adapter", (GENERATED,)), ("kontext adapter", (GENERATED, REFERENCE))],
+    [("adapter", (GENERATED,)), ("kontext adapter", (GENERATED, FIRST))],
 )
 def test_adapters_are_calls_of_their_own(watch, tiny, kind, pictures):
-    """Their queries are all pictures, without the text."""
+    """Their queries are all pictures, without the text; their images are references behind them."""
     found = watched(watch, tiny("flux", kind))
     joint = (PROMPT, *pictures)
     queries = tuple(Span(s.name, s.role, s.start - TEXT, s.grid) for s in pictures)
+    first, second = (f"reference {len(pictures) + index}" for index in range(2))
     expected = {
         0: (joint, joint),
-        1: (queries, (Span("adapter 1", "reference", 0, (4,)),)),
-        2: (queries, (Span("adapter 2", "reference", 0, (3,)),)),
+        1: (queries, (Span(first, "reference", 0, (4,)),)),
+        2: (queries, (Span(second, "reference", 0, (3,)),)),
     }
     for each, sequences in found:
         assert sequences == expected[each.call.call_index]
     assert [each.call.call_index for each, _ in found[:4]] == [0, 1, 2, 0]
+
+
+def test_several_images_of_an_adapter(watch, tiny):
+    model = tiny("flux", "adapter")
+    images = [torch.ones(1, 2, 20), torch.ones(1, 1, 20)]
+    with watch(model.denoiser) as watching:
+        model(ip_adapter_image_embeds=images, negative_ip_adapter_image_embeds=images)
+    found = watching.of(known_layout(model.pipe, model.denoiser))
+    keys = [sequences.key for each, sequences in found if each.call.call_index]
+    assert keys[:2] == [
+        (
+            Span("reference 1", "reference", 0, (4,)),
+            Span("reference 2", "reference", 4, (4,)),
+        ),
+        (Span("reference 3", "reference", 0, (3,)),),
+    ]
+
+
+def test_adapter_that_is_not_given_an_image(tiny):
+    """Whatever attends a second time is not its call."""
+    model = tiny("flux", "adapter")
+    ids = torch.cartesian_prod(torch.arange(1), torch.arange(5), torch.arange(7))
+    frame = Frame(None, {"img_ids": ids, "encoder_hidden_states": torch.ones(1, TEXT, 1)})
+    layout = known_layout(model.pipe, model.denoiser)
+    call = AttentionCall("transformer_blocks.0.attn", 0, TEXT + IMAGE, TEXT + IMAGE)
+    assert layout.spans(call, frame).key == (PROMPT, GENERATED)
+    with pytest.raises(ValueError, match="expects 1 attention call of a layer, got call 2 of"):
+        layout.spans(replace(call, call_index=1), frame)
 
 
 def test_both_parts_of_guidance_are_alike(watch, tiny):
@@ -144,7 +177,11 @@ def test_why_there_is_no_reference(tiny, kind, reason):
     layout = known_layout(model.pipe, model.denoiser)
     assert (layout.name, layout.sums) == ("flux", "resized")
     assert "tokens of Redux" in layout.note
-    assert reason in layout.no_reference if reason else layout.no_reference == ""
+    if reason is None:
+        assert layout.no_reference == ""
+    else:
+        name = type(model.pipe).__name__
+        assert re.match(rf"{name} has no reference tokens: it.* {reason}", layout.no_reference)
 
 
 def test_bare_denoiser_is_known_by_what_arrives(watch, tiny):
@@ -162,17 +199,7 @@ def test_references_where_none_are_known_are_refused(watch, tiny):
     with watch(model.denoiser) as watching:
         model()
     dev = tiny("flux", "dev")
-    message = "expects no reference tokens, because it makes .* alone, got reference 1"
-    with pytest.raises(ValueError, match=message):
-        watching.of(known_layout(dev.pipe, dev.denoiser))
-
-
-def test_calls_of_unknown_processors_are_refused(watch, tiny):
-    model = tiny("flux", "adapter")
-    with watch(model.denoiser) as watching:
-        model()
-    dev = tiny("flux", "dev")
-    message = r"expects 1 attention call of a layer, got call 2 of transformer_blocks\.0\.attn"
+    message = "expects no reference tokens, because it makes .* alone, got reference$"
     with pytest.raises(ValueError, match=message):
         watching.of(known_layout(dev.pipe, dev.denoiser))
 

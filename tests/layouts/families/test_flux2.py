@@ -66,7 +66,7 @@ def test_painted_picture_is_the_first_reference(watch, tiny):
         Span("reference 3", "reference", start + IMAGE + WIDE, (3, 6)),
     )
     assert found[0][1].key == expected
-    note = "reference 1 is the picture that is painted into"
+    note = "the first reference is the picture that is painted into"
     assert note in known_layout(model.pipe, model.denoiser).note
     assert note not in known_layout(model.denoiser, model.denoiser).note
 

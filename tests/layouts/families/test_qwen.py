@@ -23,7 +23,7 @@ def watched(watch, model):
     ("kind", "references"),
     [
         ("text", ()),
-        ("edit", (Span("reference 1", "reference", TEXT + IMAGE, (16, 8)),)),
+        ("edit", (Span("reference", "reference", TEXT + IMAGE, (16, 8)),)),
         (
             "edit plus",
             (
@@ -103,7 +103,7 @@ def test_references_where_none_are_known_are_refused(watch, tiny):
     with pytest.raises(ValueError, match="expects no reference tokens, because it makes"):
         watching.of(known_layout(other.pipe, other.denoiser))
     found = watching.of(known_layout(model.denoiser, model.denoiser))
-    assert [span.name for span in found[0][1].key] == ["text", "generated", "reference 1"]
+    assert [span.name for span in found[0][1].key] == ["text", "generated", "reference"]
 
 
 def test_layered_pictures_are_not_known(tiny):

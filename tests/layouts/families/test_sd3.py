@@ -32,7 +32,7 @@ def test_spans(watch, tiny):
 def test_adapter_is_a_second_call(watch, tiny):
     model = tiny("sd3", adapter=True)
     found = watched(watch, model)
-    adapter = Span("adapter 1", "reference", IMAGE, (ADAPTER,))
+    adapter = Span("reference", "reference", IMAGE, (ADAPTER,))
     joint = (GENERATED, *TEXTS)
     both = [(joint, joint), ((GENERATED,), (GENERATED, adapter))]
     assert [sequences for _, sequences in found] == both * len(LAYERS) * 2
@@ -107,11 +107,12 @@ def test_bare_denoiser_does_not_tell_the_texts_apart(watch, tiny):
         model()
     assert watching.of(layout)[0][1].key == (GENERATED, Span("text", "text", IMAGE, (TEXT,)))
     assert layout.encoders == ()
-    assert layout.no_reference == "its tokens are those of the generated image and of the text"
+    reason = "its tokens are those of the generated image and of the text"
+    assert layout.no_reference == f"SD3Transformer2DModel has no reference tokens: {reason}"
 
 
-def test_words_are_those_of_all_encoders(tiny):
-    """Also of those that are absent: whoever gives embeddings may name positions in both texts."""
+def test_words_are_those_of_three_encoders(tiny):
+    """Also where the pipeline is without some: their span holds zeros."""
     model = tiny("sd3")
     layout = known_layout(model.pipe, model.denoiser)
     assert layout.encoders == (
@@ -134,5 +135,5 @@ def test_adapter_without_tokens_is_refused(watch, tiny):
     with watch(model.denoiser) as watching:
         model()
     call = AttentionCall(LAYERS[0], 1, IMAGE, IMAGE)
-    with pytest.raises(ValueError, match=r"35 generated \+ 1 adapter 1 = 36 keys, got 35 in"):
+    with pytest.raises(ValueError, match=r"35 generated \+ 1 reference = 36 keys, got 35 in"):
         known_layout(model.pipe, model.denoiser).spans(call, watching.seen[0].frame)
