@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
+from i2am.adapters.tap import LayerCall, tap
 from i2am.attribution import Accumulator
 from i2am.attribution.layers import tensors
 from i2am.attribution.sums import AttentionSite
@@ -44,33 +44,28 @@ def recorded_layers(pipe: ReferencePipeline, layout: TokenLayout) -> list[Record
     found: list[RecordedLayer] = []
     rows, columns = (side // pipe.vae_scale_factor for side in pipe.configured_size)
 
-    def note(layer: str, attention: nn.Module, hidden: Tensor, context: Tensor) -> None:
-        call = AttentionCall(layer, 0, hidden.shape[1], context.shape[1])
-        spans = layout.spans(call, Frame((rows, columns)))
+    def note(call: LayerCall) -> None:
+        layer, query, key = call.layer.path, call.query, call.key
+        attention = AttentionCall(layer, call.index, query.shape[2], key.shape[2])
+        spans = layout.spans(attention, Frame((rows, columns)))
         if spans is None:
             return
         generated, (reference,) = spans.generated, spans.keys_of("reference")
         assert generated.place is not None
         site = AttentionSite(
             layer,
-            heads=attention.heads,
+            heads=query.shape[1],
             generated_grid=generated.place,
             reference_grid=reference.place,
             reference_tokens=reference.count,
             causal=reference.count > 1,
         )
-        head_dim = attention.to_q.out_features // attention.heads
-        found.append(RecordedLayer(site, call.seqlen_q, call.seqlen_k, head_dim))
+        found.append(RecordedLayer(site, query.shape[2], key.shape[2], query.shape[3]))
 
-    for path, module in pipe.unet.named_modules():
-        if hasattr(module, "to_q") and layout.matches(path):
-
-            def hook(module: nn.Module, args: tuple, kwargs: dict, path: str = path) -> None:
-                note(path, module, args[0], kwargs["encoder_hidden_states"])
-
-            module.register_forward_pre_hook(hook, with_kwargs=True)
     tokens = pipe.image_proj.config.tokens if hasattr(pipe, "image_proj") else 1
-    with torch.device("meta"), torch.no_grad():
+    # an operator on meta tensors does nothing: tensors are handed over without one
+    lent = tap(pipe.unet, layers=layout.matches, listen=note, graph=True)
+    with torch.device("meta"), torch.no_grad(), lent:
         sample = torch.empty(1, pipe.unet.config.in_channels, rows, columns)
         context = torch.empty(1, tokens, pipe.unet.config.cross_attention_dim)
         options = {}

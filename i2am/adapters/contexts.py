@@ -87,16 +87,32 @@ class Calls:
                 yield given
 
         found = vars(denoiser).get("cache_context")
-        denoiser.cache_context = cache_context  # type: ignore[assignment]
+        ours = _CacheContext(cache_context, denoiser)
+        denoiser.cache_context = ours  # type: ignore[assignment]
 
         def undo() -> None:
-            if vars(denoiser).get("cache_context") is not cache_context:
+            if vars(denoiser).get("cache_context") is not ours:
                 return  # replaced since by somebody else
             del denoiser.cache_context
             if found is not None:
                 denoiser.cache_context = found
 
         return undo
+
+
+class _CacheContext:
+    """A denoiser's ``cache_context`` as ours; a copy of the denoiser has its own."""
+
+    def __init__(self, function: Callable[..., Any], denoiser: nn.Module) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._denoiser = denoiser
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._denoiser, "cache_context")
 
 
 @contextlib.contextmanager

@@ -33,11 +33,11 @@ def around_calls(
     """
     compiled = module._compiled_call_impl
     if compiled is None:
+        opening = _Hook(lambda module, args, kwargs: before(args, kwargs))
+        closing = _Hook(lambda module, args, output: after())
         hooks = [
-            module.register_forward_pre_hook(
-                lambda module, args, kwargs: before(args, kwargs), with_kwargs=True
-            ),
-            module.register_forward_hook(lambda module, args, output: after(), always_call=True),
+            module.register_forward_pre_hook(opening, with_kwargs=True),
+            module.register_forward_hook(closing, always_call=True),
         ]
 
         def remove() -> None:
@@ -60,3 +60,20 @@ def around_calls(
             module._compiled_call_impl = compiled
 
     return put_back
+
+
+class _Hook:
+    """A hook of ours; copied or pickled with its module, it does nothing."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_idle,)
+
+
+def _idle(*args: Any) -> None:
+    return None

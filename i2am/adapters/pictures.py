@@ -209,8 +209,10 @@ class Pictures:
 
     @property
     def _adapters(self) -> int:
-        projections = getattr(self._pipe, "unet", None) or getattr(self._pipe, "transformer", None)
-        projections = getattr(projections, "encoder_hid_proj", None)
+        denoiser = getattr(self._pipe, "unet", None)
+        if denoiser is None:  # what torch.compile returns is neither true nor false
+            denoiser = getattr(self._pipe, "transformer", None)
+        projections = getattr(denoiser, "encoder_hid_proj", None)
         return max(len(getattr(projections, "image_projection_layers", ())), 1)
 
     def _object(self, references: list[Any]) -> Tensor:

@@ -1,8 +1,10 @@
 """Attention processors that record beside the model's own attention call.
 
-Two ways in. Layers with diffusers' standard processors get one of ours, which computes the same
-operations in the same order and survives ``torch.compile``. Any other processor object stays in
-place and is watched: see :mod:`i2am.adapters.watching`. The image is the same to the bit.
+Three ways in. Layers with diffusers' standard processors get one of ours, which computes the same
+operations in the same order. Others of diffusers run their own code in a module where attention is
+recorded: see :mod:`i2am.adapters.rebinding`. Both survive ``torch.compile``. Any other processor
+object stays in place and is watched: see :mod:`i2am.adapters.watching`. The image is the same to
+the bit.
 """
 
 from collections.abc import Callable
@@ -17,12 +19,15 @@ from torch import Tensor
 from i2am.adapters.attending import Attend, attend_beside, attend_guarded
 from i2am.adapters.guard import UNGUARDED
 from i2am.adapters.projections import additive_mask, key_states, split_heads
+from i2am.adapters.rebinding import install_rebound
 from i2am.adapters.sites import Record, takes
 from i2am.adapters.watching import install_watching
 
 
 class RecordingAttnProcessor(AttnProcessor2_0):
     """``AttnProcessor2_0`` that hands query and key to a recorder; without one it just attends."""
+
+    plain: type = AttnProcessor2_0
 
     def __init__(
         self,
@@ -86,6 +91,9 @@ class RecordingAttnProcessor(AttnProcessor2_0):
             output = output + residual
         return output / attn.rescale_output_factor
 
+    def __reduce__(self) -> tuple[Any, ...]:  # copied and pickled as what it replaces
+        return self.plain, ()
+
     def project(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None
     ) -> tuple[Tensor, ...]:
@@ -96,6 +104,8 @@ class RecordingAttnProcessor(AttnProcessor2_0):
 
 class FusedRecordingAttnProcessor(RecordingAttnProcessor, FusedAttnProcessor2_0):
     """The same for layers whose projections were fused by ``fuse_qkv_projections``."""
+
+    plain = FusedAttnProcessor2_0
 
     def project(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None
@@ -124,11 +134,21 @@ def install(
     Returns:
         A function that puts everything back; a processor that somebody else installed meanwhile is
         left alone.
+
+    Raises:
+        NotImplementedError: The layer attends to a part of the sequence or with a part of the heads
+            on each of several devices.
     """
     original = attn.processor
+    if getattr(original, "_parallel_config", None) is not None:
+        raise NotImplementedError(
+            "recording a model whose attention is spread over devices (enable_parallelism) is not "
+            f"supported, got a {type(original).__name__} with a parallel config"
+        )
     replacement = _REPLACEMENTS.get(type(original))
     if replacement is None:
-        return install_watching(attn, record, attend, guard)
+        rebound = install_rebound(attn, record, attend, guard)
+        return rebound or install_watching(attn, record, attend, guard)
     ours = replacement(record, attend, guard)
     attn.set_processor(ours)
 

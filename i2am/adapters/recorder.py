@@ -1,13 +1,11 @@
 """The recorder: listens to the layers of a denoiser and to its scheduler, and has the maps."""
 
 import contextlib
-import itertools
 import threading
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -19,11 +17,12 @@ from i2am.adapters.clock import RunClock
 from i2am.adapters.contexts import Calls
 from i2am.adapters.guard import Guard
 from i2am.adapters.guidance import GuidanceOrder
-from i2am.adapters.hooks import around_calls, weakly
+from i2am.adapters.hooks import weakly
 from i2am.adapters.pictures import Pictures
 from i2am.adapters.report import Report
 from i2am.adapters.run import BEFORE, Network, Run, Subject, recorded_layers
-from i2am.adapters.sites import LISTENERS, Site
+from i2am.adapters.sites import NUMBERS
+from i2am.adapters.tap import Tap
 from i2am.adapters.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.maps import AttributionMaps
@@ -74,15 +73,12 @@ class Recorder:
         self.layout = layout
         self._denoisers = tuple(denoisers)
         self._networks = tuple(map(_network, denoisers))
-        # of several networks the layers of one path are recorded as one
-        self._layers = [
-            layer
-            for network in self._networks
-            for layer in recorded_layers(network, layout).items()
-        ]
         self._subject = Subject(
             networks=tuple(map(Network.of, self._networks)),
-            layers=tuple(name for name, _ in self._layers),
+            # of several networks the layers of one path are recorded as one
+            layers=tuple(
+                path for network in self._networks for path in recorded_layers(network, layout)
+            ),
             layout=layout,
             order=order,
             wanted=wanted,
@@ -90,8 +86,7 @@ class Recorder:
             pictures=pictures,
             words=words,
         )
-        self._key = next(_KEYS)
-        self._calls = Calls(self._key)
+        self._calls = Calls(next(NUMBERS))
         self._clock = clock
         self._guard = Guard(weakly(self._give_up))
         clock.bind(
@@ -103,7 +98,7 @@ class Recorder:
         self._attend = attend
         self._in_block = False
         self._attachment: weakref.finalize[..., Any] | None = None
-        self._installed: list[Any] = []
+        self._tap: Tap | None = None
         self._processors: dict[str, str] = {}
         self._lost: dict[str, str] = {}
         self._elsewhere = self._unread = 0
@@ -129,12 +124,10 @@ class Recorder:
         self._attach(in_block=False)
 
     def _attach(self, *, in_block: bool) -> None:
-        from i2am.adapters.processors import install
-
         with _LOCK:  # two threads may come at once
             self._take_over()
             restore: list[Callable[[], None]] = []
-            undo = (self._key, self._networks, self._clock, restore)
+            undo = (self._networks, self._clock, restore)
             # runs at detach(), or when the last reference to the recorder goes
             self._attachment = weakref.finalize(self, _detach, *undo)
             self._attachment.atexit = False
@@ -145,21 +138,25 @@ class Recorder:
         self._run.read = True  # of an earlier block
         self._calls.take(thread=not in_block)
         guarded = self._guard.around
-        LISTENERS[self._key] = guarded(weakly(self._add))
         try:
-            for index, (name, module) in enumerate(self._layers):
-                self._processors[name] = type(module.processor).__name__
-                site = Site(self._key, index, self._calls.here)
-                restore.append(install(module, site, self._attend, self._guard))
-                self._installed.append(module.processor)
-            after = guarded(weakly(self._close))
+            tap = self._tap = Tap(
+                self._denoisers,
+                layers=set(self._subject.layers).__contains__,
+                listen=guarded(weakly(self._add)),
+                before=guarded(weakly(self._open)),
+                after=guarded(weakly(self._close)),
+                attend=self._attend,
+                guard=self._guard,
+                here=self._calls.here,
+            )
+            for layer in tap.layers:
+                self._processors[layer.path] = type(layer.module.processor).__name__
+            restore.append(tap.detach)
+            tap.attach()
             restore.append(self._subject.pictures.attach())
             if self._subject.words is not None:
                 restore.append(self._subject.words.attach())
-            for number, denoiser in enumerate(self._denoisers):
-                before = guarded(partial(weakly(self._open), number))
-                restore.append(around_calls(denoiser, before, after))
-                restore.append(self._calls.name_by_cache_context(self._networks[number]))
+            restore += map(self._calls.name_by_cache_context, self._networks)
             self._clock.attach()
         except BaseException:
             self.detach()
@@ -195,7 +192,6 @@ class Recorder:
         self._lost = self._find_lost()
         attachment()
         self._calls.leave()
-        self._installed.clear()
 
     def calls(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Say which guidance part the denoiser calls of a block are, in a loop of one's own.
@@ -318,7 +314,7 @@ class Recorder:
         self._clock.arrive()
         self._run.open(network, args, kwargs, self._calls.name)
 
-    def _close(self) -> None:
+    def _close(self, network: int) -> None:
         if not self._calls.here():
             return
         self._run.close()
@@ -337,11 +333,8 @@ class Recorder:
         self._run.add(layer, call_index, query, *rest)
 
     def _find_lost(self) -> dict[str, str]:
-        return {
-            name: type(module.processor).__name__
-            for (name, module), installed in zip(self._layers, self._installed, strict=False)
-            if module.processor is not installed
-        }
+        lost = {} if self._tap is None else self._tap.lost()
+        return {layer.path: type(processor).__name__ for layer, processor in lost.items()}
 
 
 def _network(denoiser: nn.Module) -> nn.Module:
@@ -356,13 +349,9 @@ def attached_to(denoiser: nn.Module) -> Recorder | None:
 
 
 def _detach(
-    key: int,
-    networks: Sequence[nn.Module],
-    clock: RunClock,
-    restore: list[Callable[[], None]],
+    networks: Sequence[nn.Module], clock: RunClock, restore: list[Callable[[], None]]
 ) -> None:
     """Put everything back; knows no recorder, because its own may be gone."""
-    LISTENERS.pop(key, None)
     clock.detach()
     for put_back in restore:
         put_back()
@@ -372,6 +361,5 @@ def _detach(
 
 
 _LOCK = threading.Lock()
-_KEYS = itertools.count()
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Recorder]] = weakref.WeakKeyDictionary()
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, Branches] = weakref.WeakKeyDictionary()

@@ -17,6 +17,7 @@ from i2am.adapters.multipliers import Multipliers
 from i2am.adapters.observations import Observations
 from i2am.adapters.pictures import Pictures
 from i2am.adapters.sources import Rows, Sources, part_of_bias
+from i2am.adapters.tap import attention_layers
 from i2am.adapters.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
@@ -113,9 +114,7 @@ def recorded_layers(network: nn.Module, layout: TokenLayout) -> dict[str, Any]:
     Raises:
         ValueError: There is none, or one that the layout does not describe.
     """
-    attention = {
-        name: module for name, module in network.named_modules() if hasattr(module, "get_processor")
-    }
+    attention = attention_layers(network)
     layers = {name: module for name, module in attention.items() if layout.matches(name)}
     if not layers:
         raise ValueError(

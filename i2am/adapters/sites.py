@@ -1,5 +1,6 @@
 """The way from a layer to its recorder: an operator, so that compiled graphs keep the call."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,9 @@ out."""
 
 LISTENERS: dict[int, Listener] = {}
 """Who listens, by the number that sites carry; a site nobody listens to does nothing."""
+
+NUMBERS = itertools.count()
+"""Of listeners, and of those whose calls are taken."""
 
 
 class Site:

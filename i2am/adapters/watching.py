@@ -1,4 +1,4 @@
-"""Processors that stay: IP-Adapter, PAG, third-party ones, with their weights and class names.
+"""Processors that stay: those with weights of their own, as IP-Adapter's, and third-party ones.
 
 While it is recorded, such an object is an instance of a subclass of its class, which watches its
 ``scaled_dot_product_attention`` calls. A compiled graph breaks there.
@@ -22,14 +22,13 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from i2am.adapters.attending import Attend, attend_beside, attend_guarded
+from i2am.adapters.attending import Attend, attend_beside, record_given, sdpa_call
 from i2am.adapters.guard import UNGUARDED
 from i2am.adapters.multipliers import AdapterCall, adapter_calls
 from i2am.adapters.projections import additive_mask, key_states, split_heads
 from i2am.adapters.sites import Record, takes
 
 _WATCHED = "_i2am_records"
-_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # These compute attention by other means, and project without norms of query and key
 _WITHOUT_SDPA = (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)
 
@@ -84,10 +83,21 @@ def _watching_class(base: Any) -> Any:
     def __call__(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return watch(self, attn, hidden_states, *args, **kwargs)
 
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # copied and pickled as what it was
+        return made_of, (base, {n: value for n, value in vars(self).items() if n != _WATCHED})
+
     # modules pass on only the keywords that the signature names
     signature = inspect.signature(base.__call__)
     __call__.__signature__ = signature  # type: ignore[attr-defined]
-    return type(f"Recording{base.__name__}", (base,), {"__call__": __call__})
+    contents = {"__call__": __call__, "__reduce_ex__": __reduce_ex__}
+    return type(f"Recording{base.__name__}", (base,), contents)
+
+
+def made_of(kind: Any, attributes: dict[str, Any]) -> Any:
+    """An instance of a class with given attributes, which it does not copy."""
+    made = kind.__new__(kind)
+    made.__dict__ = attributes
+    return made
 
 
 def _calls(processor: Any, given: dict[str, Any]) -> Iterator[AdapterCall]:
@@ -126,34 +136,12 @@ class _WatchAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | kwargs
-        query, key, mask, scale = (given.get(n) for n in ("query", "key", "attn_mask", "scale"))
-        attended, lse = None, None
-        # the others are calls that only PyTorch's own function makes
-        if not any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
-            value = given.get("value")
-            attended = attend_guarded(self.guard, self.attend, query, key, value, mask, scale=scale)
-        if attended is None:
-            output = func(*args, **kwargs)
-        else:
-            output, lse = attended
+        output, given, lse = sdpa_call(self.guard, self.attend, args, kwargs)
         with self.guard:
-            if given.get("is_causal"):
-                raise NotImplementedError("recording causal attention is not supported")
-            if key.shape[1] != query.shape[1]:
-                key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             index, multiplier = next(self.calls, (self.made, None))
             self.made += 1
-            options = {} if multiplier is None else {"multiplier": multiplier}
-            self.record(
-                query,
-                key,
-                bias=mask,
-                scale=scale,
-                query_lse=lse,
-                call_index=index,
-                **options,
-            )
+            known: dict[str, Any] = {} if multiplier is None else {"multiplier": multiplier}
+            record_given(self.record, given, query_lse=lse, call_index=index, **known)
         return output
 
 

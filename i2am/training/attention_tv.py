@@ -7,13 +7,13 @@ they are (Kim et al., StableVITON, CVPR 2024, section 3.4).
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from i2am.adapters.processors import install
+from i2am.adapters.tap import Tap, attention_layers
 from i2am.attribution.grid import Grid, resize
 from i2am.layouts.token_layout import (
     CROSS_ATTENTION_LAYERS,
@@ -89,29 +89,24 @@ class AttentionTotalVariation:
         self.weight = weight
         self.prefix = prefix
         self.reference_grid = reference_grid
-        self._unet = unet
-        self._modules = {name: modules[name] for name in self.layers}
+        self._tap = Tap(
+            unet,
+            layers=self.layers.__contains__,
+            listen=self._hear,
+            before=self._open,
+            after=self._close,
+            graph=True,
+        )
         self._frame: Frame | None = None
         self._running = False
         self._centres: dict[str, Tensor] = {}
-        self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
-        try:
-            for name, module in self._modules.items():
-                self._undo.append(install(module, self._recorder(name)))
-            hooks: Any = self._unet
-            opened = hooks.register_forward_pre_hook(self._open, with_kwargs=True)
-            self._undo.append(opened.remove)
-            self._undo.append(hooks.register_forward_hook(self._close, always_call=True).remove)
-        except BaseException:
-            self.__exit__()
-            raise
+        self._tap.attach()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._tap.detach()
         self._frame = None
         self._centres = {}
 
@@ -154,7 +149,7 @@ class AttentionTotalVariation:
             losses.append(total_variation(centres, inside))
         return self.weight * torch.stack(losses).sum()
 
-    def _open(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _open(self, network: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             sample: Tensor = args[0] if args else kwargs["sample"]
             height, width = sample.shape[-2:]
@@ -162,34 +157,35 @@ class AttentionTotalVariation:
             self._centres = {}
             self._running = True
 
-    def _close(self, unet: nn.Module, args: Any, output: Any) -> None:
+    def _close(self, network: int) -> None:
         self._running = False
 
-    def _recorder(self, layer: str) -> Callable[..., None]:
-        def record(
-            query: Tensor,
-            key: Tensor,
-            *,
-            bias: Tensor | None = None,
-            scale: float | None = None,
-            **_: Any,
-        ) -> None:
-            if self._frame is None or not torch.is_grad_enabled():
-                return
-            call = AttentionCall(layer, 0, query.shape[2], key.shape[2])
-            spans = self._layout.spans(call, self._frame)
-            if spans is None:
-                raise ValueError(
-                    f"layers must work on a level of the unet's grid, {layer} has "
-                    f"{query.shape[2]} queries for latents of {self._frame.size}"
-                )
-            attention = mean_attention(query, key, bias=bias, scale=scale)
-            centres = attention_centres(attention, self.reference_grid, prefix=self.prefix)
-            # gradient checkpointing runs the same operations again in the backward pass
-            if self._running:
-                self._centres[layer] = centres.unflatten(1, spans.generated.size)
-
-        return record
+    def _hear(
+        self,
+        index: int,
+        call_index: int,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        scale: float | None,
+        *_: Any,
+    ) -> None:
+        # further calls are those of adapters, which attend to other tokens
+        if self._frame is None or call_index or not torch.is_grad_enabled():
+            return
+        layer = self._tap.layers[index].path
+        call = AttentionCall(layer, 0, query.shape[2], key.shape[2])
+        spans = self._layout.spans(call, self._frame)
+        if spans is None:
+            raise ValueError(
+                f"layers must work on a level of the unet's grid, {layer} has "
+                f"{query.shape[2]} queries for latents of {self._frame.size}"
+            )
+        attention = mean_attention(query, key, bias=bias, scale=scale)
+        centres = attention_centres(attention, self.reference_grid, prefix=self.prefix)
+        # gradient checkpointing runs the same operations again in the backward pass
+        if self._running:
+            self._centres[layer] = centres.unflatten(1, spans.generated.size)
 
 
 def default_layer(unet: nn.Module) -> str:
@@ -279,6 +275,6 @@ def total_variation(centres: Tensor, inside: Tensor) -> Tensor:
 def _cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
-        for name, module in unet.named_modules()
-        if re.search(CROSS_ATTENTION_LAYERS, name) and hasattr(module, "get_processor")
+        for name, module in attention_layers(unet).items()
+        if re.search(CROSS_ATTENTION_LAYERS, name)
     }
