@@ -211,8 +211,7 @@ class Run:
 
     def end_evaluation(self, samples: int | None) -> None:
         """The scheduler has stepped ``samples`` latents, ``None`` if unknown."""
-        self.branches.end(samples)
-        self.sources.reveal(self.branches.revealed)
+        self.sources.reveal(self.branches.end(samples))
         # here, outside of any graph that is being captured or replayed
         self.branches.begin(self.clock.group)
 
