@@ -7,25 +7,28 @@ i2am is asked where tokens are.
 import importlib.util
 import re
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 from family_oracle import Call, Keys, Tokens
 from torch import Tensor, nn
+from transformers import BatchFeature
 
 from i2am.layouts import first_frame, reference_frames
 
 
-def _builders(folder: str) -> ModuleType:
-    path = Path(__file__).parent.parent / "layouts" / folder / "conftest.py"
-    spec = importlib.util.spec_from_file_location(f"builders_of_{folder}", path)
+def _builders(path: str) -> ModuleType:
+    """What a test module or a conftest builds."""
+    name = "builders_of_" + path.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -34,7 +37,10 @@ def _builders(folder: str) -> ModuleType:
     return module
 
 
-dits, unets = _builders("families"), _builders("families_unet")
+dits = _builders("layouts/families/conftest.py")
+unets = _builders("layouts/families_unet/conftest.py")
+models = _builders("models/conftest.py")
+tokenizers = _builders("adapters/test_words.py")
 normal = dits.normal
 
 
@@ -46,8 +52,9 @@ class Model:
         pipe: The pipeline.
         run: Makes its image.
         layers: Regular expression of the layers that are to be recorded.
-        part: Which rows are the conditional samples: ``"all"``, ``"first"`` or ``"second"`` of the
-            equal parts of a batch, or those of the first of two ``"calls"``.
+        part: Which rows are the conditional samples: ``"all"``, the ``"first"``, ``"second"`` or
+            ``"first third"`` of the equal parts of a batch, or those of the ``"first call"`` or
+            the ``"second call"``.
         tokens: What the tokens of a sample are in a call of a layer, None if it is nobody's.
         words: As for ``record``.
         samples: How many images are made.
@@ -66,7 +73,6 @@ class Model:
     steps: int = 2
     layout: Any = None
     denoisers: Sequence[str] = ("transformer",)
-    changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -91,9 +97,9 @@ class Model:
         """The row of every sample in a call, and what its tokens are."""
         if not re.search(self.layers, call.layer):
             return None
-        if self.part == "calls" and call.denoiser_call:
+        if "call" in self.part and call.denoiser_call != ("first", "second").index(self.part[:-5]):
             return None
-        parts = {"all": 1, "calls": 1, "first": 2, "second": 2, "first third": 3}[self.part]
+        parts = {"first": 2, "second": 2, "first third": 3}.get(self.part, 1)
         assert call.rows == parts * self.samples
         start = self.samples if self.part == "second" else 0
         found = []
@@ -201,7 +207,7 @@ def flux(kind: str, *references: tuple[int, int], samples: int = 1, **changes: A
         made.pipe,
         run_of(made, samples, **changes),
         BLOCKS,
-        "calls" if apart else "all",
+        "first call" if apart else "all",
         joint(*parts, words=SHIRT),
         SHIRT,
         samples,
@@ -248,7 +254,7 @@ def flux2(kind: str, *references: tuple[int, int], samples: int = 1, **options: 
         made.pipe,
         run_of(made, samples, num_inference_steps=steps),
         BLOCKS,
-        "calls" if kind in ("klein", "klein inpaint") else "all",
+        "first call" if kind in ("klein", "klein inpaint") else "all",
         cached if kind == "klein kv" else of_joint,
         words,
         samples,
@@ -277,7 +283,7 @@ def qwen(kind: str, *references: tuple[int, int], samples: int = 1, padded: bool
         made.pipe,
         run,
         r"^transformer_blocks\.\d+\.attn$",
-        "calls",
+        "first call",
         joint(*parts, words=words),
         words,
         samples,
@@ -341,6 +347,77 @@ def zimage(samples: int = 1, texts: Sequence[int] = (40, 7, 12), negative: int =
     )
 
 
+class Siglip(torch.nn.Module):
+    """What its processor makes of a picture."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, pixel_values: Tensor, spatial_shapes: Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=pixel_values)
+
+
+class SiglipProcessor:
+    def __call__(self, images: Sequence[Any], return_tensors: str) -> BatchFeature:
+        width, height = images[0].size
+        shape = (height // 8, width // 8)
+        pixels = normal(1, shape[0] * shape[1] + 2, 20, seed=height)  # two of padding
+        return BatchFeature({"pixel_values": pixels, "spatial_shapes": torch.tensor([shape])})
+
+
+def zimage_omni(samples: int = 1) -> Model:
+    """``[texts | references and image | SigLIP]``, each part padded to a multiple of 32."""
+    made = seeded(dits.BUILDERS["zimage"], siglip_feat_dim=20)
+    parts = {**made.pipe.components, "siglip": Siglip(), "siglip_processor": SiglipProcessor()}
+    pipe = diffusers.ZImageOmniPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    # it gives the encoder bf16
+    encode = pipe.vae.encode
+    pipe.vae.encode = lambda pixels: encode(pixels.float())
+    pipe.image_processor.check_image_input = lambda *args, **kwargs: None
+    lengths = [(7, 3, 40 + 3 * row, 2) for row in range(samples)]
+
+    def texts(extra: int) -> list[list[Tensor]]:
+        return [[normal(n + extra, 24, seed=n) for n in row] for row in lengths]
+
+    inputs = {**made.inputs, "prompt_embeds": texts(0), "negative_prompt_embeds": texts(26)}
+    inputs["image"] = [dits.picture(*dits.WIDE), dits.picture(32, 16, seed=1)]
+    words = {"shirt": [1, 2], "hat": [5, 39]}
+
+    def tokens(call: Call, sample: int) -> Tokens:
+        sizes = [*lengths[sample], 3 * 6, 8 * 4, 5 * 7, 3, 8]
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + (size + 31) // 32 * 32)
+        grids = {0: (3, 6), 1: (8, 4)}
+        keys = {
+            n: Keys(range(starts[4 + n], starts[4 + n] + h * w), (h, w))
+            for n, (h, w) in grids.items()
+        }
+        keys |= {2 + n: Keys(range(starts[7 + n], starts[7 + n] + sizes[7 + n])) for n in range(2)}
+        text = {word: [starts[2] + i for i in at] for word, at in words.items()}
+        return Tokens(range(starts[6], starts[6] + 35), IMAGE, keys, text)
+
+    def run() -> Tensor:
+        return pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+
+    return Model(pipe, run, r"^layers\.\d+\.attention$", "first", tokens, words, samples)
+
+
+def chroma(samples: int = 1) -> Model:
+    """Its padding is masked."""
+    made = seeded(dits.BUILDERS["chroma"])
+    words = {"shirt": [1, 2], "rest": [0, 3]}
+    return Model(
+        made.pipe,
+        run_of(made, samples),
+        BLOCKS,
+        "first call",
+        joint(("text", T), ("generated", IMAGE), words=words),
+        words,
+        samples,
+    )
+
+
 # UNets: the level of a layer has its grid
 
 def level(layer: str) -> int:
@@ -391,8 +468,6 @@ def sd(
     pipe = seeded(unets.sdxl, kind, **made) if xl else seeded(unets.stable_diffusion, kind)
     if adapters:
         unets.add_ip_adapters(pipe, *adapters)
-        for scale, module in zip((0.6, 0.3), adapters, strict=False):
-            assert scale and module
         pipe.set_ip_adapter_scale([0.6, 0.3][: len(adapters)])
     height, width = 40, 56
     if xl:
@@ -470,6 +545,107 @@ def catvton(name: str, samples: int = 1) -> Model:
     return Model(pipe, run, SELF, "second", tokens, None, samples, denoisers=("unet",))
 
 
+def picture(samples: int, channels: int, *size: int, seed: int = 0) -> Tensor:
+    """In [-1, 1]."""
+    return normal(samples, channels, *size, seed=seed).tanh()
+
+
+def hole(samples: int, height: int, width: int) -> Tensor:
+    mask = torch.zeros(samples, 1, height, width)
+    mask[..., 8 : height - 8, 4 : width - 8] = 1
+    return mask
+
+
+def paint_by_example(samples: int = 1) -> Model:
+    """Of diffusers: the reference is one token."""
+    pipe = seeded(unets.paint_by_example)
+    size = (40, 56)
+    inputs = {
+        "image": picture(samples, 3, *size),
+        "mask_image": hole(samples, *size),
+        "example_image": picture(samples, 3, 16, 16, seed=1),
+    }
+
+    def tokens(call: Call, sample: int) -> Tokens:
+        grid = halved((20, 28), level(call.layer))
+        assert (call.seqlen_q, call.seqlen_k) == (grid[0] * grid[1], 1)
+        return Tokens(range(call.seqlen_q), grid, {0: Keys([0])})
+
+    def run() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "output_type": "latent"}
+        return pipe(**inputs, **options, generator=generator).images
+
+    return Model(pipe, run, CROSS, "second", tokens, None, samples, denoisers=("unet",))
+
+
+def _own_paint_by_example() -> models.PaintByExamplePipeline:
+    with tempfile.TemporaryDirectory() as folder:
+        models.diffusers_pipeline().save_pretrained(folder)
+        return models.PaintByExamplePipeline.from_pretrained(folder)
+
+
+def _stableviton() -> models.StableVITONPipeline:
+    unet = models.StableVITONUNet(**models.TINY_STABLEVITON).eval()
+    for parameter in unet.parameters():
+        if not parameter.any():  # where training begins with zeros
+            nn.init.normal_(parameter, std=0.1)
+    return models.StableVITONPipeline(**_own_paint_by_example().components | {"unet": unet})
+
+
+OWN: dict[str, Callable[[], Any]] = {
+    "custom": partial(models.TINY_CUSTOM.build, seed=0),
+    "paint_by_example": _own_paint_by_example,
+    "dci_vton": lambda: models.DCIVTONPipeline(**_own_paint_by_example().components),
+    "stableviton": _stableviton,
+}
+
+
+def own(name: str, samples: int = 1) -> Model:
+    """The pipelines of i2am."""
+    pipe = seeded(OWN[name])
+    pipe.set_progress_bar_config(disable=True)
+    size = (36, 28)
+    inputs = {
+        "image": picture(samples, 3, *size),
+        "mask_image": hole(samples, *size),
+        "reference_image": picture(samples, 3, 20, 16, seed=1),
+    }
+    if name == "stableviton":
+        inputs["pose_image"] = picture(samples, 3, *size, seed=2)
+    if name == "dci_vton":
+        inputs["warped_image"] = picture(samples, 3, *size, seed=2)
+        inputs["warped_mask_image"] = hole(samples, *size)
+
+    def tokens(call: Call, sample: int) -> Tokens:
+        warp = re.match(r"warp_blocks\.(\d)", call.layer)
+        # three warp blocks of each level; of the other UNets one level alone attends
+        grid = halved((18, 14), 1 if warp is None or int(warp[1]) < 3 else 0)
+        assert call.seqlen_q == grid[0] * grid[1]
+        keys = {"custom": Keys(range(1, 13), (4, 3)), "stableviton": Keys(range(call.seqlen_q), grid)}
+        reference = keys.get(name, Keys([0]))
+        assert call.seqlen_k == reference.positions[-1] + 1
+        return Tokens(range(call.seqlen_q), grid, {0: reference})
+
+    def run() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0}
+        options |= {"height": size[0], "width": size[1]}
+        return pipe(**inputs, **options, generator=generator).images
+
+    warps = name == "stableviton"
+    return Model(
+        pipe,
+        run,
+        r"^warp_blocks.*attn2$" if warps else CROSS,
+        {"custom": "first", "stableviton": "first call"}.get(name, "second"),
+        tokens,
+        None,
+        samples,
+        denoisers=("unet",),
+    )
+
+
 def second_unet(name: str, samples: int = 1) -> Model:
     """The garment's features lie behind the person's tokens."""
     pipe = seeded(getattr(unets, name))
@@ -533,7 +709,7 @@ def wan(kind: str, samples: int = 1, layout: Any = None) -> Model:
         pipe,
         run,
         r"^blocks\.\d+\.attn2$" if layout is None else r"^blocks\.\d+\.attn1$",
-        "calls",
+        "first call",
         words_of if layout is None else frames,
         words if layout is None else None,
         samples,
@@ -564,6 +740,13 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "sd3": sd3,
     "sd3 adapter": partial(sd3, adapter=True),
     "zimage": zimage,
+    "zimage omni": zimage_omni,
+    "chroma": chroma,
+    "paint by example": paint_by_example,
+    "own custom": partial(own, "custom"),
+    "own paint by example": partial(own, "paint_by_example"),
+    "own dci-vton": partial(own, "dci_vton"),
+    "own stableviton": partial(own, "stableviton"),
     "sd": sd,
     "sd, some words": partial(sd, words=["zebra", "red zebra"]),
     "sd img2img": partial(sd, "StableDiffusionImg2ImgPipeline"),
