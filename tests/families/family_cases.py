@@ -137,6 +137,8 @@ def widened(inputs: Mapping[str, Any], samples: int) -> dict[str, Any]:
             return value
         if not value.is_floating_point():
             return value.repeat(samples, 1)
+        if name.startswith(("ip_adapter", "negative_ip_adapter")):
+            return value  # pipelines repeat it
         return normal(samples * len(value), *value.shape[1:], seed=zlib.crc32(name.encode()) % 999)
 
     return {name: wide(name, value) for name, value in inputs.items()}
@@ -545,9 +547,9 @@ def catvton(name: str, samples: int = 1) -> Model:
     return Model(pipe, run, SELF, "second", tokens, None, samples, denoisers=("unet",))
 
 
-def picture(samples: int, channels: int, *size: int, seed: int = 0) -> Tensor:
-    """In [-1, 1]."""
-    return normal(samples, channels, *size, seed=seed).tanh()
+def painting(samples: int, *size: int, seed: int = 0) -> Tensor:
+    """Values from 0 to 1."""
+    return normal(samples, 3, *size, seed=seed).sigmoid()
 
 
 def hole(samples: int, height: int, width: int) -> Tensor:
@@ -561,9 +563,9 @@ def paint_by_example(samples: int = 1) -> Model:
     pipe = seeded(unets.paint_by_example)
     size = (40, 56)
     inputs = {
-        "image": picture(samples, 3, *size),
+        "image": painting(samples, *size),
         "mask_image": hole(samples, *size),
-        "example_image": picture(samples, 3, 16, 16, seed=1),
+        "example_image": painting(samples, 16, 16, seed=1),
     }
 
     def tokens(call: Call, sample: int) -> Tokens:
@@ -607,14 +609,14 @@ def own(name: str, samples: int = 1) -> Model:
     pipe.set_progress_bar_config(disable=True)
     size = (36, 28)
     inputs = {
-        "image": picture(samples, 3, *size),
+        "image": painting(samples, *size),
         "mask_image": hole(samples, *size),
-        "reference_image": picture(samples, 3, 20, 16, seed=1),
+        "reference_image": painting(samples, 20, 16, seed=1),
     }
     if name == "stableviton":
-        inputs["pose_image"] = picture(samples, 3, *size, seed=2)
+        inputs["pose_image"] = painting(samples, *size, seed=2)
     if name == "dci_vton":
-        inputs["warped_image"] = picture(samples, 3, *size, seed=2)
+        inputs["warped_image"] = painting(samples, *size, seed=2)
         inputs["warped_mask_image"] = hole(samples, *size)
 
     def tokens(call: Call, sample: int) -> Tokens:
@@ -767,4 +769,37 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "wan 2.2 i2v": partial(wan, "i2v_22"),
     "wan ti2v, first frame": partial(wan, "ti2v_22", layout=first_frame()),
     "wan vace": partial(wan, "vace", layout=reference_frames(2)),
+}
+
+# three samples, each with other texts or pictures where its pipeline takes them
+BATCHES: dict[str, Callable[..., Model]] = {
+    "flux kontext": partial(flux, "kontext", (3, 6), samples=3),
+    "flux adapters": partial(flux_adapters, "adapter", samples=3),
+    "flux2 dev": partial(flux2, "dev", (3, 6), (7, 2), samples=3),
+    "flux2 klein": partial(flux2, "klein", (3, 6), (7, 2), samples=3),
+    "flux2 klein kv": partial(flux2, "klein kv", (3, 6), (7, 2), samples=3),
+    "qwen": partial(qwen, "text", samples=3),
+    "qwen edit": partial(qwen, "edit", (16, 8), samples=3),
+    "qwen edit plus": partial(qwen, "edit plus", (8, 16), (16, 8), samples=3),
+    "sd3": partial(sd3, samples=3),
+    "sd3 adapter": partial(sd3, samples=3, adapter=True),
+    "zimage": partial(zimage, samples=3),
+    "zimage omni": partial(zimage_omni, samples=3),
+    "chroma": partial(chroma, samples=3),
+    "sd": partial(sd, samples=3),
+    "sd, some words": partial(sd, words=["zebra"], samples=2),
+    "sd inpaint": partial(sd, "StableDiffusionInpaintPipeline", samples=3),
+    "sd adapters": partial(sd, "StableDiffusionPipeline", "base", "full", samples=3),
+    "sdxl": partial(sd, "StableDiffusionXLPipeline", samples=3),
+    "instruct pix2pix": partial(sd, "StableDiffusionInstructPix2PixPipeline", samples=3),
+    "paint by example": partial(paint_by_example, samples=3),
+    "own custom": partial(own, "custom", samples=3),
+    "own paint by example": partial(own, "paint_by_example", samples=3),
+    "own stableviton": partial(own, "stableviton", samples=3),
+    "catvton": partial(catvton, "CatVTONPipeline", samples=3),
+    "idm-vton": partial(second_unet, "idm_vton", samples=3),
+    "ootdiffusion": partial(second_unet, "ootdiffusion", samples=3),
+    "wan t2v": partial(wan, "t2v", samples=3),
+    "wan 2.2 t2v": partial(wan, "t2v_22", samples=3),
+    "wan i2v": partial(wan, "i2v", samples=3),
 }
