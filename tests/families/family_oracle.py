@@ -217,11 +217,10 @@ def assert_close(recorded: Tensor, wanted: Tensor, what: str) -> None:
 
 
 def assert_maps(
-    maps: Any, wanted: Mapping[tuple[str, Source], Sums], *, resized: bool = False
+    maps: Any, wanted: Mapping[tuple[str, Source], Sums]
 ) -> None:
     """Every map of every layer and source is that of the sums, and there are no others."""
-    references = [name for name in maps.sources if name not in maps.words]
-    names: dict[Source, str] = dict(enumerate(references)) | {word: word for word in maps.words}
+    names: dict[Source, str] = dict(enumerate(references(maps))) | {w: w for w in maps.words}
     recorded = {(layer.site.layer, layer.site.source) for layer in maps.layer_sums}
     assert recorded == {(layer, names[source]) for layer, source in wanted}
     for (layer, source), sums in wanted.items():
@@ -245,19 +244,48 @@ def assert_maps(
             assert_close(read, total, f"attention received by {names[source]!r} in {layer}")
 
 
-def assert_same_maps(one: Any, other: Any, *, by: Sequence[str] = ("", "time", "head")) -> None:
-    """Two recordings read alike, over all layers."""
-    assert one.sources == other.sources
-    for source in one.sources:
-        grids = [each.site.reference_grid for each in one.select(source=source).layer_sums]
-        for per in filter(None, by) if by == ("",) else by:
-            axes = (per,) if per else ()
-            for measure in ("share", "spread"):
-                left, right = (
-                    maps.reference_to_generated(axes, source=source, measure=measure)
-                    for maps in (one, other)
-                )
-                assert_close(left, right.double(), f"{measure} of {source!r} per {per or 'none'}")
-            if source not in one.words and None not in grids:
-                left, right = (maps.generated_to_reference(axes, source=source) for maps in (one, other))
-                assert_close(left, right.double(), f"received by {source!r} per {per or 'none'}")
+def averaged(wanted: Mapping[tuple[str, Source], Sums], source: Source) -> dict[str, Tensor]:
+    """What is left of a source where layers and heads are not kept apart: maps on the finest grid,
+    ``[samples, groups, (frames), height, width]``, and the calls of a layer."""
+    layers = [sums for (_, name), sums in wanted.items() if name == source]
+
+    def mean(of: str, grids: Sequence[tuple[int, ...]]) -> Tensor:
+        finest = max((grid[-2:] for grid in grids), key=lambda grid: grid[0] * grid[1])
+        found = []
+        for sums, grid in zip(layers, grids, strict=True):
+            maps = getattr(sums, of).mean(2).unflatten(-1, grid)
+            resized = F.interpolate(maps.flatten(0, -3)[:, None], finest, mode="bilinear")
+            found.append(resized[:, 0].unflatten(0, maps.shape[:-2]))
+        return torch.stack(found).mean(0)
+
+    made = {of: mean(of, [sums.grid for sums in layers]) for of in ("share", "spread")}
+    places = [sums.reference_grid for sums in layers if sums.reference_grid is not None]
+    if len(places) == len(layers):
+        made["received"] = mean("received", places)
+    made["calls"] = torch.stack([sums.calls for sums in layers]).mean(0)
+    return made
+
+
+def assert_averaged(maps: Any, wanted: Mapping[tuple[str, Source], Sums]) -> None:
+    """Maps over all layers and heads are the average of whole softmaxes."""
+    names = {**dict(enumerate(references(maps))), **{word: word for word in maps.words}}
+    frames = ("frame",) if maps.frames > 1 else ()
+    for source, name in names.items():
+        made = averaged(wanted, source)
+        calls = made["calls"].view(*made["calls"].shape, *[1] * (made["share"].ndim - 2))
+        for per in ((), ("time",)):
+            timed = "time" in per
+            share, spread = made["share"], made["spread"]
+            share = share / calls if timed else share.sum(1) / calls.sum(1)
+            for measure, total in (("share", share), ("spread", spread)):
+                total = total.sum(1) if measure == "spread" and not timed else total
+                read = maps.reference_to_generated((*per, *frames), source=name, measure=measure)
+                assert_close(read, total, f"{measure} of {name!r} per {per}")
+            if "received" in made:
+                read = maps.generated_to_reference(per, source=name)
+                total = made["received"] if timed else made["received"].sum(1)
+                assert_close(read, total, f"attention received by {name!r} per {per}")
+
+
+def references(maps: Any) -> list[str]:
+    return [name for name in maps.sources if name not in maps.words]

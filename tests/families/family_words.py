@@ -268,3 +268,6 @@ PROMPTED: dict[str, Callable[..., Model]] = {
     "chroma": chroma,
     "wan 2.2": wan,
 }
+
+# two samples, whose prompts differ in length, as do their negative ones
+PROMPTED |= {f"{name}, two": partial(make, samples=2) for name, make in [*PROMPTED.items()]}
