@@ -408,7 +408,7 @@ def zimage_omni(samples: int = 1) -> Model:
 def chroma(samples: int = 1) -> Model:
     """Its padding is masked."""
     made = seeded(dits.BUILDERS["chroma"])
-    words = {"shirt": [1, 2], "rest": [0, 3]}
+    words = {"shirt": [1, 2], "rest": [0, 3, 4, 5]}
     return Model(
         made.pipe,
         run_of(made, samples),
