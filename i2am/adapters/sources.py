@@ -221,21 +221,36 @@ class Sources:
 
 
 def _alike(found: Sequence[Rows]) -> tuple[Rows, ...]:
-    """Rows of one call: their words are of one site, whatever the length of their texts."""
-    most: dict[str, int] = {}
+    """Rows of one call have the same sites; their texts may differ in length.
+
+    Raises:
+        ValueError: Their images or references differ in size.
+    """
+    sites: dict[tuple[str, str], AttentionSite] = {}
     for rows in found:
         for source in rows.sources:
-            name, tokens = source.site.source, source.site.reference_tokens
-            most[name] = max(most.get(name, 0), tokens)
+            site = source.site
+            first = sites.setdefault((site.role, site.source), site)
+            tokens = max(first.reference_tokens, site.reference_tokens)
+            if source.words is not None:
+                sites[site.role, site.source] = replace(first, reference_tokens=tokens)
+            elif site != first:
+                raise ValueError(
+                    "samples of one batch must have images and references of one size, got "
+                    f"{_sizes(first)} and {_sizes(site)} in {site.layer}; record them in runs of "
+                    "their own"
+                )
 
     def alike(source: Source) -> Source:
-        if source.words is None:
-            return source
-        return replace(
-            source, site=replace(source.site, reference_tokens=most[source.site.source])
-        )
+        return replace(source, site=sites[source.site.role, source.site.source])
 
     return tuple(replace(rows, sources=tuple(map(alike, rows.sources))) for rows in found)
+
+
+def _sizes(site: AttentionSite) -> str:
+    place = site.reference_grid or (site.reference_tokens,)
+    of, by = ("x".join(map(str, grid)) for grid in (place, site.generated_grid))
+    return f"{site.source!r} of {of} for an image of {by} tokens"
 
 
 # diffusers masks by adding -10000; nothing less than this passes a softmax over keys

@@ -1,7 +1,5 @@
-"""Every family of models, as a parameter of tests, and what its recording must hold."""
+"""Every family of models whole, and what its recording must hold."""
 
-import family_oracle
-import pytest
-from family_cases import FAMILIES, dits
+from family_cases import dits
 
 small_references = dits.small_references

@@ -267,19 +267,18 @@ def flux2(kind: str, *references: tuple[int, int], samples: int = 1, **options: 
 def qwen(kind: str, *references: tuple[int, int], samples: int = 1, padded: bool = False) -> Model:
     made = seeded(dits.BUILDERS["qwen"], kind, padded=padded)
     words = {"shirt": [1, 2], "rest": [0, 3, 4, 5, 6]}
-    more: dict[str, Any] = {}
+    inputs = dict(made.inputs)
     if kind == "text" and samples > 1:  # of one prompt more than of the next
         mask = torch.ones(samples, dits.QWEN_TEXT, dtype=torch.long)
         for row in range(samples):
             mask[row, dits.QWEN_TEXT - row :] = 0
-        run = run_of(made, samples)
-        inputs = widened(made.inputs, samples) | {"prompt_embeds_mask": mask}
-
-        def run() -> Tensor:
-            return made.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+        inputs = widened(inputs, samples) | {"prompt_embeds_mask": mask}
     else:
-        more = {"num_images_per_prompt": samples}
-        run = run_of(made, 1, **more)
+        inputs["num_images_per_prompt"] = samples
+
+    def run() -> Tensor:
+        return made.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+
     parts = [("text", dits.QWEN_TEXT), ("generated", IMAGE), *enumerate(references)]
     return Model(
         made.pipe,
@@ -344,9 +343,7 @@ def zimage(samples: int = 1, texts: Sequence[int] = (40, 7, 12), negative: int =
     def run() -> Tensor:
         return made.pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
 
-    return Model(
-        made.pipe, run, r"^layers\.\d+\.attention$", "first", tokens, words, samples
-    )
+    return Model(made.pipe, run, r"^layers\.\d+\.attention$", "first", tokens, words, samples)
 
 
 class Siglip(torch.nn.Module):
@@ -421,6 +418,7 @@ def chroma(samples: int = 1) -> Model:
 
 
 # UNets: the level of a layer has its grid
+
 
 def level(layer: str) -> int:
     if layer.startswith("mid"):
@@ -624,7 +622,10 @@ def own(name: str, samples: int = 1) -> Model:
         # three warp blocks of each level; of the other UNets one level alone attends
         grid = halved((18, 14), 1 if warp is None or int(warp[1]) < 3 else 0)
         assert call.seqlen_q == grid[0] * grid[1]
-        keys = {"custom": Keys(range(1, 13), (4, 3)), "stableviton": Keys(range(call.seqlen_q), grid)}
+        keys = {
+            "custom": Keys(range(1, 13), (4, 3)),
+            "stableviton": Keys(range(call.seqlen_q), grid),
+        }
         reference = keys.get(name, Keys([0]))
         assert call.seqlen_k == reference.positions[-1] + 1
         return Tokens(range(call.seqlen_q), grid, {0: reference})
@@ -701,9 +702,7 @@ def wan(kind: str, samples: int = 1, layout: Any = None) -> Model:
         assert call.seqlen_q == call.seqlen_k == 6 * (3 + (first if kind == "vace" else 0))
         frames = call.seqlen_q // 6
         # of two pictures the second lies in front
-        keys = {
-            number: Keys(range(6 * number, 6 * number + 6), (2, 3)) for number in range(first)
-        }
+        keys = {number: Keys(range(6 * number, 6 * number + 6), (2, 3)) for number in range(first)}
         return Tokens(range(6 * first, call.seqlen_q), (frames - first, 2, 3), keys)
 
     two = kind in ("t2v_22", "i2v_22")

@@ -61,7 +61,9 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self._note(dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs)
+            self._note(
+                dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            )
         return func(*args, **kwargs)
 
 
@@ -113,7 +115,9 @@ def spied(denoisers: Sequence[nn.Module], scheduler: Any) -> Iterator[list[Call]
                     continue
                 begin = functools.partial(enter, name)
                 stack.callback(module.register_forward_pre_hook(begin).remove)
-                stack.callback(module.register_forward_hook(lambda *_: inside.pop() and None).remove)
+                stack.callback(
+                    module.register_forward_hook(lambda *_: inside.pop() and None).remove
+                )
         scheduler.step = count_step
         stack.callback(lambda: delattr(scheduler, "step"))
         stack.enter_context(_Mode(note))
@@ -216,9 +220,7 @@ def assert_close(recorded: Tensor, wanted: Tensor, what: str) -> None:
     assert error <= 1e-5, f"{what}: off by {error:.1e} of its maximum"
 
 
-def assert_maps(
-    maps: Any, wanted: Mapping[tuple[str, Source], Sums]
-) -> None:
+def assert_maps(maps: Any, wanted: Mapping[tuple[str, Source], Sums]) -> None:
     """Every map of every layer and source is that of the sums, and there are no others."""
     names: dict[Source, str] = dict(enumerate(references(maps))) | {w: w for w in maps.words}
     recorded = {(layer.site.layer, layer.site.source) for layer in maps.layer_sums}

@@ -4,7 +4,7 @@ import family_oracle as oracle
 import pytest
 import torch
 from family_cases import FAMILIES
-from test_parity import known, recorded
+from family_known import known, recorded
 
 pytestmark = [
     pytest.mark.slow,
@@ -13,6 +13,7 @@ pytestmark = [
         "ignore:.*recorded are the words of the prompt", "ignore:layers with a single reference"
     ),
 ]
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():

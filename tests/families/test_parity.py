@@ -1,12 +1,10 @@
 """Recordings of whole pipelines against whole attention matrices, family by family."""
 
-import functools
-import warnings
-
 import family_oracle as oracle
 import pytest
 import torch
 from family_cases import BATCHES, FAMILIES
+from family_known import known, recorded, spied
 from family_words import PROMPTED
 
 import i2am
@@ -19,35 +17,6 @@ pytestmark = [
 ]
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_prompted = pytest.mark.parametrize("name", PROMPTED)
-
-
-def recorded(model, **options):
-    """What a run leaves, and its image."""
-    with i2am.record(model.pipe, **model.options | options) as recorder:
-        image = model.run()
-    return recorder.maps(), image
-
-
-def spied(model):
-    with oracle.spied(model.networks, model.scheduler) as calls:
-        model.run()
-    return calls
-
-
-class Known:
-    """A family, what its attention really is, and what was recorded of it."""
-
-    def __init__(self, make):
-        self.model = make()
-        plain = self.model.run()
-        self.wanted = oracle.expected(spied(self.model), self.model.of, self.model.groups)
-        self.maps, image = recorded(self.model, sums="native")
-        assert torch.equal(image, plain)
-
-
-@functools.cache
-def known(table, name):
-    return Known({"families": FAMILIES, "batches": BATCHES, "prompted": PROMPTED}[table][name])
 
 
 @every_family

@@ -1,9 +1,14 @@
 """Words by position: texts of another length than the prompt's, and keys that are moved."""
 
+import warnings
+from types import SimpleNamespace
+
+import family_oracle as oracle
 import pytest
 import torch
-from family_cases import FAMILIES, zimage
-from test_parity import recorded
+from family_cases import FAMILIES, dits, normal, seeded, zimage
+from family_known import recorded
+from family_oracle import Keys, Tokens
 
 import i2am
 
@@ -13,9 +18,10 @@ pytestmark = pytest.mark.usefixtures("small_references")
 def refused(model, words, message):
     """Its image is made all the same."""
     plain = model.run()
-    with pytest.warns(UserWarning, match="recording ended"), i2am.record(
-        model.pipe, words=words, time_groups=2
-    ) as recorder:
+    with (
+        pytest.warns(UserWarning, match="recording ended"),
+        i2am.record(model.pipe, words=words, time_groups=2) as recorder,
+    ):
         image = model.run()
     assert torch.equal(image, plain)
     with pytest.raises(ValueError, match=message):
@@ -128,3 +134,50 @@ def test_keys_that_move_move_the_maps_of_their_source_alone(
     assert (factors[0] - 1).abs().max() > 1e-4
     for factor in factors:
         torch.testing.assert_close(factor, factors[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("sides", "size"), [((8, 6), None), ((4, 10), "2x5"), ((8, 10), "4x5")])
+def test_references_of_a_batch_must_be_of_one_size(sides, size):
+    """Z-Image takes a list of pictures for each sample, which need not be alike."""
+    net = seeded(dits.BUILDERS["zimage"], siglip_feat_dim=20).denoiser
+    arguments = {
+        "x": [
+            [normal(4, 1, 8, 6), normal(4, 1, 10, 14)],
+            [normal(4, 1, *sides, seed=1), normal(4, 1, 10, 14, seed=1)],
+        ],
+        "t": torch.tensor([0.5, 0.5]),
+        "cap_feats": [
+            [normal(count, 24) for count in counts] for counts in ((7, 3, 2), (40, 5, 2))
+        ],
+        "siglip_feats": [[normal(2, 3, 20), None]] * 2,
+        "image_noise_mask": [[0, 1]] * 2,
+    }
+    options = {"time_groups": 1, "sums": "native", "num_inference_steps": 1}
+    with torch.no_grad(), oracle.spied([net], SimpleNamespace(step=None)) as calls:
+        plain = net(**arguments).sample
+    recorder = i2am.record(net, words={"shirt": [1]}, **options)
+    with warnings.catch_warnings(), recorder, torch.no_grad():
+        warnings.filterwarnings("ignore", message="recording ended")
+        output = net(**arguments).sample
+    assert all(map(torch.equal, output, plain))
+    if size is not None:
+        message = rf"references of one size, got 'reference' of 4x3 .* and 'reference' of {size} "
+        with pytest.raises(ValueError, match=message):
+            recorder.maps()
+        return
+
+    def of(call):
+        if not call.layer.startswith("layers"):
+            return None
+        tokens = Tokens(range(128, 163), (5, 7), {0: Keys(range(96, 108), (4, 3))})
+        # the longer text of the second sample takes two paddings more
+        later = Tokens(range(160, 195), (5, 7), {0: Keys(range(128, 140), (4, 3))})
+        return [(0, tokens), (1, later)]
+
+    maps = recorder.maps()
+    wanted = oracle.expected(calls, of, [0])
+    for (layer, _), sums in wanted.items():
+        own = maps.select(layers=layer, source="reference")
+        for measure in ("share", "spread"):
+            read = own.reference_to_generated(("time", "head"), measure=measure).flatten(3)
+            oracle.assert_close(read, getattr(sums, measure), f"{measure} in {layer}")
