@@ -25,7 +25,25 @@ def test_maps_are_those_of_whole_softmaxes(name):
     oracle.assert_maps(of.maps, of.wanted)
 
 
-@pytest.mark.parametrize("name", BATCHES)
+# the others are the same to a batch
+QUICK = (
+    "flux kontext",
+    "flux2 klein kv",
+    "qwen",
+    "qwen edit plus",
+    "sd3 adapter",
+    "zimage",
+    "sd, some words",
+    "own custom",
+    "catvton",
+    "wan 2.2 t2v",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in BATCHES],
+)
 def test_samples_of_a_batch_have_their_own_maps(name):
     of = known("batches", name)
     assert of.maps.n_samples == of.model.samples > 1
