@@ -726,6 +726,9 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "flux kontext inpaint": partial(flux, "kontext inpaint", (3, 6)),
     "flux dev": partial(flux, "dev"),
     "flux fill": partial(flux, "fill"),
+    "flux control": partial(flux, "control"),
+    "flux img2img": partial(flux, "img2img"),
+    "flux inpaint": partial(flux, "inpaint"),
     "flux adapters": partial(flux_adapters, "adapter"),
     "flux kontext adapters": partial(flux_adapters, "kontext adapter", (3, 6)),
     "flux2 dev": partial(flux2, "dev", (3, 6), (7, 2)),
@@ -766,6 +769,7 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "wan 2.2 t2v": partial(wan, "t2v_22"),
     "wan i2v": partial(wan, "i2v"),
     "wan 2.2 i2v": partial(wan, "i2v_22"),
+    "wan ti2v": partial(wan, "ti2v_22"),
     "wan ti2v, first frame": partial(wan, "ti2v_22", layout=first_frame()),
     "wan vace": partial(wan, "vace", layout=reference_frames(2)),
 }

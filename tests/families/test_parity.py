@@ -1,5 +1,7 @@
 """Recordings of whole pipelines against whole attention matrices, family by family."""
 
+from dataclasses import replace
+
 import family_oracle as oracle
 import pytest
 import torch
@@ -172,3 +174,33 @@ def test_spans_that_move_into_a_cache_are_counted_in_every_step():
     wanted = oracle.expected(calls, model.of, range(3))
     assert all(bool((sums.calls == 1).all()) for sums in wanted.values())
     oracle.assert_maps(maps, wanted)
+
+
+# what the guidance branches of a batch, or of two calls, are; the rest has texts of two lengths
+OTHER = {
+    "own custom": "second",
+    "own stableviton": "second call",
+    "own paint by example": "first",
+    "paint by example": "first",
+    "catvton": "first",
+    "idm-vton": "first",
+    "ootdiffusion": "second",
+    "sd3 adapter": "first",
+    "sd adapters": "first",
+    "flux kontext, true guidance": "second call",
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_both_branches_of_guidance(name):
+    of = known("families", name)
+    references = {key: sums for key, sums in of.wanted.items() if isinstance(key[1], int)}
+    other = replace(of.model, part=OTHER[name])
+    unwanted = oracle.expected(spied(other), other.of, other.groups)
+    with i2am.record(of.model.pipe, guidance="both", time_groups=2, sums="native") as recorder:
+        of.model.run()
+    oracle.assert_maps(recorder.maps("conditional"), references)
+    without = {key: sums for key, sums in unwanted.items() if isinstance(key[1], int)}
+    oracle.assert_maps(recorder.maps("unconditional"), without)
+    key = next(iter(references))
+    assert not torch.allclose(references[key].spread, without[key].spread, rtol=1e-3)
