@@ -10,7 +10,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -183,7 +183,7 @@ def joint(*parts: Part, words: Mapping[str, Sequence[int]], call: int = 0) -> An
         assert one.seqlen_q == one.seqlen_k == sum(map(len, at.values()))
         return Tokens(
             at["generated"],
-            IMAGE,
+            dict(parts)["generated"],
             {name: Keys(at[name], size) for name, size in parts if isinstance(name, int)},
             {word: [at["text"][i] for i in positions] for word, positions in words.items()},
         )
@@ -289,6 +289,21 @@ def qwen(kind: str, *references: tuple[int, int], samples: int = 1, padded: bool
         words,
         samples,
     )
+
+
+def qwen_edit_inpaint() -> Model:
+    model = qwen("edit", (16, 8))
+    pipe = diffusers.QwenImageEditInpaintPipeline(**model.pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    inputs = dits.BUILDERS["qwen"]("edit").inputs
+    inputs |= {"mask_image": dits.picture(64, 32, seed=1).convert("L"), "strength": 1.0}
+
+    def run() -> Tensor:
+        return pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+
+    # the picture that is painted on is the reference too
+    parts = ("text", dits.QWEN_TEXT), ("generated", (16, 8)), (0, (16, 8))
+    return replace(model, pipe=pipe, run=run, tokens=joint(*parts, words=model.words))
 
 
 def sd3(samples: int = 1, adapter: bool = False) -> Model:
@@ -740,6 +755,7 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "qwen": partial(qwen, "text"),
     "qwen edit": partial(qwen, "edit", (16, 8)),
     "qwen edit, padded": partial(qwen, "edit", (16, 8), padded=True),
+    "qwen edit inpaint": qwen_edit_inpaint,
     "qwen edit plus": partial(qwen, "edit plus", (8, 16), (16, 8)),
     "sd3": sd3,
     "sd3 adapter": partial(sd3, adapter=True),

@@ -19,7 +19,11 @@ from diffusers.models.embeddings import (
     MultiIPAdapterImageProjection,
 )
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
+    pipeline_qwenimage_edit_plus,
+)
 from PIL import Image
 from torch import Tensor, nn
 
@@ -307,7 +311,11 @@ def _qwen(kind: str = "edit plus", *, guidance: bool = True, padded: bool = Fals
 @pytest.fixture
 def small_references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen's pipelines make references of some 32x64 pixels instead of a million."""
-    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+    for module in (
+        pipeline_qwenimage_edit,
+        pipeline_qwenimage_edit_inpaint,
+        pipeline_qwenimage_edit_plus,
+    ):
         whole = module.calculate_dimensions
         monkeypatch.setattr(
             module, "calculate_dimensions", lambda _, ratio, whole=whole: whole(32 * 64, ratio)
