@@ -151,7 +151,7 @@ def make_site(
 ) -> AttentionSite:
     """A cross-attention layer; without a reference grid it has a single reference token."""
     tokens = 1 if reference_grid is None else reference_grid[0] * reference_grid[1]
-    return AttentionSite(layer, heads, generated_grid, reference_grid, tokens, causal=tokens > 1)
+    return AttentionSite(layer, heads, generated_grid, reference_grid, tokens, informative=tokens > 1)
 
 
 def make_maps(

@@ -21,7 +21,7 @@ from i2am.kernels import Impl
 from i2am.kernels.arguments import implementation
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, TokenLayout
 
-GUIDANCE = {
+BRANCHES = {
     CONDITIONAL: (CONDITIONAL,),
     UNCONDITIONAL: (UNCONDITIONAL,),
     "both": (CONDITIONAL, UNCONDITIONAL),
@@ -35,7 +35,7 @@ def record(
     words: bool | str | Sequence[str] | Mapping[str, Any] | None = None,
     directions: Collection[Direction | str] | Direction | str = tuple(Direction),
     time_groups: int = 5,
-    guidance: str = CONDITIONAL,
+    branch: str = CONDITIONAL,
     regions: Mapping[str, Region] | Sequence[Patch | Box] | None = None,
     mask: Any = None,
     reference_mask: Any = None,
@@ -78,7 +78,7 @@ def record(
         time_groups: Groups of denoising steps kept apart, group 0 the noisiest, also of an
             inversion, whose first steps are the cleanest; in a run of fewer steps each step is one,
             with a warning.
-        guidance: Classifier-free guidance branch, ``"conditional"``, ``"unconditional"`` or
+        branch: Half of classifier-free guidance, ``"conditional"``, ``"unconditional"`` or
             ``"both"``.
         regions: Regions of the generated image for specific-reference maps, by name: a
             :class:`Patch`, a :class:`Box` or weights ``[height, width]``; or a sequence of patches
@@ -136,8 +136,8 @@ def record(
         ...     image = pipe(image=person, mask_image=mask, reference_image=garment).images[0]
         >>> recorder.maps().reference_to_generated(size=(512, 384))  # doctest: +SKIP
     """
-    if guidance not in GUIDANCE:
-        raise ValueError(f"guidance must be one of {', '.join(GUIDANCE)}, got {guidance!r}")
+    if branch not in BRANCHES:
+        raise ValueError(f"branch must be one of {', '.join(BRANCHES)}, got {branch!r}")
     denoisers, found = find_denoisers(pipe_or_denoiser)
     scheduler = scheduler if scheduler is not None else found
     if scheduler is None and num_inference_steps is None and time_groups > 1:
@@ -155,8 +155,8 @@ def record(
     if layout.no_reference and words is None:
         warnings.warn(f"{layout.no_reference}; recorded are the words of the prompt", stacklevel=2)
         words = True
-    if words and guidance != CONDITIONAL:
-        raise ValueError(f"words need guidance='conditional', got {guidance!r}")
+    if words and branch != CONDITIONAL:
+        raise ValueError(f"words need branch='conditional', got {branch!r}")
     prompts = PromptWords(pipe_or_denoiser, layout, words) if words else None
     sums = layout.sums if sums is None else sums
     pictures = Pictures(pipe_or_denoiser, layout, mask, reference_mask, stretch=stretch)
@@ -187,7 +187,7 @@ def record(
         layout=layout,
         clock=clock,
         order=order,
-        wanted=GUIDANCE[guidance],
+        wanted=BRANCHES[branch],
         make=make,
         pictures=pictures,
         words=prompts,

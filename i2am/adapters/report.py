@@ -62,7 +62,7 @@ class Report:
         multipliers, site = self._run.multipliers, layer.site
         held = multipliers.of(site, len(groups))
         if multipliers.silence(site):
-            site = replace(site, causal=False)
+            site = replace(site, informative=False)
         return replace(layer, site=site, multiplier=None if held is None else held[groups])
 
     def provenance(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Report:
             "note": layout.note or None,
             "prefix_votes": layout.prefix_votes if run.sources.beside else None,
             "guidance_order": list(run.branches.order),
-            "guidance": self._branch,
+            "branch": self._branch,
             "attach": self._attach,
             "pictures": run.subject.pictures.provenance(),
             "regions": describe_regions(self._accumulator.regions),

@@ -165,7 +165,7 @@ class Sources:
             generated_grid=generated.place,
             reference_grid=None,
             reference_tokens=0,
-            causal=call.seqlen_k > 1,
+            informative=call.seqlen_k > 1,
             frames=generated.frames,
             measure="share" if sequences.keys_of("generated") else "spread",
         )

@@ -124,13 +124,13 @@ class AttributionMaps(Readings):
         )
 
     @property
-    def causal(self) -> bool:
+    def informative(self) -> bool:
         """Whether every layer's output depends on the attention its map shows.
 
         False where a layer has a single reference token: its softmax over keys is 1 whatever the
         queries are, so its R2G map shows logits that the model never used.
         """
-        return all(layer.site.causal for layer in self.layer_sums)
+        return all(layer.site.informative for layer in self.layer_sums)
 
     @property
     def share_of(self) -> Literal["uniform", "mask"] | None:

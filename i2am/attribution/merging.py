@@ -71,7 +71,7 @@ def _facts(maps: "AttributionMaps") -> Iterator[tuple[str, object]]:
     yield "time groups", maps.time_groups
     yield "votes", ", ".join(maps.votes)
     yield "rows", ", ".join(maps.rows)
-    for name in ("guidance", "layout", "prefix_votes"):
+    for name in ("branch", "layout", "prefix_votes"):
         yield name, maps.provenance.get(name)
     descriptions = maps.provenance.get("regions") or {}
     yield "regions", ", ".join(f"{name}: {descriptions[name]}" for name in sorted(descriptions))

@@ -115,7 +115,7 @@ class ResizedSums:
             generated_grid=self.generated_grid,
             reference_grid=grid,
             reference_tokens=max(site.reference_tokens for site in sites),
-            causal=all(site.causal for site in sites),
+            informative=all(site.informative for site in sites),
             merged=tuple(self.sites),
         )
         if grid is not None:

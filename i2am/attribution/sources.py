@@ -116,7 +116,7 @@ def _together(layers: Sequence[LayerSums]) -> LayerSums:
             source=", ".join(layer.site.source for layer in layers),
             reference_grid=None,
             reference_tokens=sum(tokens),
-            causal=any(layer.site.causal for layer in layers),
+            informative=any(layer.site.informative for layer in layers),
         ),
         reference_to_generated=torch.stack(spreads).sum(0) if len(spreads) == len(layers) else None,
         generated_to_reference=None,

@@ -21,7 +21,7 @@ READABLE = (1, 2, 3)
 
 JOINT_SUMS = ("g2r", "r2g")
 _FIELDS = {"sites": list, "votes": list, "rows": list, "provenance": dict}
-_SITE = {"layer": str, "heads": int, "reference_tokens": int, "causal": bool}
+_SITE = {"layer": str, "heads": int, "reference_tokens": int, "informative": bool}
 JOINT_FACTS = ("generated_grid", "reference_grid", "time_groups", "heads", "layers")
 
 

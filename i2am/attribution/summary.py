@@ -18,7 +18,7 @@ def summary(maps: "AttributionMaps") -> str:
     head = (
         f"AttributionMaps: {counted(maps.n_samples, 'sample')}, "
         f"{counted(maps.time_groups, 'time group')}, {counted(len(maps.layers), 'layer')}, "
-        f"{nbytes / 2**20:.1f} MiB, guidance {maps.provenance.get('guidance', 'unknown')}"
+        f"{nbytes / 2**20:.1f} MiB, guidance {maps.provenance.get('branch', 'unknown')}"
     )
     lines = [
         head,
@@ -42,7 +42,7 @@ def _line(site: AttentionSite) -> str:
     merged = f", mean of {counted(len(site.merged), 'layer')}" if site.merged else ""
     return (
         f"{site.layer}: {_by(site.generated_grid)} from {reference}, "
-        f"{counted(site.heads, 'head')}{merged}{'' if site.causal else ', causal=False'}"
+        f"{counted(site.heads, 'head')}{merged}{'' if site.informative else ', informative=False'}"
     )
 
 

@@ -22,7 +22,7 @@ class AttentionSite:
     reference_grid: Grid | None
     """``(height, width)`` of the reference tokens, row-major; ``None`` where they have no place."""
     reference_tokens: int
-    causal: bool = True
+    informative: bool = True
     """False for a single reference token, attention to which is 1 whatever query and key are, and
     for a branch that the layer multiplies by 0."""
     merged: tuple[str, ...] = ()

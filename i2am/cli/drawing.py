@@ -154,7 +154,7 @@ def _heading(which: str, runs: list[RecordedRun], drawing: Drawing, preset: str)
     # what differs between rows stands beside them
     for of_all in (set(map(_model, runs)), set(map(_guidance, runs))):
         facts += of_all if len(of_all) == 1 else []
-    if not all(run.maps.causal for run in runs):
+    if not all(run.maps.informative for run in runs):
         facts.append("layers with a single reference token, whose maps show no cause")
     if preset != "paper":
         facts.append(f"preset {preset}")
@@ -187,7 +187,7 @@ def _model(run: RecordedRun) -> str:
 def _guidance(run: RecordedRun) -> str:
     if run.guidance <= 1:
         return "no guidance"
-    half = run.maps.provenance.get("guidance")
+    half = run.maps.provenance.get("branch")
     return f"guidance {run.guidance:g}" + (
         ", unconditional half" if half == "unconditional" else ""
     )

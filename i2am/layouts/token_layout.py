@@ -215,7 +215,7 @@ class TokenLayout:
 
     @staticmethod
     def single_token(**options: Any) -> "TokenLayout":
-        """One reference token per layer (Paint-by-Example, DCI-VTON): R2G only, not causal."""
+        """One reference token per layer (Paint-by-Example, DCI-VTON): R2G only, not informative."""
         from i2am.layouts.cross_attention import single_token
 
         return single_token(**options)
@@ -237,7 +237,7 @@ class TokenLayout:
 
         Args:
             unet_layers: Record the UNet's cross-attentions to its single image token too: R2G
-                only, not causal.
+                only, not informative.
             **options: Those of :class:`TokenLayout`.
         """
         from i2am.layouts.stableviton import warp_blocks

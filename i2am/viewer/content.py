@@ -248,7 +248,7 @@ def sample(
         stacks += _joint(maps.joint)
 
     told = [maps.provenance["note"]] if maps.provenance.get("note") else []
-    if not maps.causal:
+    if not maps.informative:
         told.append("Some layers have a single reference token: their maps show no cause.")
     return Sample(
         id=id,

@@ -122,7 +122,7 @@ def assert_recorded_alike(results):
 
 KEPT = pytest.mark.parametrize(
     "options",
-    [{}, {"sums": "resized"}, {"joint": True}, {"guidance": "both"}],
+    [{}, {"sums": "resized"}, {"joint": True}, {"branch": "both"}],
     ids=["native", "resized", "joint", "both"],
 )
 

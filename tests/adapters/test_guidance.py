@@ -59,7 +59,7 @@ def test_conditional_rows(tiny, oracle, form, samples):
     with i2am.record(loop, layout=layout, time_groups=3) as recorder:
         loop(tiny.reference(samples), guidance=form)
     maps = recorder.maps()
-    assert maps.provenance["guidance"] == "conditional"
+    assert maps.provenance["branch"] == "conditional"
     rows = rows_of("conditional", form, samples)
     oracle.assert_maps(maps, calls, groups=SIX_IN_THREE, rows=rows, reference=REFERENCE)
 
@@ -74,10 +74,10 @@ def test_unconditional_rows_on_request(tiny, oracle, form, guidance):
     with i2am.record(loop, layout=layout, time_groups=3, guidance=guidance) as recorder:
         loop(tiny.reference(2), guidance=form)
     wanted = ["unconditional"] if guidance == "unconditional" else ["conditional", "unconditional"]
-    assert recorder.maps().provenance["guidance"] == wanted[0]
+    assert recorder.maps().provenance["branch"] == wanted[0]
     for branch in wanted:
         maps = recorder.maps(branch)
-        assert maps.provenance["guidance"] == branch
+        assert maps.provenance["branch"] == branch
         rows = rows_of(branch, form, 2)
         oracle.assert_maps(maps, calls, groups=SIX_IN_THREE, rows=rows, reference=REFERENCE)
 
@@ -90,7 +90,7 @@ def test_guidance_cut_off_during_the_run(tiny, oracle, form):
     with oracle.spy(loop.unet, loop.scheduler) as calls:
         loop(tiny.reference(2), **options)
     assert len({call.rows for call in calls}) == (1 if form == "two calls" else 2)
-    with i2am.record(loop, layout=layout, time_groups=3, guidance="both") as recorder:
+    with i2am.record(loop, layout=layout, time_groups=3, branch="both") as recorder:
         loop(tiny.reference(2), **options)
     rows = rows_of("conditional", form, 2)
     oracle.assert_maps(recorder.maps(), calls, groups=SIX_IN_THREE, rows=rows, reference=REFERENCE)
@@ -194,7 +194,7 @@ def test_instruct_pix2pix(tiny, oracle):
     assert {call.rows for call in calls} == {3}
     order = ("conditional", "image", "unconditional")
     layout = TokenLayout.cross_attention((2, 3), guidance_order=order)
-    with i2am.record(pipeline, layout=layout, time_groups=3, guidance="both") as recorder:
+    with i2am.record(pipeline, layout=layout, time_groups=3, branch="both") as recorder:
         tiny.run(pipeline, **options)
     for part, branch in ((0, "conditional"), (2, "unconditional")):
         oracle.assert_maps(
@@ -427,7 +427,7 @@ def test_rows_that_are_no_multiple_of_the_samples(rows, samples):
 def test_stable_diffusion_without_guidance_has_no_unconditional_rows(tiny):
     pipeline = tiny.stable_diffusion(StableDiffusionPipeline)
     layout = TokenLayout.cross_attention((2, 3))
-    with i2am.record(pipeline, layout=layout, time_groups=1, guidance="both") as recorder:
+    with i2am.record(pipeline, layout=layout, time_groups=1, branch="both") as recorder:
         tiny.run(
             pipeline,
             **tiny.prompts(),

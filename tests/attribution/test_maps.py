@@ -309,8 +309,8 @@ def test_layers_count_alike_whatever_their_heads(preset):
 
 def test_a_single_reference_token_has_r2g_only():
     maps = record([SITES[0], SINGLE])
-    assert not maps.causal
-    assert maps.select(layers=SITES[0].layer).causal
+    assert not maps.informative
+    assert maps.select(layers=SITES[0].layer).informative
     assert maps.reference_to_generated("layer").shape == (SAMPLES, 2, 8, 6)
     assert maps.directions == (R2G, G2R)
     single = maps.select(layers=SINGLE.layer)
@@ -339,13 +339,13 @@ def test_properties_and_repr(maps):
     assert maps.layers == tuple(site.layer for site in SITES)
     assert maps.votes == ("uniform", "mask")
     assert maps.regions == (str(PATCH), "hem")
-    assert maps.causal
-    text = repr(record([SITES[0], SINGLE], provenance={"guidance": "conditional"}))
+    assert maps.informative
+    text = repr(record([SITES[0], SINGLE], provenance={"branch": "conditional"}))
     assert "2 samples, 2 time groups, 2 layers" in text
     assert "guidance conditional" in text
     assert "reference_to_generated, generated_to_reference" in text
     assert "down_blocks.0.attn2: 8x6 from 5x4, 2 heads\n" in text
-    assert "up_blocks.0.attn2: 4x3 from 1 token, 2 heads, causal=False" in text
+    assert "up_blocks.0.attn2: 4x3 from 1 token, 2 heads, informative=False" in text
     assert "note" not in text
     assert repr(record(provenance={"note": "mixed"})).endswith("\n  note: mixed")
     # 2 samples x 2 groups x 2 heads x (48 + 20 + 12) fp32
@@ -477,7 +477,7 @@ def test_heads_of_layers_with_different_counts_are_refused():
         (lambda: record(mask=RIGHT), "agree in rows: .* uniform, mask"),
         (lambda: record([*SITES[:2], replace(SITES[2], heads=5)]), "grids, heads .* up_blocks.1"),
         (lambda: record(directions=[R2G]), "the recorded sums of down_blocks.0.attn2"),
-        (lambda: record(provenance={"guidance": "unconditional"}), "guidance: .*unconditional"),
+        (lambda: record(provenance={"branch": "unconditional"}), "guidance: .*unconditional"),
         (lambda: record(provenance={"layout": "same_grid"}), "agree in layout: .*same_grid"),
         (lambda: record(provenance={"prefix_votes": True}), "agree in prefix_votes: .*True"),
         (

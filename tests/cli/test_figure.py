@@ -214,7 +214,7 @@ def test_halves_of_guidance_are_told_apart(recorded):
     both = recorded(halves=("conditional", "unconditional"), guidance_branch="both")
     for branch in (None, "conditional", "unconditional"):
         maps = read_run(both, branch=branch).maps
-        assert maps.provenance["guidance"] == (branch or "conditional")
+        assert maps.provenance["branch"] == (branch or "conditional")
     with pytest.raises(InputRejected, match="must hold the unconditional half, it holds the con"):
         read_run(recorded("one"), branch="unconditional")
 

@@ -144,8 +144,8 @@ def test_both_halves_of_guidance_are_kept_apart(run_here, record_line, out):
     assert done.code == ExitCode.DONE, done.err
     first = i2am.load_maps(out / "maps.safetensors")
     second = i2am.load_maps(out / "maps_unconditional.safetensors")
-    assert first.provenance["guidance"] == "conditional"
-    assert second.provenance["guidance"] == "unconditional"
+    assert first.provenance["branch"] == "conditional"
+    assert second.provenance["branch"] == "unconditional"
     difference = first.generated_to_reference() - second.generated_to_reference()
     assert difference.abs().max() > 0
     assert (out / "g2r_unconditional.png").is_file()
@@ -155,7 +155,7 @@ def test_both_halves_of_guidance_are_kept_apart(run_here, record_line, out):
 def test_unconditional_half_alone(run_here, record_line, out):
     assert run_here(record_line(guidance_branch="unconditional")).code == ExitCode.DONE
     maps = i2am.load_maps(out / "maps.safetensors")
-    assert maps.provenance["guidance"] == "unconditional"
+    assert maps.provenance["branch"] == "unconditional"
 
 
 def test_json_goes_to_stdout_and_everything_else_to_stderr(run_here, record_line, out):

@@ -197,7 +197,7 @@ def test_both_branches_of_guidance(name):
     references = {key: sums for key, sums in of.wanted.items() if isinstance(key[1], int)}
     other = replace(of.model, part=OTHER[name])
     unwanted = oracle.expected(spied(other), other.of, other.groups)
-    with i2am.record(of.model.pipe, guidance="both", time_groups=2, sums="native") as recorder:
+    with i2am.record(of.model.pipe, branch="both", time_groups=2, sums="native") as recorder:
         of.model.run()
     oracle.assert_maps(recorder.maps("conditional"), references)
     without = {key: sums for key, sums in unwanted.items() if isinstance(key[1], int)}
