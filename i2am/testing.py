@@ -210,5 +210,5 @@ def make_maps(
         votes=accumulator.votes,
         rows=accumulator.rows,
         provenance=provenance or {},
-        joint=accumulator.joint(),
+        pairs=accumulator.pairs(),
     )

@@ -17,7 +17,7 @@ from i2am.adapters.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions, region_weights
-from i2am.attribution.joint_sums import JointGrids
+from i2am.attribution.pair_sums import PairGrids
 from i2am.kernels import Impl
 from i2am.kernels.arguments import implementation
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, TokenLayout
@@ -46,7 +46,7 @@ def record(
     num_inference_steps: int | None = None,
     keep_keys: bool = False,
     sums: str | None = None,
-    joint: JointGrids = False,
+    pairs: PairGrids = False,
     flow: bool = False,
     attach: str = "beside",
 ) -> Recorder:
@@ -107,7 +107,7 @@ def record(
             ``"resized"`` adds all layers up, bilinearly resized, on the finest grid, so that what
             is kept does not grow with the layers, for the same time-and-head maps. Default native,
             and resized for transformers whose native sums would take hundreds of MB per sample.
-        joint: Also record every patch against every patch, for ``maps.joint``: True, the grid
+        pairs: Also record every patch against every patch, for ``maps.pairs``: True, the grid
             ``(height, width)`` over the generated image, or that and one over the reference image.
             What is not given is the finest grid of the layers, halved until it has at most 1024
             cells. Keeps ``8 * (time groups + heads) * cells * reference cells`` bytes per sample,
@@ -150,8 +150,8 @@ def record(
         directions = (directions,)
     layout = layout or find_layout(pipe_or_denoiser, denoisers[0])
     order = guidance_order(pipe_or_denoiser, layout)
-    if layout.no_reference and (reference_mask is not None or joint is not False):
-        what = "reference_mask" if reference_mask is not None else "joint"
+    if layout.no_reference and (reference_mask is not None or pairs is not False):
+        what = "reference_mask" if reference_mask is not None else "pairs"
         raise ValueError(f"{what} needs reference tokens: {layout.no_reference}")
     if layout.no_reference and words is None:
         warnings.warn(f"{layout.no_reference}; recorded are the words of the prompt", stacklevel=2)
@@ -171,7 +171,7 @@ def record(
             reference_mask=pictures.reference_mask,
             keep_keys=keep_keys,
             sums=sums,
-            joint=joint,
+            pairs=pairs,
             flow=flow,
             impl=impl,
             **options,

@@ -233,7 +233,7 @@ class Recorder:
             votes=accumulator.votes,
             rows=accumulator.rows,
             provenance=report.provenance(),
-            joint=report.joint,
+            pairs=report.pairs,
         )
 
     @property

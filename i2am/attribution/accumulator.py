@@ -14,8 +14,8 @@ from torch import Tensor
 from i2am.attribution.buffers import LayerBuffers, Reading, Tokens, Words
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions
-from i2am.attribution.joint import JointMaps
-from i2am.attribution.joint_sums import JointGrids, as_joint
+from i2am.attribution.pair_sums import PairGrids, as_pairs
+from i2am.attribution.pairs import PairMaps
 from i2am.attribution.resized import ResizedSums
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.attribution.time_groups import TimeGroups
@@ -51,8 +51,8 @@ class Accumulator:
             O(seqlen_q * seqlen_k), for parity checks only.
         sums: ``"native"`` keeps every layer on its own grid; ``"resized"`` adds all layers up on
             the finest grid of the first evaluation, so that what stays does not grow with them.
-        joint: Also add up every cell of a generated grid against every cell of a reference grid,
-            both directions, for :meth:`joint`: True, the generated grid ``(height, width)``, or
+        pairs: Also add up every cell of a generated grid against every cell of a reference grid,
+            both directions, for :meth:`pairs`: True, the generated grid ``(height, width)``, or
             both grids. What is not given is the layers' finest, halved until it has at most 1024
             cells. Layers without a reference grid do not take part.
         flow: Also keep where on the reference each patch looks, for :meth:`AttributionMaps.flow`.
@@ -62,7 +62,7 @@ class Accumulator:
     Raises:
         ValueError: ``time_groups`` is below 1, no direction is given, a region has a reserved name
             or is none (see :func:`as_regions`), a mask is not ``[(batch,) height, width]`` or is 0
-            everywhere, ``sums`` is unknown, keys are to be kept of resized sums, or ``joint`` is no
+            everywhere, ``sums`` is unknown, keys are to be kept of resized sums, or ``pairs`` is no
             grid.
     """
 
@@ -76,7 +76,7 @@ class Accumulator:
         reference_mask: Tensor | None = None,
         keep_keys: bool = False,
         sums: str = "native",
-        joint: JointGrids = False,
+        pairs: PairGrids = False,
         flow: bool = False,
         impl: Impl | str | None = None,
         unresolved: bool = False,
@@ -115,7 +115,7 @@ class Accumulator:
         )
         self._layers: dict[Source, LayerBuffers] = {}
         self._groups = TimeGroups(time_groups)
-        self._joint = as_joint(joint, time_groups)
+        self._pairs = as_pairs(pairs, time_groups)
         # all layers of the first evaluation must be seen before their finest grid is known; until
         # then each has sums of its own
         self._resized: dict[str, ResizedSums] | None = None
@@ -166,8 +166,8 @@ class Accumulator:
             sums += [
                 each for resized in self._begin_resizing().values() for each in resized.tensors
             ]
-        if self._joint is not None:
-            sums += self._joint.tensors
+        if self._pairs is not None:
+            sums += self._pairs.tensors
         self._groups.begin(group, sums)
 
     @torch.no_grad()
@@ -257,15 +257,15 @@ class Accumulator:
             if lse is None:  # the softmax over all keys is what the model takes
                 lse, _ = accumulate(query, key, [], bias=bias, **given)
             key, bias = key[:, :, keys], _some(bias, keys)
-        joint = [] if self._joint is None else self._joint.probes(layer.site, query)
+        pairs = [] if self._pairs is None else self._pairs.probes(layer.site, query)
         everything = isinstance(layer.reference, slice) and layer.reference == slice(None)
         if everything:
-            probes, joint = probes + joint, []
+            probes, pairs = probes + pairs, []
         lse, _ = accumulate(query, key, probes, bias=bias, normaliser=lse, **given)
-        if joint:
+        if pairs:
             some = layer.reference
             key, bias = key[:, :, some], _some(bias, some)
-            accumulate(query, key, joint, bias=bias, normaliser=lse, **given)
+            accumulate(query, key, pairs, bias=bias, normaliser=lse, **given)
         return lse
 
     def resolve(self, rows: slice) -> "Accumulator":
@@ -282,7 +282,7 @@ class Accumulator:
             impl=self.impl,
         )
         resolved._groups = self._groups.copy()
-        resolved._joint = None if self._joint is None else self._joint.resolve(rows)
+        resolved._pairs = None if self._pairs is None else self._pairs.resolve(rows)
         resolved._layers = {name: layer.resolve(rows) for name, layer in self._layers.items()}
         return resolved
 
@@ -296,14 +296,14 @@ class Accumulator:
         ]
 
     @property
-    def records_joint(self) -> bool:
-        """Whether :meth:`joint` was asked for."""
-        return self._joint is not None
+    def records_pairs(self) -> bool:
+        """Whether :meth:`pairs` was asked for."""
+        return self._pairs is not None
 
-    def joint(self) -> JointMaps | None:
+    def pairs(self) -> PairMaps | None:
         """Every patch against every patch, as a copy; ``None`` if that was not asked for, or no
         layer has a reference grid."""
-        return None if self._joint is None else self._joint.maps(self._groups)
+        return None if self._pairs is None else self._pairs.maps(self._groups)
 
     def _begin_resizing(self) -> dict[str, ResizedSums]:
         """Move what the first evaluation left; from now on layers of one shape share their sums."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from i2am.attribution.direction import Direction
-from i2am.attribution.joint import JointMaps, concatenate_joint
 from i2am.attribution.layers import (
     apply,
     check_layers,
@@ -17,6 +16,7 @@ from i2am.attribution.layers import (
     tensors,
 )
 from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
+from i2am.attribution.pairs import PairMaps, concatenate_pairs
 from i2am.attribution.presets import Preset
 from i2am.attribution.readings import Readings
 from i2am.attribution.shown import share_votes
@@ -45,15 +45,15 @@ class AttributionMaps(Readings):
         rows: Names along the rows axis of G2R: ``"uniform"``, then ``"mask"`` if an inpainting
             mask was given, then one name per region.
         provenance: JSON values that say where the maps come from.
-        joint: Every patch against every patch, where ``record(joint=...)`` asked for it.
+        pairs: Every patch against every patch, where ``record(pairs=...)`` asked for it.
 
     Attributes:
         layer_sums: The raw sums, one :class:`LayerSums` per layer.
-        votes, rows, provenance, joint: As given.
+        votes, rows, provenance, pairs: As given.
 
     Raises:
         ValueError: If `layers` is empty or repeats a layer, or the shape of a tensor contradicts
-            its site, the other layers, `votes`, `rows` or `joint`.
+            its site, the other layers, `votes`, `rows` or `pairs`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class AttributionMaps(Readings):
         votes: tuple[str, ...],
         rows: tuple[str, ...],
         provenance: Mapping[str, Any],
-        joint: JointMaps | None = None,
+        pairs: PairMaps | None = None,
     ) -> None:
         self.layer_sums = tuple(layers)
         self.votes = tuple(votes)
@@ -72,11 +72,11 @@ class AttributionMaps(Readings):
         check_layers(self.layer_sums, self.votes, self.rows)
         any_sums = next(iter(tensors(self.layer_sums[0]).values()))
         self._n_samples, self._time_groups = any_sums.shape[:2]
-        self.joint = joint
-        if joint is not None and (joint.n_samples, joint.time_groups) != any_sums.shape[:2]:
+        self.pairs = pairs
+        if pairs is not None and (pairs.n_samples, pairs.time_groups) != any_sums.shape[:2]:
             raise ValueError(
-                f"joint must hold {self._n_samples} samples and {self._time_groups} time groups, "
-                f"got {joint.n_samples} and {joint.time_groups}"
+                f"pairs must hold {self._n_samples} samples and {self._time_groups} time groups, "
+                f"got {pairs.n_samples} and {pairs.time_groups}"
             )
 
     # What there is
@@ -141,7 +141,7 @@ class AttributionMaps(Readings):
 
     def nonfinite(self) -> list[str]:
         """Where values are NaN or infinite: one line per place, empty if all is well."""
-        return nonfinite(self.layer_sums) + (self.joint.nonfinite() if self.joint else [])
+        return nonfinite(self.layer_sums) + (self.pairs.nonfinite() if self.pairs else [])
 
     # Subsets, batches, devices
 
@@ -153,7 +153,7 @@ class AttributionMaps(Readings):
     ) -> "AttributionMaps":
         """The same maps for some layers, samples or one source only.
 
-        :attr:`joint` is an average over layers, so it does not survive a choice of them.
+        :attr:`pairs` is an average over layers, so it does not survive a choice of them.
 
         Args:
             layers: Layer paths or patterns such as ``"up_blocks.*"``; None keeps all. The order of
@@ -170,10 +170,10 @@ class AttributionMaps(Readings):
             IndexError: If a sample index is out of range.
         """
         chosen: Sequence[LayerSums] = self.layer_sums
-        joint = self.joint if layers is None else None
+        pairs = self.pairs if layers is None else None
         if source is not None:
             chosen = of_source(chosen, source)
-            joint = joint if chosen[0].site.role == "reference" else None
+            pairs = pairs if chosen[0].site.role == "reference" else None
         if layers is not None:
             patterns = [layers] if isinstance(layers, str) else list(layers)
             for pattern in patterns:
@@ -198,13 +198,13 @@ class AttributionMaps(Readings):
             if not wanted:
                 raise ValueError(f"samples must leave at least one of {len(every)}, got {samples}")
             chosen = apply(lambda sums: sums[wanted], chosen)
-            joint = joint and joint.apply(lambda sums: sums[wanted])
-        return self._with(chosen, joint)
+            pairs = pairs and pairs.apply(lambda sums: sums[wanted])
+        return self._with(chosen, pairs)
 
     def to(self, device: torch.device | str) -> "AttributionMaps":
         """The same maps on another device."""
         layers = apply(lambda sums: sums.to(device), self.layer_sums)
-        return self._with(layers, self.joint and self.joint.apply(lambda sums: sums.to(device)))
+        return self._with(layers, self.pairs and self.pairs.apply(lambda sums: sums.to(device)))
 
     @classmethod
     def merge(cls, results: Iterable["AttributionMaps"]) -> "AttributionMaps":
@@ -222,7 +222,7 @@ class AttributionMaps(Readings):
         Raises:
             ValueError: If `results` is empty, or they differ in layers, grids, heads, time groups,
                 votes, rows, recorded sums, branch, layout, the votes of prefix tokens, what a
-                region's name stands for, or joint maps.
+                region's name stands for, or pair maps.
         """
         results = list(results)
         if not results:
@@ -234,7 +234,7 @@ class AttributionMaps(Readings):
             votes=results[0].votes,
             rows=results[0].rows,
             provenance=merge_provenance([result.provenance for result in results]),
-            joint=concatenate_joint([result.joint for result in results if result.joint]),
+            pairs=concatenate_pairs([result.pairs for result in results if result.pairs]),
         )
 
     # Pictures
@@ -328,7 +328,7 @@ class AttributionMaps(Readings):
     def __repr__(self) -> str:
         return summary(self)
 
-    def _with(self, layers: Sequence[LayerSums], joint: JointMaps | None) -> "AttributionMaps":
+    def _with(self, layers: Sequence[LayerSums], pairs: PairMaps | None) -> "AttributionMaps":
         return type(self)(
-            layers, votes=self.votes, rows=self.rows, provenance=self.provenance, joint=joint
+            layers, votes=self.votes, rows=self.rows, provenance=self.provenance, pairs=pairs
         )

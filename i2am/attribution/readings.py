@@ -10,8 +10,8 @@ from torch import Tensor
 from i2am.attribution.direction import Direction
 from i2am.attribution.flow import Flow, read_flow
 from i2am.attribution.grid import Box, Grid, Patch
-from i2am.attribution.joint import JointMaps
 from i2am.attribution.layers import multiplied, recorded, shares
+from i2am.attribution.pairs import PairMaps
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reduction import (
     LayerWeighting,
@@ -37,7 +37,7 @@ class Readings:
     votes: tuple[str, ...]
     rows: tuple[str, ...]
     provenance: dict[str, Any]
-    joint: JointMaps | None
+    pairs: PairMaps | None
     _warned = False
 
     @property
@@ -226,32 +226,32 @@ class Readings:
         Args:
             region: A region that was declared before the run: its name, or the :class:`Patch` or
                 :class:`Box` itself, whatever name it was given. A :class:`Patch` of the grid of
-                :attr:`joint` need not have been declared.
-            per: Axes to keep; of a patch read from :attr:`joint` one of time and head at most.
+                :attr:`pairs` need not have been declared.
+            per: Axes to keep; of a patch read from :attr:`pairs` one of time and head at most.
             size: Grid of the result; by default the finest reference grid.
             source: As in :meth:`generated_to_reference`.
-            preset: As in :meth:`generated_to_reference`; a patch from :attr:`joint` needs bilinear
+            preset: As in :meth:`generated_to_reference`; a patch from :attr:`pairs` needs bilinear
                 maps of all layers, those of ``"paper"``.
             layer_weighting: As in :meth:`generated_to_reference`; likewise ``"paper"``.
 
         Returns:
-            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized. From :attr:`joint`
-            it is the mean of the layers with a reference grid, on the joint one, resized.
+            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized. From :attr:`pairs`
+            it is the mean of the layers with a reference grid, on the pair grid, resized.
 
         Raises:
-            ValueError: If the region was not declared, nor is it a cell of :attr:`joint` that can
+            ValueError: If the region was not declared, nor is it a cell of :attr:`pairs` that can
                 be read so, or as :meth:`generated_to_reference` does.
         """
         descriptions = self.provenance.get("regions") or {}
         name = find_region(region, self.regions, descriptions)
         if name is not None:
             return self._read_row(name, per, size, source, preset, layer_weighting)
-        cell = None if self.joint is None else self.joint.cell(region)
-        if self.joint is None or cell is None:
-            joint = None if self.joint is None else self.joint.generated_grid
-            raise undeclared(region, self.regions, descriptions, joint)
+        cell = None if self.pairs is None else self.pairs.cell(region)
+        if self.pairs is None or cell is None:
+            pairs = None if self.pairs is None else self.pairs.generated_grid
+            raise undeclared(region, self.regions, descriptions, pairs)
         grids = [layer.site.reference_grid or (1, 1) for layer in self.layer_sums]
-        return self.joint.read_cell(
+        return self.pairs.read_cell(
             cell,
             kept_axes(per),
             size=size or max(grids, key=math.prod),

@@ -158,7 +158,7 @@ def undeclared(
     region: str | Patch | Box,
     names: Sequence[str],
     descriptions: Mapping[str, str],
-    joint_grid: Grid | None,
+    pair_grid: Grid | None,
 ) -> ValueError:
     """What to raise for a region that was not recorded; see :func:`find_region`.
 
@@ -166,17 +166,17 @@ def undeclared(
         region: What was asked for.
         names: The recorded ones.
         descriptions: What some of them stand for.
-        joint_grid: Grid whose patches are known without a declaration, if there is one.
+        pair_grid: Grid whose patches are known without a declaration, if there is one.
     """
     known = ", ".join(
         name if descriptions.get(name, name) == name else f"{name} ({descriptions[name]})"
         for name in names
     )
-    joint = ""
-    if joint_grid is not None:
-        joint = f" or be a Patch of the joint grid {joint_grid[0]}x{joint_grid[1]}"
+    pairs = ""
+    if pair_grid is not None:
+        pairs = f" or be a Patch of the pair grid {pair_grid[0]}x{pair_grid[1]}"
     return ValueError(
-        f"region must be declared before the run with record(regions=...){joint}; "
+        f"region must be declared before the run with record(regions=...){pairs}; "
         f"declared: {known or 'none'}; got {region}"
     )
 

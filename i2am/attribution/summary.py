@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def summary(maps: "AttributionMaps") -> str:
     """A few lines about maps, for people."""
     sums = [held for layer in maps.layer_sums for held in tensors(layer).values()]
-    nbytes = sum(held.nbytes for held in sums) + (maps.joint.nbytes if maps.joint else 0)
+    nbytes = sum(held.nbytes for held in sums) + (maps.pairs.nbytes if maps.pairs else 0)
     head = (
         f"AttributionMaps: {counted(maps.n_samples, 'sample')}, "
         f"{counted(maps.time_groups, 'time group')}, {counted(len(maps.layers), 'layer')}, "
@@ -30,9 +30,9 @@ def summary(maps: "AttributionMaps") -> str:
         *_sources(maps),
         *(f"  {line}" for line in _layers(maps)),
     ]
-    if maps.joint is not None:
-        layers = counted(len(maps.joint.layers), "layer")
-        lines.append(f"  joint: {maps.joint.extent}, mean of {layers}")
+    if maps.pairs is not None:
+        layers = counted(len(maps.pairs.layers), "layer")
+        lines.append(f"  pairs: {maps.pairs.extent}, mean of {layers}")
     if note := maps.provenance.get("note"):
         lines.append(f"  note: {note}")
     return "\n".join(lines)

@@ -118,7 +118,7 @@ def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Pr
             pipe,
             layout=replace(layout, spans=spans),
             time_groups=1,
-            joint=settings.report,
+            pairs=settings.report,
         ) as recorder:
             call(
                 pipe,
@@ -197,7 +197,7 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_
         mask=inputs.mask,
         reference_mask=inputs.reference_mask,
         keep_keys=keep_keys,
-        joint=settings.report,
+        pairs=settings.report,
     ) as recorder:
         (image,) = call(pipe, settings, inputs)
     if settings.guidance_branch == "both":

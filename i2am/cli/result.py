@@ -90,7 +90,7 @@ class Result:
 def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
     """Write every file of a result; a half of guidance with NaN in its maps is not drawn or scored.
 
-    With NaN in its joint maps alone there is no page.
+    With NaN in its pair maps alone there is no page.
 
     Args:
         folder: An empty folder.

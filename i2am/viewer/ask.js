@@ -6,7 +6,7 @@ const state = {
 };
 let panels = [], ready = false, drag = null;
 
-const JOINT = { generated: "joint_g2r", reference: "joint_r2g" };
+const PAIRS = { generated: "pairs_g2r", reference: "pairs_r2g" };
 const AXES = { t: "times", h: "heads", l: "layers" };
 // of a map by its name, and of its source, which has a name where there are others
 const NAMES = {
@@ -15,8 +15,8 @@ const NAMES = {
   r2g_mask: ({ name }) => `R2G \u00b7 where the masked object${name && ` of ${name}`} went`,
   g2r: ({ name }) => `G2R \u00b7 where the generated picture looked${name && ` on ${name}`}`,
   g2r_mask: ({ name }) => `G2R \u00b7 where the painted part looked${name && ` on ${name}`}`,
-  joint_g2r: () => "G2R \u00b7 where it looked",
-  joint_r2g: () => "R2G \u00b7 where it went",
+  pairs_g2r: () => "G2R \u00b7 where it looked",
+  pairs_r2g: () => "R2G \u00b7 where it went",
 };
 
 function compared() {
@@ -29,7 +29,7 @@ function regionsOf({ regions, stacks }) {
 }
 
 function askable(sample) {
-  return Boolean(sample?.stacks.joint_g2r);
+  return Boolean(sample?.stacks.pairs_g2r);
 }
 
 // The cells of a query on another grid: a compared sample may have one of its own.
@@ -52,8 +52,8 @@ function asked({ sample, side }) {
     const { box, truth } = sample.regions[at];
     return side === "generated" ? { box: box && { fractions: box } } : { stack: stacks[`region ${at}`], truth };
   }
-  const stack = stacks[JOINT[query.side]];
-  if (!stack) return { missing: "no joint maps were recorded" };
+  const stack = stacks[PAIRS[query.side]];
+  if (!stack) return { missing: "no pair maps were recorded" };
   const area = onGrid(query, stack.asked);
   return query.side === side ? { box: { cells: area, grid: stack.asked } } : { stack, area };
 }
@@ -63,7 +63,7 @@ function answers() {
   for (const answer of found) {
     if (!answer.stack) continue;
     if (!answer.stack.has(state.slice)) {
-      answer.missing = answer.stack.name.startsWith("joint")
+      answer.missing = answer.stack.name.startsWith("pairs")
         ? "layers were not kept apart per patch: choose all, a time or a head" : "there is no such slice here";
       answer.stack = null;
       continue;
@@ -114,8 +114,8 @@ function sentence(found) {
     if (askable(sample)) return "Point at a patch of either picture: where did it look, where did it go?";
     if (sample.maps.length && !source.reference) return `Where on the generated picture did ${source.name} go?`;
     if (sources.filter(({ reference }) => reference).length > 1) return "Patches can be pointed at where there is a single reference.";
-    return sample.payloads.joint ? "Unpacking the maps of patches\u2026"
-      : sample.maps.length ? "Pointing at patches needs joint maps, which record(joint=True) keeps." : "No maps were kept of this sample.";
+    return sample.payloads.pairs ? "Unpacking the maps of patches\u2026"
+      : sample.maps.length ? "Pointing at patches needs pair maps, which record(pairs=True) keeps." : "No maps were kept of this sample.";
   }
   const at = found.findIndex(({ stack }, i) => stack && panels[i].sample === sample);
   if (at < 0) return `No map: ${found.find(({ missing }) => missing)?.missing ?? "nothing was recorded"}.`;

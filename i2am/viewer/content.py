@@ -14,7 +14,7 @@ from i2am.data.arrays import ImageInput, as_pil, cut_picture, masks, require_sha
 from i2am.plots.titles import head_titles, step_titles
 from i2am.viewer.packing import encode, pack
 from i2am.viewer.pictures import outline, picture
-from i2am.viewer.stacks import Stack, joint_stacks, overall_stacks
+from i2am.viewer.stacks import Stack, overall_stacks, pair_stacks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,10 +105,10 @@ class Sample:
 
     def document(self, *, compress: bool = True) -> dict[str, Any]:
         """Everything as JSON values: maps in two payloads, so that overall ones are there first."""
-        payloads: dict[str, bytearray] = {"overall": bytearray(), "joint": bytearray()}
+        payloads: dict[str, bytearray] = {"overall": bytearray(), "pairs": bytearray()}
         entries = []
         for stack in self.stacks:
-            part = "joint" if stack.asked else "overall"
+            part = "pairs" if stack.asked else "overall"
             levels = [stack.levels(name) for name in stack.slices]
             entries.append(
                 {
@@ -171,7 +171,7 @@ def sample(
     """What a page shows of one sample of a recording.
 
     Args:
-        maps: The recording; its joint maps, where it has them, let a reader point at any patch.
+        maps: The recording; its pair maps, where it has them, let a reader point at any patch.
         generated: The generated image, see `i2am.data.arrays.pictures`. Where the run made a part
             of it alone, or saw a part of the reference, that part is shown.
         reference: The reference image; of several one by the name of each; None for words alone.
@@ -220,8 +220,8 @@ def sample(
         place = cut_place((truths or {}).get(region), maps.provenance) if len(given) == 1 else None
         box = region_box(maps.provenance, region)
         regions.append({"name": region, "box": box and list(box), "truth": place and list(place)})
-    if maps.joint is not None:
-        stacks += joint_stacks(maps.joint)
+    if maps.pairs is not None:
+        stacks += pair_stacks(maps.pairs)
 
     told = [maps.provenance["note"]] if maps.provenance.get("note") else []
     if not maps.informative:

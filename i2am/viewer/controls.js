@@ -65,7 +65,7 @@ function describe() {
       continue;
     }
     stage.tabIndex = 0;
-    const [rows, columns] = sample.stacks[JOINT[side]].asked;
+    const [rows, columns] = sample.stacks[PAIRS[side]].asked;
     stage.setAttribute("aria-label", `${what}, ${rows} rows by ${columns} columns of patches. Arrow keys move the patch, with Shift they widen it, Enter holds it, Escape clears it.`);
   }
 }

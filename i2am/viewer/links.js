@@ -68,8 +68,8 @@ function settle() {
   if (wanted.region !== undefined) {
     if (regionsOf(sample).some(({ name }) => name === wanted.region)) Object.assign(state, { query: wanted, pinned: true });
   } else {
-    const stack = sample.stacks[JOINT[wanted.side]];
-    if (!stack && sample.payloads.joint) return;
+    const stack = sample.stacks[PAIRS[wanted.side]];
+    if (!stack && sample.payloads.pairs) return;
     const [top, left, bottom, right] = wanted.cells, grid = stack?.asked ?? [0, 0];
     if (top <= bottom && left <= right && bottom < grid[0] && right < grid[1])
       Object.assign(state, { query: { ...wanted, grid }, pinned: true });

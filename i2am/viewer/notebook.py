@@ -24,7 +24,7 @@ class View:
     """The page of a recording, which a notebook shows in a frame of its own.
 
     Args:
-        maps: The recording. With joint maps, ``record(joint=True)``, any patch can be pointed at.
+        maps: The recording. With pair maps, ``record(pairs=True)``, any patch can be pointed at.
         height: Of the frame, in pixels.
         **options: Images and all else that `i2am.viewer.page` takes.
 

@@ -34,7 +34,7 @@ def page(
     """A page that shows the samples of one recording, each to be compared with the others.
 
     Args:
-        maps: The recording. With joint maps, ``record(joint=True)``, any patch can be pointed at.
+        maps: The recording. With pair maps, ``record(pairs=True)``, any patch can be pointed at.
         generated: The generated images, one per sample; see `i2am.data.arrays.pictures`.
         reference: The reference images, likewise; a single one serves every sample. Of several
             ``{name: images}``, see :attr:`AttributionMaps.sources`; None for words alone.

@@ -53,7 +53,7 @@ async function read(entry) {
     for (const map of content.maps) if (map.part === part) every[map.source][map.name] = new Stack(map, buffer);
   };
   await take("overall");
-  sample.joint = () => (sample.unpacking ??= take("joint"));
+  sample.pairs = () => (sample.unpacking ??= take("pairs"));
   return sample;
 }
 
@@ -73,7 +73,7 @@ async function open() {
     build();
     show();
     await new Promise((resolve) => requestAnimationFrame(resolve));
-    await Promise.all(samples.map((sample) => sample.joint()));
+    await Promise.all(samples.map((sample) => sample.pairs()));
     if (turn !== opening) return;
     ready = true;
     settle();

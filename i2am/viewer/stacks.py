@@ -7,17 +7,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from i2am.attribution.joint import JointMaps
+from i2am.attribution.pairs import PairMaps
 from i2am.attribution.shown import Shown
 from i2am.viewer.packing import COARSE, FINE, MEDIUM
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Maps of one kind: overall ones have one query, joint ones one per cell of `asked`.
+    """Maps of one kind: overall ones have one query, those of pairs one per cell of `asked`.
 
     Attributes:
-        name: "share", "r2g", "r2g_mask", "g2r", "g2r_mask", "joint_g2r", "joint_r2g" or "region N".
+        name: "share", "r2g", "r2g_mask", "g2r", "g2r_mask", "pairs_g2r", "pairs_r2g" or "region N".
         maps: ``[slices, queries, height, width]``, raw.
         slices: "all", "t0", "h0", "l0", ... along the first axis.
         asked: Grid of the queries, None for one query.
@@ -71,17 +71,17 @@ def overall_stacks(shown: Shown, number: int, layers: Sequence[str]) -> Iterator
             yield stack(f"region {index}", read, shown.axes(), placed=True)
 
 
-def joint_stacks(joint: JointMaps) -> list[Stack]:
+def pair_stacks(pairs: PairMaps) -> list[Stack]:
     """The maps of every patch, those of one sample."""
-    names = ("all", *(f"t{n}" for n in range(joint.time_groups)))
-    names += tuple(f"h{n}" for n in range(joint.heads))
+    names = ("all", *(f"t{n}" for n in range(pairs.time_groups)))
+    names += tuple(f"h{n}" for n in range(pairs.heads))
     choices: list[dict[str, int]] = [{}]
-    choices += [{"time": group} for group in range(joint.time_groups)]
-    choices += [{"head": head} for head in range(joint.heads)]
+    choices += [{"time": group} for group in range(pairs.time_groups)]
+    choices += [{"head": head} for head in range(pairs.heads)]
     stacks = []
     for name, read, asked in (
-        ("joint_g2r", joint.generated_to_reference, joint.generated_grid),
-        ("joint_r2g", joint.reference_to_generated, joint.reference_grid),
+        ("pairs_g2r", pairs.generated_to_reference, pairs.generated_grid),
+        ("pairs_r2g", pairs.reference_to_generated, pairs.reference_grid),
     ):
         # [slices, queries, height, width]
         maps = torch.stack([read(**choice)[0].flatten(0, 1) for choice in choices])

@@ -198,12 +198,12 @@ def test_the_page_is_that_of_i2am_report(run_here, record_line, out, tmp_path):
     assert page.read_bytes() == (out / "report.html").read_bytes()
 
 
-def test_no_page_is_no_joint_maps(run_here, record_line, out):
+def test_no_page_is_no_pair_maps(run_here, record_line, out):
     done = run_here(record_line("--no-report"))
     assert done.code == ExitCode.DONE, done.err
     assert "to point at" not in done.out
     assert not (out / "report.html").exists()
-    assert i2am.load_maps(out / "maps.safetensors").joint is None
+    assert i2am.load_maps(out / "maps.safetensors").pairs is None
 
 
 def test_every_input_is_read_once_so_that_its_hash_is_that_of_what_was_used(
@@ -302,7 +302,7 @@ def test_dry_run_writes_nothing_and_estimates_what_stays_exactly(
         for name in ("maps", "maps_unconditional")
         for maps in [i2am.load_maps(out / f"{name}.safetensors")]
         for sums in [
-            maps.joint,
+            maps.pairs,
             *(of for layer in maps.layer_sums for of in tensors(layer).values()),
         ]
     )

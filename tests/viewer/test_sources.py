@@ -194,9 +194,9 @@ def test_words_alone_are_shown_on_the_generated_picture(visited):
 
 
 def test_a_word_beside_a_reference_takes_its_place(visited):
-    view = visited("reference and words", joint=True)
+    view = visited("reference and words", pairs=True)
     assert maps_of(view) == ["share", "g2r"]
-    assert view.point("generated", (3, 2), (8, 6))["map"] == "joint_g2r"
+    assert view.point("generated", (3, 2), (8, 6))["map"] == "pairs_g2r"
     view.away()
     view.page.set_checked("#spread", True)
     view.page.click("#regions button[value=logo]")
