@@ -8,6 +8,7 @@ from torch import Tensor
 
 from i2am.attribution import Accumulator, AttentionSite, AttributionMaps, Grid
 from i2am.attribution.buffers import Words
+from i2am.attribution.storage import tags_by_path
 from i2am.kernels import AttentionStatistics, Over, Probe, accumulate, attention
 from i2am.memory import peak_bytes as peak_bytes
 
@@ -157,10 +158,14 @@ def make_site(
     **said: Any,
 ) -> AttentionSite:
     """A cross-attention layer; without a reference grid it has as many reference tokens as told.
-    `said` is the rest of :class:`AttentionSite`: source, role, frames, measure."""
+    `said` is the rest of :class:`AttentionSite`: source, role, frames, measure, tags."""
     if reference_grid is not None:
         tokens = reference_grid[0] * reference_grid[1]
-    given = {"informative": tokens > 1 or said.get("role") == "text", **said}
+    given = {
+        "informative": tokens > 1 or said.get("role") == "text",
+        "tags": tags_by_path(layer),
+        **said,
+    }
     return AttentionSite(layer, heads, generated_grid, reference_grid, tokens, **given)
 
 

@@ -167,6 +167,7 @@ class Sources:
             reference_tokens=0,
             informative=call.seqlen_k > 1,
             frames=generated.frames,
+            tags=self._layout.tags(call.layer),
             measure="share" if sequences.keys_of("generated") else "spread",
         )
         sources = []

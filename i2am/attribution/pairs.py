@@ -6,7 +6,7 @@ clicked afterwards for megabytes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from i2am.attribution.grid import Grid, Patch, resize
 from i2am.attribution.presets import Preset
-from i2am.attribution.reduction import counts
 from i2am.wording import counted
 
 
@@ -125,6 +124,7 @@ class PairMaps:
         size: Grid,
         preset: Preset,
         layer_weighting: str,
+        tags: Collection[str],
     ) -> Tensor:
         """What :meth:`AttributionMaps.specific_reference` says of a generated cell.
 
@@ -134,6 +134,7 @@ class PairMaps:
             size: Grid of the result.
             preset: One of bilinear maps of all layers.
             layer_weighting: ``"paper"``.
+            tags: Those of all layers.
 
         Returns:
             fp32 ``[samples, (time), (head), *size]``.
@@ -146,7 +147,7 @@ class PairMaps:
             "per=head of layers with different numbers of heads": "head" in per and not self.heads,
             f"preset {preset.name!r}": preset.clamp_after_grid_resize
             or preset.grid_resize != "bilinear"
-            or not all(counts(layer, preset) for layer in self.layers),
+            or not preset.counts(tags),
             f"layer_weighting={layer_weighting!r}": layer_weighting != "paper",
         }.items():
             if refused:

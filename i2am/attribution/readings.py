@@ -251,12 +251,14 @@ class Readings:
             pairs = None if self.pairs is None else self.pairs.generated_grid
             raise undeclared(region, self.regions, descriptions, pairs)
         grids = [layer.site.reference_grid or (1, 1) for layer in self.layer_sums]
+        sites = [layer.site for layer in self.layer_sums if layer.site.reference_grid is not None]
         return self.pairs.read_cell(
             cell,
             kept_axes(per),
             size=size or max(grids, key=math.prod),
             preset=get_preset(preset),
             layer_weighting=layer_weighting,
+            tags={tag for site in sites for tag in site.tags},
         )
 
     def _read_row(

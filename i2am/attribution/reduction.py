@@ -1,6 +1,5 @@
 """Reduces per-layer sums to one map tensor: which axes stay, which are averaged, on which grid."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,7 +38,7 @@ def layers_of(layers: Sequence[LayerSums], preset: Preset) -> list[LayerSums]:
     Raises:
         ValueError: If none does.
     """
-    counted = [layer for layer in layers if counts(layer.site.layer, preset)]
+    counted = [layer for layer in layers if layer.site.merged or preset.counts(layer.site.tags)]
     if not counted:
         raise ValueError(
             f"preset {preset.name!r} leaves out every layer here: "
@@ -61,8 +60,8 @@ def check_resized(
         ValueError: If `layers` hold resized sums, and layers are kept, weighted by area, resized
             other than bilinearly or left out.
     """
-    merged = [name for layer in layers for name in layer.site.merged]
-    leaves_out = not all(counts(name, preset) for name in merged)
+    merged = [layer.site for layer in layers if layer.site.merged]
+    leaves_out = not all(preset.counts(site.tags) for site in merged)
     resizes = preset.clamp_after_grid_resize or preset.grid_resize != "bilinear"
     for what, refused in {
         "per='layer'": "layer" in per,
@@ -270,14 +269,6 @@ def reduce_layers(
     if averaged := [axis for axis in ("layer", "head") if axis not in per]:
         result = result.mean([AXES.index(axis) + 1 for axis in averaged], keepdim=True)
     return result.squeeze([i for i, axis in enumerate(AXES, start=1) if axis not in per])
-
-
-def counts(layer: str, preset: Preset) -> bool:
-    """Whether a layer counts under a preset."""
-    if not preset.mid_block and {"mid_block", "middle_block"} & {*layer.split(".")}:
-        return False
-    warp = re.match(r"warp_blocks\.(\d+)\.", layer)
-    return not warp or preset.warp_blocks is None or int(warp[1]) in preset.warp_blocks
 
 
 def _words(numbers: Sequence[int]) -> str:

@@ -117,6 +117,7 @@ class ResizedSums:
             reference_tokens=max(site.reference_tokens for site in sites),
             informative=all(site.informative for site in sites),
             merged=tuple(self.sites),
+            tags=tuple(sorted({tag for each in sites for tag in each.tags})),
         )
         if grid is not None:
             site = replace(site, reference_tokens=math.prod(grid))

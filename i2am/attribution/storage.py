@@ -1,5 +1,6 @@
 """Maps on disk: one safetensors file, complete or absent, the same bytes for the same content."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ def _renamed(
         return document, content
     sites = [
         {"informative" if name == "causal" else name: value for name, value in site.items()}
+        | {"tags": [*tags_by_path(str(site["layer"]), *site.get("merged", []))]}
         for site in document["sites"]
     ]
     said = {
@@ -140,6 +142,12 @@ def _renamed(
     content = {name.replace("joint.", "pairs."): held for name, held in content.items()}
     today = {"sites": sites, "provenance": said, "pairs": document.get("joint")}
     return document | today, content
+
+
+def tags_by_path(*layers: str) -> tuple[str, ...]:
+    """What layouts call layers, by the paths that are all that earlier schemas know of them."""
+    blocks = [re.match(r"warp_blocks\.(\d+)\.|(.+\.)?mid(dle)?_block\.", layer) for layer in layers]
+    return tuple(sorted({f"warp:{block[1]}" if block[1] else "mid" for block in blocks if block}))
 
 
 def _pairs(facts: dict[str, Any] | None, content: dict[str, Tensor]) -> PairMaps | None:
@@ -158,8 +166,8 @@ def _site(fields: Any) -> AttentionSite:
         if not isinstance(grid, list) or [*map(type, grid)] != [int, int]:
             raise ValueError(f"{name} must be a height and a width, got {grid!r}")
         grids[name] = tuple(grid)
-    merged = fields.get("merged", [])
-    require({"merged": merged}, "a site", {"merged": [str]})
+    names = {name: fields.get(name, []) for name in ("merged", "tags")}
+    require(names, "a site", {"merged": [str], "tags": [str]})
     frames, role = fields.get("frames", 1), fields.get("role", "reference")
     if type(frames) is not int or frames < 1 or role not in ("reference", "text"):
         raise ValueError(f"a site must have frames and a role, got {frames!r} and {role!r}")
@@ -167,4 +175,5 @@ def _site(fields: Any) -> AttentionSite:
         raise ValueError(f"measure must be share or spread, got {fields['measure']!r}")
     if not isinstance(fields.get("source", "reference"), str):
         raise ValueError(f"source must be a name, got {fields['source']!r}")
-    return AttentionSite(**{**fields, **grids, "merged": tuple(merged)})
+    grids |= {name: tuple(given) for name, given in names.items()}
+    return AttentionSite(**{**fields, **grids})

@@ -36,6 +36,8 @@ class AttentionSite:
     measure: Measure = "spread"
     """How R2G is read by default: ``"share"`` of words, and of references in one sequence with the
     generated image."""
+    tags: tuple[str, ...] = ()
+    """What the layout calls the layer, for presets: ``"mid"``, ``"warp:4"``; of all merged ones."""
 
     @property
     def spread_over_heads(self) -> bool:

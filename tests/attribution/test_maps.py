@@ -275,11 +275,11 @@ def warp_maps(numbers, **recording):
 def test_the_official_preset_reads_one_warp_block():
     maps = warp_maps([0, 3, 4, 5, 14])
     alone = maps.select(layers="warp_blocks.4.*")
-    for preset in ("official", replace(PAPER, warp_blocks=(4,))):
+    for preset in ("official", replace(PAPER, only=("warp:4",))):
         for name in ("reference_to_generated", "generated_to_reference"):
             expected = getattr(alone, name)("time", preset=preset)
             assert torch.equal(getattr(maps, name)("time", preset=preset), expected)
-    per_time = replace(OFFICIAL, warp_blocks=(3, 4, 5))
+    per_time = replace(OFFICIAL, only=("warp:3", "warp:4", "warp:5"))
     assert maps.generated_to_reference("layer", preset=per_time).shape[1] == 3
     assert maps.generated_to_reference("layer").shape[1] == 5
 
@@ -289,12 +289,29 @@ def test_warp_blocks_without_the_official_one_are_refused():
         warp_maps([0, 14]).generated_to_reference(preset="official")
     resized = warp_maps([3, 4], sums="resized")
     with pytest.raises(ValueError, match="preset 'mine' needs the layers apart"):
-        resized.generated_to_reference(preset=replace(PAPER, name="mine", warp_blocks=(4,)))
+        resized.generated_to_reference(preset=replace(PAPER, name="mine", only=("warp:4",)))
     assert resized.generated_to_reference().shape == (SAMPLES, 4, 3)
 
 
+def test_presets_go_by_what_the_layout_calls_a_layer():
+    sites = [
+        make_site("one", (4, 3), (4, 3), tags=("single",)),
+        make_site("two", (4, 3), (4, 3), tags=("double", "stage:2")),
+        make_site("three", (4, 3), (4, 3), tags=("stage:3",)),
+        make_site("mid_block.four", (4, 3), (4, 3), tags=()),
+    ]
+    maps = record(sites)
+    for switches, kept in (
+        ({"without": ("double", "mid")}, ["one", "three", "mid_block.four"]),
+        ({"only": ("stage:3",)}, ["one", "three", "mid_block.four"]),
+        ({"without": ("single",), "only": ("stage:2",)}, ["two", "mid_block.four"]),
+    ):
+        read = maps.reference_to_generated(preset=replace(PAPER, **switches))
+        assert torch.equal(read, maps.select(layers=kept).reference_to_generated())
+
+
 def test_switches_can_be_mixed(maps):
-    own = replace(PAPER, mid_block=False)
+    own = replace(PAPER, without=("mid",))
     chosen = maps.select(layers=["down*", "up*"])
     assert torch.equal(maps.reference_to_generated(preset=own), chosen.reference_to_generated())
 
