@@ -58,7 +58,7 @@ def recorded_layers(pipe: ReferencePipeline, layout: TokenLayout) -> list[Record
             generated_grid=generated.place,
             reference_grid=reference.place,
             reference_tokens=reference.count,
-            causal=reference.count > 1,
+            informative=reference.count > 1,
         )
         found.append(RecordedLayer(site, query.shape[2], key.shape[2], query.shape[3]))
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from i2am.attribution import Accumulator, AttentionSite, AttributionMaps, Grid
+from i2am.attribution.buffers import Words
+from i2am.attribution.storage import tags_by_path
 from i2am.kernels import AttentionStatistics, Over, Probe, accumulate, attention
 from i2am.memory import peak_bytes as peak_bytes
 
@@ -147,11 +149,24 @@ def assert_matches_reference(
 
 
 def make_site(
-    layer: str, generated_grid: Grid, reference_grid: Grid | None, *, heads: int = 2
+    layer: str,
+    generated_grid: Grid,
+    reference_grid: Grid | None,
+    *,
+    heads: int = 2,
+    tokens: int = 1,
+    **said: Any,
 ) -> AttentionSite:
-    """A cross-attention layer; without a reference grid it has a single reference token."""
-    tokens = 1 if reference_grid is None else reference_grid[0] * reference_grid[1]
-    return AttentionSite(layer, heads, generated_grid, reference_grid, tokens, causal=tokens > 1)
+    """A cross-attention layer; without a reference grid it has as many reference tokens as told.
+    `said` is the rest of :class:`AttentionSite`: source, role, frames, measure, tags."""
+    if reference_grid is not None:
+        tokens = reference_grid[0] * reference_grid[1]
+    given = {
+        "informative": tokens > 1 or said.get("role") == "text",
+        "tags": tags_by_path(layer),
+        **said,
+    }
+    return AttentionSite(layer, heads, generated_grid, reference_grid, tokens, **given)
 
 
 def make_maps(
@@ -164,23 +179,41 @@ def make_maps(
     provenance: dict[str, Any] | None = None,
     **recording: Any,
 ) -> AttributionMaps:
-    """Maps of a run of random queries and keys; `recording` goes to :class:`Accumulator`."""
+    """Maps of a run of random queries and keys; `recording` goes to :class:`Accumulator`.
+
+    Sites of one layer are its sources, which follow one another in its keys.
+    """
     accumulator = Accumulator(time_groups=time_groups, **recording)
-    for number, site in enumerate(sites):
-        for step in range(steps):
+    layers: dict[str, list[AttentionSite]] = {}
+    for site in sites:
+        layers.setdefault(site.layer, []).append(site)
+    for step in range(steps):
+        for number, of in enumerate(layers.values()):
             query, key, _ = make_qkv(
                 samples,
-                site.heads,
-                site.generated_grid[0] * site.generated_grid[1],
-                site.reference_tokens,
+                of[0].heads,
+                of[0].cells,
+                sum(site.reference_tokens for site in of),
                 8,
-                seed=(seed * len(sites) + number) * steps + step,
+                seed=(seed * len(layers) + number) * steps + step,
             )
-            accumulator.add(site, query, key, group=step * time_groups // steps)
+            lse, end = None, 0
+            for site in of:
+                start, end = end, end + site.reference_tokens
+                said = Words((site.source,), torch.ones(1, 1, end - start))
+                lse = accumulator.add(
+                    site,
+                    query,
+                    key,
+                    group=step * time_groups // steps,
+                    reference=slice(None) if len(of) == 1 else slice(start, end),
+                    words=said if site.role == "text" else None,
+                    query_lse=lse,
+                )
     return AttributionMaps(
         accumulator.layers(),
         votes=accumulator.votes,
         rows=accumulator.rows,
         provenance=provenance or {},
-        joint=accumulator.joint(),
+        pairs=accumulator.pairs(),
     )

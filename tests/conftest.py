@@ -278,3 +278,54 @@ def _narrow(key: str, size: int) -> int:
         if re.match(beginning, key):
             return sizes.get(size, size)
     return size
+
+
+KINDS = (
+    *("two references", "words", "reference and words", "frames"),
+    *("head counts", "gridless", "resized", "everything"),
+)
+
+
+@pytest.fixture
+def record() -> Callable[..., Any]:
+    """Makes a recording of a kind, of one sample, with masks and a region."""
+    from i2am.attribution import Patch
+    from i2am.testing import make_maps, make_site
+
+    def recorded(kind: str, **options: Any) -> Any:
+        several = ("reference 1", (5, 4)), ("reference 2", (10, 8))
+        one = (("reference", (5, 4)),)
+        places = {"two references": several, "everything": several, "words": ()}.get(kind, one)
+        words = ("cat", "hat") if kind in ("words", "reference and words", "everything") else ()
+        said = {"frames": 3 if kind in ("frames", "everything") else 1}
+        if len(places) != 1 or words:
+            said["measure"] = "share"
+        sites = []
+        for layer, grid in (("down.attn", (4, 3)), ("up.attn", (8, 6))):
+            heads = 3 if (kind, layer) == ("head counts", "down.attn") else 2
+            lost = (kind, layer) == ("gridless", "down.attn")
+            for name, place in places:
+                given = {"heads": heads, "source": name, **said}
+                sites.append(make_site(layer, grid, None if lost else place, **given))
+            for tokens, word in enumerate(words, 1):
+                given = {"heads": heads, "source": word, "role": "text", "tokens": tokens}
+                sites.append(make_site(layer, grid, None, **given, **said))
+        mask, reference_mask = torch.zeros(48, 36), torch.zeros(50, 40)
+        mask[:, :18] = reference_mask[10:30] = 1
+        given = {
+            "samples": 1,
+            "mask": mask,
+            "reference_mask": reference_mask if places else None,
+            "regions": {"logo": Patch(2, 1, (8, 6))},
+            "provenance": {"steps": 3, "regions": {"logo": "2,1@8x6"}},
+            "sums": "resized" if kind in ("resized", "everything") else "native",
+        }
+        return make_maps(sites, **given, **options)
+
+    return recorded
+
+
+@pytest.fixture(params=KINDS)
+def every_kind(request: pytest.FixtureRequest, record: Callable[..., Any]) -> Any:
+    """A recording of every kind that there is, see `record`."""
+    return record(request.param)

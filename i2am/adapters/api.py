@@ -17,12 +17,12 @@ from i2am.adapters.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions, region_weights
-from i2am.attribution.joint_sums import JointGrids
+from i2am.attribution.pair_sums import PairGrids
 from i2am.kernels import Impl
 from i2am.kernels.arguments import implementation
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, TokenLayout
 
-GUIDANCE = {
+BRANCHES = {
     CONDITIONAL: (CONDITIONAL,),
     UNCONDITIONAL: (UNCONDITIONAL,),
     "both": (CONDITIONAL, UNCONDITIONAL),
@@ -36,7 +36,7 @@ def record(
     words: bool | str | Sequence[str] | Mapping[str, Any] | None = None,
     directions: Collection[Direction | str] | Direction | str = tuple(Direction),
     time_groups: int = 5,
-    guidance: str = CONDITIONAL,
+    branch: str = CONDITIONAL,
     regions: Mapping[str, Region] | Sequence[Patch | Box] | None = None,
     mask: Any = None,
     reference_mask: Any = None,
@@ -46,7 +46,7 @@ def record(
     num_inference_steps: int | None = None,
     keep_keys: bool = False,
     sums: str | None = None,
-    joint: JointGrids = False,
+    pairs: PairGrids = False,
     flow: bool = False,
     values: str = "one",
     normalise: str = "full",
@@ -81,7 +81,7 @@ def record(
         time_groups: Groups of denoising steps kept apart, group 0 the noisiest, also of an
             inversion, whose first steps are the cleanest; in a run of fewer steps each step is one,
             with a warning.
-        guidance: Classifier-free guidance branch, ``"conditional"``, ``"unconditional"`` or
+        branch: Half of classifier-free guidance, ``"conditional"``, ``"unconditional"`` or
             ``"both"``.
         regions: Regions of the generated image for specific-reference maps, by name: a
             :class:`Patch`, a :class:`Box` or weights ``[height, width]``; or a sequence of patches
@@ -109,7 +109,7 @@ def record(
             ``"resized"`` adds all layers up, bilinearly resized, on the finest grid, so that what
             is kept does not grow with the layers, for the same time-and-head maps. Default native,
             and resized for transformers whose native sums would take hundreds of MB per sample.
-        joint: Also record every patch against every patch, for ``maps.joint``: True, the grid
+        pairs: Also record every patch against every patch, for ``maps.pairs``: True, the grid
             ``(height, width)`` over the generated image, or that and one over the reference image.
             What is not given is the finest grid of the layers, halved until it has at most 1024
             cells. Keeps ``8 * (time groups + heads) * cells * reference cells`` bytes per sample,
@@ -145,8 +145,8 @@ def record(
         ...     image = pipe(image=person, mask_image=mask, reference_image=garment).images[0]
         >>> recorder.maps().reference_to_generated(size=(512, 384))  # doctest: +SKIP
     """
-    if guidance not in GUIDANCE:
-        raise ValueError(f"guidance must be one of {', '.join(GUIDANCE)}, got {guidance!r}")
+    if branch not in BRANCHES:
+        raise ValueError(f"branch must be one of {', '.join(BRANCHES)}, got {branch!r}")
     denoisers, found = find_denoisers(pipe_or_denoiser)
     scheduler = scheduler if scheduler is not None else found
     if scheduler is None and num_inference_steps is None and time_groups > 1:
@@ -158,14 +158,14 @@ def record(
         directions = (directions,)
     layout = layout or find_layout(pipe_or_denoiser, denoisers[0])
     order = guidance_order(pipe_or_denoiser, layout)
-    if layout.no_reference and (reference_mask is not None or joint is not False):
-        what = "reference_mask" if reference_mask is not None else "joint"
+    if layout.no_reference and (reference_mask is not None or pairs is not False):
+        what = "reference_mask" if reference_mask is not None else "pairs"
         raise ValueError(f"{what} needs reference tokens: {layout.no_reference}")
     if layout.no_reference and words is None:
         warnings.warn(f"{layout.no_reference}; recorded are the words of the prompt", stacklevel=2)
         words = True
-    if words and guidance != CONDITIONAL:
-        raise ValueError(f"words need guidance='conditional', got {guidance!r}")
+    if words and branch != CONDITIONAL:
+        raise ValueError(f"words need branch='conditional', got {branch!r}")
     prompts = PromptWords(pipe_or_denoiser, layout, words) if words else None
     sums = layout.sums if sums is None else sums
     pictures = Pictures(pipe_or_denoiser, layout, mask, reference_mask, stretch=stretch)
@@ -179,7 +179,7 @@ def record(
             reference_mask=pictures.reference_mask,
             keep_keys=keep_keys,
             sums=sums,
-            joint=joint,
+            pairs=pairs,
             flow=flow,
             values=values,
             normalise=normalise,
@@ -197,7 +197,7 @@ def record(
         denoisers,
         layout,
         order=order,
-        wanted=GUIDANCE[guidance],
+        wanted=BRANCHES[branch],
         make=make,
         pictures=pictures,
         words=prompts,

@@ -101,16 +101,19 @@ class Branches:
             targets.append((part, self.recorded[branch]))
         return targets
 
-    def end(self, samples: int | None) -> None:
+    def end(self, samples: int | None) -> list[Target]:
         """The evaluation is over: the scheduler stepped ``samples`` latents (``None``: every row
         was a sample).
+
+        Returns:
+            After the first evaluation, the rows of its calls that turned out to be wanted samples,
+            and the unresolved accumulator that was given them; else nothing.
 
         Raises:
             ValueError: The rows recorded until now are no multiple of them, or nothing tells which
                 part of the guidance they are.
         """
-        if self._samples is None:
-            self._reveal(samples)
+        revealed = self._reveal(samples) if self._samples is None else []
         calls = self._order.calls
         if self._names and calls is not None:
             number = len(self._names)
@@ -121,13 +124,14 @@ class Branches:
                     f"got in one evaluation, got {calls}; where their number changes, {_MARK}"
                 )
         self._begin_evaluation()
+        return revealed
 
     def begin(self, group: int) -> None:
         """What comes now belongs to a time group."""
         for accumulator in self.recorded.values():
             accumulator.begin(group)
 
-    def _reveal(self, samples: int | None) -> None:
+    def _reveal(self, samples: int | None) -> list[Target]:
         met, self._pending = self._pending, []
         self._samples = samples or (met[0][0].rows if met else None)
         # a prefill is at another moment than the evaluation that follows it
@@ -139,6 +143,7 @@ class Branches:
         self._apart = len(alone) > 1
         # who has a name is known before the rest is told by its order
         self._named = any(call.name in self._parts for call, _ in met)
+        revealed: list[Target] = []
         for call, pending in met:
             parts = self._split(call, self._samples or call.rows)
             if not pending.samples:
@@ -147,6 +152,8 @@ class Branches:
             with torch.inference_mode(False):
                 for branch, part in parts:
                     self.recorded[branch] = pending.resolve(part)
+                    revealed.append((part, pending))
+        return revealed
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class Observations:
             dict.fromkeys(
                 layer.site.layer
                 for layer in sums
-                if not layer.site.causal and layer.site.layer not in weightless
+                if not layer.site.informative and layer.site.layer not in weightless
             )
         )
         if idle:

@@ -181,17 +181,17 @@ class Recorder:
             raise ValueError(f"name must say what the calls are, got {name!r}")
         return self._calls.mark(name)
 
-    def maps(self, guidance: str | None = None) -> AttributionMaps:
+    def maps(self, branch: str | None = None) -> AttributionMaps:
         """The maps of the last run.
 
         Args:
-            guidance: ``"conditional"`` or ``"unconditional"``; needed only if both were recorded.
+            branch: ``"conditional"`` or ``"unconditional"``; needed only if both were recorded.
 
         Returns:
             A copy of the sums: recording may go on.
 
         Raises:
-            ValueError: ``guidance`` is not a branch that ``record()`` was asked for.
+            ValueError: ``branch`` is not one that ``record()`` was asked for.
             RuntimeError: Nothing was recorded, or not in that branch; says what was seen instead.
             Exception: What ended the recording of this run, of its own type: ``ValueError`` where
                 the layout or the masks do not fit the run, ``NotImplementedError`` where it holds
@@ -199,10 +199,10 @@ class Recorder:
                 in order of noise, or the fault of a ``resolve`` or of ours.
         """
         run, clock, wanted = self._run, self._clock, self._subject.wanted
-        branch = guidance or wanted[0]
+        branch = branch or wanted[0]
         if branch not in wanted:
             raise ValueError(
-                f"guidance must be one that record() was asked for, {' or '.join(wanted)}, "
+                f"branch must be one that record() was asked for, {' or '.join(wanted)}, "
                 f"got {branch!r}"
             )
         if run.failure is not None:
@@ -234,7 +234,7 @@ class Recorder:
             votes=accumulator.votes,
             rows=accumulator.rows,
             provenance=report.provenance(),
-            joint=report.joint,
+            pairs=report.pairs,
         )
 
     @property

@@ -28,7 +28,7 @@ class Report:
 
     Attributes:
         sums: A copy of the sums, the noisiest group first.
-        joint: Every patch against every patch, ``None`` if there is none.
+        pairs: Every patch against every patch, ``None`` if there is none.
 
     Raises:
         RuntimeError: A level of the denoiser is missing.
@@ -51,18 +51,18 @@ class Report:
         self._elsewhere, self._unread = elsewhere, unread
         counted = range(run.clock.groups)
         groups = list(reversed(counted) if run.clock.rises else counted)
-        sums, joint = accumulator.layers(), accumulator.joint()
+        sums, pairs = accumulator.layers(), accumulator.pairs()
         run.check_grids({layer.site.generated_grid for layer in sums})
         # an index makes a copy
         sums = apply(lambda held: held[:, groups], sums)
         self.sums = [self._multiplied(layer, groups) for layer in sums]
-        self.joint = joint and joint.of_groups(groups)
+        self.pairs = pairs and pairs.of_groups(groups)
 
     def _multiplied(self, layer: LayerSums, groups: list[int]) -> LayerSums:
         multipliers, site = self._run.multipliers, layer.site
         held = multipliers.of(site, len(groups))
         if multipliers.silence(site):
-            site = replace(site, causal=False)
+            site = replace(site, informative=False)
         return replace(layer, site=site, multiplier=None if held is None else held[groups])
 
     def provenance(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Report:
             "note": layout.note or None,
             "prefix_votes": layout.prefix_votes if run.sources.beside else None,
             "guidance_order": list(run.branches.order),
-            "guidance": self._branch,
+            "branch": self._branch,
             "attach": self._attach,
             "sums": self._accumulator.sums,
             "pictures": run.subject.pictures.provenance(),
@@ -96,9 +96,9 @@ class Report:
         """What was not said yet about this run."""
         run, clock = self._run, self._run.clock
         remarks = run.seen.remarks(self.sums, lost=self._lost, over=self._over)
-        if self.joint is None and self._accumulator.records_joint:
+        if self.pairs is None and self._accumulator.records_pairs:
             remarks.append(
-                "joint maps were asked for and there are none: they need reference tokens with a "
+                "pair maps were asked for and there are none: they need reference tokens with a "
                 "place on the reference image, which no recorded layer has"
             )
         remarks += self._of_multipliers()
@@ -132,9 +132,9 @@ class Report:
     def _of_multipliers(self) -> list[str]:
         multiplied = [layer.multiplier for layer in self.sums if layer.multiplier is not None]
         remarks = []
-        if self.joint is not None and multiplied:
+        if self.pairs is not None and multiplied:
             remarks.append(
-                "joint maps are what the layers attend to, without the scales and masks of the "
+                "pair maps are what the layers attend to, without the scales and masks of the "
                 "adapter that they multiply it by"
             )
         if any(bool((each != each[:, :1, :1]).any()) for each in multiplied):

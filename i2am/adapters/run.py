@@ -13,7 +13,7 @@ from i2am.adapters.branches import Branches, Target
 from i2am.adapters.clock import RunClock
 from i2am.adapters.multipliers import Multipliers
 from i2am.adapters.observations import Observations
-from i2am.adapters.sources import Rows, Sources
+from i2am.adapters.sources import Rows, Sources, part_of_bias
 from i2am.adapters.subject import Subject
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
@@ -108,7 +108,7 @@ class Run:
 
     def end_evaluation(self, samples: int | None) -> None:
         """The scheduler has stepped ``samples`` latents, ``None`` if unknown."""
-        self.branches.end(samples)
+        self.sources.reveal(self.branches.end(samples))
         # here, outside of any graph that is being captured or replayed
         self.branches.begin(self.clock.group)
 
@@ -151,6 +151,7 @@ class Run:
                 rows = slice(max(each.rows.start, part.start), min(each.rows.stop, part.stop))
                 if rows.start >= rows.stop:
                     continue
+                self.sources.check(each, part, accumulator)
                 # statistics are fp32 also where the model runs under autocast
                 with torch.autocast(query.device.type, enabled=False):
                     self._accumulate(
@@ -159,7 +160,7 @@ class Run:
                         query[rows, :, each.generated],
                         key[rows],
                         scale=scale,
-                        bias=_part_of_bias(bias, rows, each.generated),
+                        bias=part_of_bias(bias, rows, each.generated),
                         lse=None if query_lse is None else query_lse[rows, :, each.generated],
                         norms=None if norms is None else norms[rows],
                         rows=slice(rows.start - part.start, rows.stop - part.start),
@@ -231,21 +232,3 @@ def _moment(arguments: Mapping[str, Any]) -> Tensor | float | None:
             return None
         return given.detach().flatten()[0].clone()
     return float(given) if isinstance(given, int | float) else None
-
-
-# diffusers masks by adding -10000; nothing less than this passes a softmax over keys
-_MASKED = -1000.0
-
-
-def _part_of_bias(bias: Tensor | None, rows: slice, queries: slice | Tensor) -> Tensor | None:
-    if bias is None:
-        return None
-    if bias.ndim == 4 and bias.shape[0] > 1:
-        bias = bias[rows]
-    if bias.shape[-2] > 1:
-        bias = bias[..., queries, :]
-    if bias.dtype == torch.bool:
-        return bias
-    # a constant cancels in the softmax over queries: only -inf keeps hidden tokens from voting
-    masked = bias <= _MASKED
-    return bias.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)

@@ -1,6 +1,7 @@
 """Which key tokens of a text belong to which words of the prompt, as its encoders were given it."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,7 @@ class PromptWords:
         self._encodings: Encodings | None = None
         self._samples: dict[tuple[str, str], list[_Sample]] = {}
         self._made: dict[Any, Tensor] = {}
+        self._misfits: dict[tuple[str, int], tuple[Tensor, tuple[ValueError | None, ...]]] = {}
         self._names: tuple[str, ...] = ()
         self._every = wanted is True
         template = getattr(pipe, "prompt_template_encode", None)
@@ -118,7 +120,7 @@ class PromptWords:
                 way that is not known; a wanted word does not occur in a prompt or was cut off; or
                 two encoders of one span were given different words.
         """
-        self._made, self._samples = {}, {}
+        self._made, self._samples, self._misfits = {}, {}, {}
         if self._encodings is None:
             return
         given = self._encodings.take()
@@ -180,7 +182,7 @@ class PromptWords:
         self, span: str, length: int, rows: int | None, branch: str, row: int | None
     ) -> Tensor:
         if self._positions is not None:
-            return self._at_positions(self._positions, span, length)
+            return self._at_positions(self._positions, span, length)[None]
         if branch not in self._branches:
             raise ValueError(f"branch must be recorded, {self._branches}, got {branch!r}")
         if span not in self._spans:
@@ -207,30 +209,56 @@ class PromptWords:
         found = torch.stack([self._placed(sample, length) for sample in samples])
         return found if prompts == 1 else found.repeat_interleave(repeats, 0)
 
-    def of_ragged(self, span: str, length: int) -> Tensor:
-        """:meth:`weights` of all prompts where texts differ in length: right for the prompts whose
-        text has this length, cut off or filled up with nothing for the others."""
-        asked = span, length, None, CONDITIONAL, -1
-        if asked not in self._made and self._positions is not None:
-            self._made[asked] = self._at_positions(self._positions, span, length)
-        elif asked not in self._made:
-            samples = self._samples[CONDITIONAL, span]
-            made = [self._placed(sample, length, fits=False) for sample in samples]
-            self._made[asked] = torch.stack(made)
-        return self._made[asked]
+    def placed(self, span: str, length: int) -> tuple[Tensor, tuple[ValueError | None, ...]]:
+        """:meth:`weights` of all prompts for a text that need not be theirs, as that of a negative
+        prompt or of another sample, which are shorter or longer.
+
+        Args:
+            span: Name of the span.
+            length: How many tokens it has.
+
+        Returns:
+            ``[prompts, words, length]``, or one for all, and as many times why the text cannot be
+            that prompt's; ``None`` where it can. Tokens that it lacks are left out.
+        """
+        asked = span, length
+        if asked not in self._misfits:
+            samples, place = self._samples.get((CONDITIONAL, span), []), []
+            if self._positions is not None:
+                place = [partial(self._at_positions, self._positions, span, length)]
+            elif samples:
+                place = [partial(self._placed, sample, length) for sample in samples]
+            weights, misfits = [], []
+            for one in place:
+                misfit = None
+                try:
+                    weights.append(one())
+                except ValueError as error:
+                    misfit = error.with_traceback(None)
+                    weights.append(one(fits=False))
+                misfits.append(misfit)
+            known = torch.stack(weights) if place else self.weights(span, length)
+            self._misfits[asked] = known, tuple(misfits or [None])
+        return self._misfits[asked]
 
     def _at_positions(
-        self, positions: dict[str, dict[str, list[int]]], span: str, length: int
+        self,
+        positions: dict[str, dict[str, list[int]]],
+        span: str,
+        length: int,
+        *,
+        fits: bool = True,
     ) -> Tensor:
-        weights = torch.zeros(1, len(positions), length)
+        weights = torch.zeros(len(positions), length)
         for index, (name, by_span) in enumerate(positions.items()):
             for position in by_span.get(span, ()):
-                if position >= length:
+                if position < length:
+                    weights[index, position] = 1.0
+                elif fits:
                     raise ValueError(
                         f"words[{name!r}] must be positions below {length} in {span!r}, got "
                         f"{position}"
                     )
-                weights[0, index, position] = 1.0
         return weights
 
     def _placed(self, sample: _Sample, length: int, *, fits: bool = True) -> Tensor:

@@ -13,8 +13,8 @@ from i2am.attribution.grid import (
     region_weights,
     resize,
 )
-from i2am.attribution.joint import JointMaps
 from i2am.attribution.maps import AttributionMaps
+from i2am.attribution.pairs import PairMaps
 from i2am.attribution.postprocess import normalize, picture, threshold
 from i2am.attribution.presets import OFFICIAL, PAPER, Preset, get_preset
 from i2am.attribution.storage import load_maps, save_maps
@@ -29,8 +29,8 @@ __all__ = [
     "Box",
     "Direction",
     "Grid",
-    "JointMaps",
     "LayerSums",
+    "PairMaps",
     "Patch",
     "Preset",
     "Region",

@@ -14,8 +14,8 @@ from i2am.attribution.buffers import LayerBuffers, Reading, Words
 from i2am.attribution.calls import Tokens, accumulate_call
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions
-from i2am.attribution.joint import JointMaps
-from i2am.attribution.joint_sums import JointGrids, as_joint
+from i2am.attribution.pair_sums import PairGrids, as_pairs
+from i2am.attribution.pairs import PairMaps
 from i2am.attribution.resized import ResizedSums
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.attribution.time_groups import TimeGroups
@@ -53,8 +53,8 @@ class Accumulator:
             O(seqlen_q * seqlen_k), for parity checks only.
         sums: ``"native"`` keeps every layer on its own grid; ``"resized"`` adds all layers up on
             the finest grid of the first evaluation, so that what stays does not grow with them.
-        joint: Also add up every cell of a generated grid against every cell of a reference grid,
-            both directions, for :meth:`joint`: True, the generated grid ``(height, width)``, or
+        pairs: Also add up every cell of a generated grid against every cell of a reference grid,
+            both directions, for :meth:`pairs`: True, the generated grid ``(height, width)``, or
             both grids. What is not given is the layers' finest, halved until it has at most 1024
             cells. Layers without a reference grid do not take part.
         flow: Also keep where on the reference each patch looks, for :meth:`AttributionMaps.flow`.
@@ -67,7 +67,7 @@ class Accumulator:
         ValueError: ``time_groups`` is below 1, no direction is given, a region has a reserved name
             or is none (see :func:`as_regions`), a mask is not ``[(batch,) height, width]`` or is 0
             everywhere, ``sums``, ``values`` or ``normalise`` is unknown or of a direction that is
-            not given, keys are to be kept of resized sums, or ``joint`` is no grid.
+            not given, keys are to be kept of resized sums, or ``pairs`` is no grid.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Accumulator:
         reference_mask: Tensor | None = None,
         keep_keys: bool = False,
         sums: str = "native",
-        joint: JointGrids = False,
+        pairs: PairGrids = False,
         flow: bool = False,
         values: str = "one",
         normalise: str = "full",
@@ -132,7 +132,7 @@ class Accumulator:
         )
         self._layers: dict[Source, LayerBuffers] = {}
         self._groups = TimeGroups(time_groups)
-        self._joint = as_joint(joint, time_groups)
+        self._pairs = as_pairs(pairs, time_groups)
         # all layers of the first evaluation must be seen before their finest grid is known; until
         # then each has sums of its own
         self._resized: dict[str, ResizedSums] | None = None
@@ -183,8 +183,8 @@ class Accumulator:
             sums += [
                 each for resized in self._begin_resizing().values() for each in resized.tensors
             ]
-        if self._joint is not None:
-            sums += self._joint.tensors
+        if self._pairs is not None:
+            sums += self._pairs.tensors
         self._groups.begin(group, sums)
 
     @torch.no_grad()
@@ -261,7 +261,7 @@ class Accumulator:
             keys=keys,
             by_head=norms is not None,
             reference=layer.reference,
-            pooled=[] if self._joint is None else self._joint.probes(layer.site, query),
+            pooled=[] if self._pairs is None else self._pairs.probes(layer.site, query),
             alone=layer.conditional(rows),
             scale=scale,
             bias=bias,
@@ -291,7 +291,7 @@ class Accumulator:
             impl=self.impl,
         )
         resolved._groups = self._groups.copy()
-        resolved._joint = None if self._joint is None else self._joint.resolve(rows)
+        resolved._pairs = None if self._pairs is None else self._pairs.resolve(rows)
         resolved._layers = {name: layer.resolve(rows) for name, layer in self._layers.items()}
         return resolved
 
@@ -305,14 +305,14 @@ class Accumulator:
         ]
 
     @property
-    def records_joint(self) -> bool:
-        """Whether :meth:`joint` was asked for."""
-        return self._joint is not None
+    def records_pairs(self) -> bool:
+        """Whether :meth:`pairs` was asked for."""
+        return self._pairs is not None
 
-    def joint(self) -> JointMaps | None:
+    def pairs(self) -> PairMaps | None:
         """Every patch against every patch, as a copy; ``None`` if that was not asked for, or no
         layer has a reference grid."""
-        return None if self._joint is None else self._joint.maps(self._groups)
+        return None if self._pairs is None else self._pairs.maps(self._groups)
 
     def _begin_resizing(self) -> dict[str, ResizedSums]:
         """Move what the first evaluation left; from now on layers of one shape share their sums."""

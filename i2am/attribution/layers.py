@@ -67,21 +67,6 @@ def recorded(layer: LayerSums, direction: Direction) -> Tensor:
     return sums
 
 
-def norms(layer: LayerSums) -> Tensor:
-    """Sums of the share by the norm of what tokens bring, ``[samples, time_groups, heads, votes,
-    (frames), h, w]``.
-
-    Raises:
-        ValueError: If they were not recorded.
-    """
-    if layer.attention_norm is None:
-        raise ValueError(
-            f"the norms of values were not recorded on {layer.site.layer}; record them with "
-            'record(values="norm")'
-        )
-    return multiplied(layer.attention_norm, layer.multiplier)
-
-
 def conditional(layer: LayerSums) -> Tensor:
     """The sums of G2R given that a patch looks at the reference.
 
@@ -99,13 +84,15 @@ def conditional(layer: LayerSums) -> Tensor:
     return sums
 
 
-def shares(layer: LayerSums, *, apart: bool) -> Tensor:
+def shares(layer: LayerSums, *, apart: bool, values: str = "one") -> Tensor:
     """Mean attention share over the recorded calls, ``[samples, time_groups or 1, heads, votes,
-    (frames), h, w]`` in [0, 1].
+    (frames), h, w]``.
 
     Args:
         layer: One layer.
         apart: Whether time groups stay apart.
+        values: What each token counts: ``"one"``, for shares in [0, 1], or ``"norm"``, the norm of
+            what it brings.
 
     Raises:
         ValueError: If it was not recorded.
@@ -116,6 +103,13 @@ def shares(layer: LayerSums, *, apart: bool) -> Tensor:
             f"the attention share was not recorded on {layer.site.layer}, as in files of schema 1 "
             "and 2; read measure='spread', or record reference_to_generated again"
         )
+    if values == "norm":
+        sums = layer.attention_norm
+        if sums is None:
+            raise ValueError(
+                f"the norms of values were not recorded on {layer.site.layer}; record them with "
+                'record(values="norm")'
+            )
     sums = multiplied(sums, layer.multiplier)
     if not apart:
         sums, calls = sums.sum(1, keepdim=True), calls.sum(1, keepdim=True)
@@ -148,7 +142,7 @@ def evened(layers: Sequence[LayerSums]) -> list[LayerSums]:
         held: dict[str, Any] = {
             name: sums * factor[(..., *[None] * (sums.ndim - 2))]
             for name, sums in tensors(layer).items()
-            if name not in ("calls", "attention_share")
+            if name not in ("calls", "attention_share", "attention_norm")
         }
         even.append(replace(layer, **held))
     return even

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from i2am.attribution.direction import Direction
-from i2am.attribution.joint import JointMaps, concatenate_joint
 from i2am.attribution.layers import (
     apply,
     check_layers,
     nonfinite,
-    shares,
     tensors,
 )
 from i2am.attribution.merging import check_mergeable, concatenate, merge_provenance
+from i2am.attribution.pairs import PairMaps, concatenate_pairs
 from i2am.attribution.presets import Preset
 from i2am.attribution.readings import Readings
-from i2am.attribution.sources import combined, of_source, sources
+from i2am.attribution.shown import share_votes
+from i2am.attribution.sources import of_source, sources
 from i2am.attribution.summary import summary
-from i2am.attribution.sums import LayerSums
+from i2am.attribution.sums import LayerSums, Measure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,15 +45,15 @@ class AttributionMaps(Readings):
         rows: Names along the rows axis of G2R: ``"uniform"``, then ``"mask"`` if an inpainting
             mask was given, then one name per region.
         provenance: JSON values that say where the maps come from.
-        joint: Every patch against every patch, where ``record(joint=...)`` asked for it.
+        pairs: Every patch against every patch, where ``record(pairs=...)`` asked for it.
 
     Attributes:
         layer_sums: The raw sums, one :class:`LayerSums` per layer.
-        votes, rows, provenance, joint: As given.
+        votes, rows, provenance, pairs: As given.
 
     Raises:
         ValueError: If `layers` is empty or repeats a layer, or the shape of a tensor contradicts
-            its site, the other layers, `votes`, `rows` or `joint`.
+            its site, the other layers, `votes`, `rows` or `pairs`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class AttributionMaps(Readings):
         votes: tuple[str, ...],
         rows: tuple[str, ...],
         provenance: Mapping[str, Any],
-        joint: JointMaps | None = None,
+        pairs: PairMaps | None = None,
     ) -> None:
         self.layer_sums = tuple(layers)
         self.votes = tuple(votes)
@@ -72,11 +72,11 @@ class AttributionMaps(Readings):
         check_layers(self.layer_sums, self.votes, self.rows)
         any_sums = next(iter(tensors(self.layer_sums[0]).values()))
         self._n_samples, self._time_groups = any_sums.shape[:2]
-        self.joint = joint
-        if joint is not None and (joint.n_samples, joint.time_groups) != any_sums.shape[:2]:
+        self.pairs = pairs
+        if pairs is not None and (pairs.n_samples, pairs.time_groups) != any_sums.shape[:2]:
             raise ValueError(
-                f"joint must hold {self._n_samples} samples and {self._time_groups} time groups, "
-                f"got {joint.n_samples} and {joint.time_groups}"
+                f"pairs must hold {self._n_samples} samples and {self._time_groups} time groups, "
+                f"got {pairs.n_samples} and {pairs.time_groups}"
             )
 
     # What there is
@@ -124,34 +124,24 @@ class AttributionMaps(Readings):
         )
 
     @property
-    def causal(self) -> bool:
+    def informative(self) -> bool:
         """Whether every layer's output depends on the attention its map shows.
 
         False where a layer has a single reference token: its softmax over keys is 1 whatever the
         queries are, so its R2G map shows logits that the model never used.
         """
-        return all(layer.site.causal for layer in self.layer_sums)
+        return all(layer.site.informative for layer in self.layer_sums)
 
     @property
     def share_of(self) -> Literal["uniform", "mask"] | None:
         """Which votes' attention share says most: that of the tokens in the reference mask; without
         one that of all reference tokens, where layers attend to others as well; None where it was
-        not recorded or is 1 everywhere."""
-        references = [layer for layer in self.layer_sums if layer.site.role == "reference"]
-        recorded = [layer for layer in references if layer.attention_share is not None]
-        if len(recorded) < len(references) or not references:
-            return None
-        if "mask" in self.votes and any(layer.site.reference_grid for layer in recorded):
-            return "mask"
-        together = combined(recorded)
-        beside = any(
-            bool((shares(layer, apart=False)[:, :, :, 0] < 1 - 1e-4).any()) for layer in together
-        )
-        return "uniform" if beside else None
+        not recorded or is 1 everywhere. Of a word where no reference was recorded."""
+        return share_votes(self.layer_sums, self.votes)
 
     def nonfinite(self) -> list[str]:
         """Where values are NaN or infinite: one line per place, empty if all is well."""
-        return nonfinite(self.layer_sums) + (self.joint.nonfinite() if self.joint else [])
+        return nonfinite(self.layer_sums) + (self.pairs.nonfinite() if self.pairs else [])
 
     # Subsets, batches, devices
 
@@ -163,7 +153,7 @@ class AttributionMaps(Readings):
     ) -> "AttributionMaps":
         """The same maps for some layers, samples or one source only.
 
-        :attr:`joint` is an average over layers, so it does not survive a choice of them.
+        :attr:`pairs` is an average over layers, so it does not survive a choice of them.
 
         Args:
             layers: Layer paths or patterns such as ``"up_blocks.*"``; None keeps all. The order of
@@ -180,10 +170,10 @@ class AttributionMaps(Readings):
             IndexError: If a sample index is out of range.
         """
         chosen: Sequence[LayerSums] = self.layer_sums
-        joint = self.joint if layers is None else None
+        pairs = self.pairs if layers is None else None
         if source is not None:
             chosen = of_source(chosen, source)
-            joint = joint if chosen[0].site.role == "reference" else None
+            pairs = pairs if chosen[0].site.role == "reference" else None
         if layers is not None:
             patterns = [layers] if isinstance(layers, str) else list(layers)
             for pattern in patterns:
@@ -208,13 +198,13 @@ class AttributionMaps(Readings):
             if not wanted:
                 raise ValueError(f"samples must leave at least one of {len(every)}, got {samples}")
             chosen = apply(lambda sums: sums[wanted], chosen)
-            joint = joint and joint.apply(lambda sums: sums[wanted])
-        return self._with(chosen, joint)
+            pairs = pairs and pairs.apply(lambda sums: sums[wanted])
+        return self._with(chosen, pairs)
 
     def to(self, device: torch.device | str) -> "AttributionMaps":
         """The same maps on another device."""
         layers = apply(lambda sums: sums.to(device), self.layer_sums)
-        return self._with(layers, self.joint and self.joint.apply(lambda sums: sums.to(device)))
+        return self._with(layers, self.pairs and self.pairs.apply(lambda sums: sums.to(device)))
 
     @classmethod
     def merge(cls, results: Iterable["AttributionMaps"]) -> "AttributionMaps":
@@ -231,8 +221,8 @@ class AttributionMaps(Readings):
 
         Raises:
             ValueError: If `results` is empty, or they differ in layers, grids, heads, time groups,
-                votes, rows, recorded sums, guidance, layout, the votes of prefix tokens, what a
-                region's name stands for, or joint maps.
+                votes, rows, recorded sums, branch, layout, the votes of prefix tokens, what a
+                region's name stands for, or pair maps.
         """
         results = list(results)
         if not results:
@@ -244,7 +234,7 @@ class AttributionMaps(Readings):
             votes=results[0].votes,
             rows=results[0].rows,
             provenance=merge_provenance([result.provenance for result in results]),
-            joint=concatenate_joint([result.joint for result in results if result.joint]),
+            pairs=concatenate_pairs([result.pairs for result in results if result.pairs]),
         )
 
     # Pictures
@@ -256,7 +246,9 @@ class AttributionMaps(Readings):
         generated: Any = None,
         reference: Any = None,
         sample: int = 0,
+        source: str | None = None,
         votes: Literal["uniform", "mask"] = "uniform",
+        measure: Measure | None = None,
         weights: Literal["uniform", "mask"] = "uniform",
         style: str = "default",
         threshold: float | None = 0.4,
@@ -269,19 +261,22 @@ class AttributionMaps(Readings):
         Args:
             which: A figure of the paper, 4 to 9, or its name: ``"time_and_head"``,
                 ``"time_groups"``, ``"heads"``, ``"reference_maps"``, ``"specific_reference"``;
-                or ``"layers"``.
+                ``"layers"``; ``"words"``, the share of every word; or ``"frames"`` of a video.
             generated: The generated image, uint8 ``[height, width, 3]``: array, tensor or PIL
-                image. Figures 4 to 7, 9 and layers need it.
+                image; of a video any of its pictures. All but figure 8 need it.
             reference: The reference image, likewise. Figures 4, 8, 9 and layers need it where the
                 maps have a reference grid.
             sample: Which generated image.
-            votes: As for :meth:`reference_to_generated`.
+            source: Which of :attr:`sources`; default the first, and the heading names it where
+                there are several.
+            votes, measure: As for :meth:`reference_to_generated`.
             weights: As for :meth:`generated_to_reference`.
             style: ``"default"`` or ``"paper"``.
             threshold: Normalized values up to this are left out; None keeps all.
             shared: One scale for all maps of a row, so that they can be compared.
             preset: How maps are read and drawn.
-            heading: Text above the figure.
+            heading: Text above the figure; by default what its maps are, where that is not simply
+                the spread of the only reference of a picture.
 
         Returns:
             A figure made without pyplot; ``figure.savefig("heads.png")`` writes it.
@@ -297,7 +292,9 @@ class AttributionMaps(Readings):
         return figure(
             which,
             [Recorded(self.select(samples=sample), generated, reference)],
+            source=source,
             votes=votes,
+            measure=measure,
             weights=weights,
             style=style,
             threshold=threshold,
@@ -331,7 +328,7 @@ class AttributionMaps(Readings):
     def __repr__(self) -> str:
         return summary(self)
 
-    def _with(self, layers: Sequence[LayerSums], joint: JointMaps | None) -> "AttributionMaps":
+    def _with(self, layers: Sequence[LayerSums], pairs: PairMaps | None) -> "AttributionMaps":
         return type(self)(
-            layers, votes=self.votes, rows=self.rows, provenance=self.provenance, joint=joint
+            layers, votes=self.votes, rows=self.rows, provenance=self.provenance, pairs=pairs
         )

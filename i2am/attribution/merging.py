@@ -20,7 +20,7 @@ def check_mergeable(results: Sequence["AttributionMaps"]) -> None:
 
     Raises:
         ValueError: If they differ in layers, grids, heads, time groups, votes, rows, recorded sums,
-            guidance, layout, the votes of prefix tokens, what a region's name stands for, or joint
+            branch, layout, the votes of prefix tokens, what a region's name stands for, or pair
             maps.
     """
     for number, other in enumerate(results[1:], start=1):
@@ -71,12 +71,12 @@ def _facts(maps: "AttributionMaps") -> Iterator[tuple[str, object]]:
     yield "time groups", maps.time_groups
     yield "votes", ", ".join(maps.votes)
     yield "rows", ", ".join(maps.rows)
-    for name in ("guidance", "layout", "prefix_votes"):
+    for name in ("branch", "layout", "prefix_votes"):
         yield name, maps.provenance.get(name)
     descriptions = maps.provenance.get("regions") or {}
     yield "regions", ", ".join(f"{name}: {descriptions[name]}" for name in sorted(descriptions))
-    yield "joint maps", "none" if maps.joint is None else maps.joint.extent
-    yield "the layers of joint maps", "" if maps.joint is None else ", ".join(maps.joint.layers)
+    yield "pair maps", "none" if maps.pairs is None else maps.pairs.extent
+    yield "the layers of pair maps", "" if maps.pairs is None else ", ".join(maps.pairs.layers)
     for layer in maps.layer_sums:
         yield f"the grids, heads and tokens of {layer.site.layer}", layer.site
         yield f"the recorded sums of {layer.site.layer}", ", ".join(tensors(layer))

@@ -1,11 +1,15 @@
 """What maps lie over: the pictures of a run, and the part of each that became tokens."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 Which = Literal["generated", "reference"]
 Box = tuple[float, float, float, float]
 """Top, left, height and width as fractions of a picture; may reach beyond it."""
+
+_BOX = re.compile(r"(\d+),(\d+),(\d+),(\d+)@(\d+)x(\d+)")
+_PATCH = re.compile(r"(\d+),(\d+)@(\d+)x(\d+)")
 
 
 class Seen(NamedTuple):
@@ -65,3 +69,24 @@ def cut_place(
     top, left, height, width = picture.box
     y, x = (place[0] - top) / height, (place[1] - left) / width
     return (y, x) if min(y, x) >= 0 and max(y, x) <= 1 else None
+
+
+def region_box(provenance: Mapping[str, Any], name: str) -> Box | None:
+    """What a region covers of the generated image.
+
+    Args:
+        provenance: `AttributionMaps.provenance` of a recording with that region.
+        name: Its name.
+
+    Returns:
+        None for a region of free weights, which has no rectangle.
+    """
+    # a region without an entry is named by what it is
+    text = str((provenance.get("regions") or {}).get(name, name))
+    if found := _BOX.fullmatch(text):
+        top, left, tall, wide, height, width = map(int, found.groups())
+        return top / height, left / width, tall / height, wide / width
+    if found := _PATCH.fullmatch(text):
+        row, column, height, width = map(int, found.groups())
+        return row / height, column / width, 1 / height, 1 / width
+    return None

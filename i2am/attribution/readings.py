@@ -10,8 +10,8 @@ from torch import Tensor
 from i2am.attribution.direction import Direction
 from i2am.attribution.flow import Flow, read_flow
 from i2am.attribution.grid import Box, Grid, Patch
-from i2am.attribution.joint import JointMaps
-from i2am.attribution.layers import conditional, multiplied, norms, recorded, shares
+from i2am.attribution.layers import conditional, multiplied, recorded, shares
+from i2am.attribution.pairs import PairMaps
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reduction import (
     LayerWeighting,
@@ -21,9 +21,10 @@ from i2am.attribution.reduction import (
     missing_for_official,
     read,
     refuse_gridless,
+    refuse_mean_heads,
     undeclared,
 )
-from i2am.attribution.sources import received_of, spread_of
+from i2am.attribution.sources import default_measure, received_of, spread_of
 from i2am.attribution.sums import LayerSums, Measure
 
 PerAxes = str | Iterable[str]
@@ -36,7 +37,7 @@ class Readings:
     votes: tuple[str, ...]
     rows: tuple[str, ...]
     provenance: dict[str, Any]
-    joint: JointMaps | None
+    pairs: PairMaps | None
     _warned = False
 
     @property
@@ -67,9 +68,8 @@ class Readings:
 
         With ``values="norm"`` every token counts in the share by ``|| W_o v ||``, the norm of what
         it brings through the output projection of its head, instead of 1: a small model's maps were
-        then as right without a reference mask as its shares were with one. It is summed over the
-        recorded steps, averaged over heads and layers and divided by nothing, so that its unit is
-        that of a layer's output.
+        then as right without a reference mask as its shares were with one. It is a mean too, and
+        its unit is that of a layer's output.
 
         What a layer multiplies its branch by, the scale and mask of an IP-Adapter, multiplies its
         map.
@@ -102,7 +102,7 @@ class Readings:
         Raises:
             ValueError: If the direction, the norms or the mask votes were not recorded, mask votes
                 are asked of a layer without a reference grid, ``per`` keeps heads of layers with
-                different head counts, or an argument is unknown.
+                different head counts or that were not kept apart, or an argument is unknown.
         """
         if votes not in self.votes:
             raise ValueError(
@@ -120,19 +120,19 @@ class Readings:
         vote = self.votes.index(votes)
         preset = get_preset(preset)
         layers = spread_of(self.layer_sums, source, masked=votes == "mask")
-        if measure is None:
-            shared = all(layer.site.measure == "share" for layer in layers)
-            measure = "share" if shared and not preset.clamp_after_grid_resize else "spread"
+        measure = measure or default_measure(layers, preset)
         if votes == "mask":
             refuse_gridless(layers, "reference_to_generated(votes='mask')", preset)
         elif preset.clamp_after_grid_resize and measure == "spread":
             self._warn_approximate(layers, preset, size)
-        apart = "time" in kept_axes(per)
+        axes = kept_axes(per)
+        apart = "time" in axes
+        if measure == "spread" and "head" in axes:
+            refuse_mean_heads(layers_of(layers, preset))
 
         def sums(layer: LayerSums) -> Tensor:
             if measure == "share":
-                held = norms(layer) if values == "norm" else shares(layer, apart=apart)
-                held = held[:, :, :, vote]
+                held = shares(layer, apart=apart, values=values)[:, :, :, vote]
                 return held if layer.site.frames > 1 else held[:, :, :, None]
             by_key = layer.reference_to_generated_by_key
             if preset.clamp_after_grid_resize and votes == "uniform" and by_key is not None:
@@ -249,37 +249,39 @@ class Readings:
         Args:
             region: A region that was declared before the run: its name, or the :class:`Patch` or
                 :class:`Box` itself, whatever name it was given. A :class:`Patch` of the grid of
-                :attr:`joint` need not have been declared.
-            per: Axes to keep; of a patch read from :attr:`joint` one of time and head at most.
+                :attr:`pairs` need not have been declared.
+            per: Axes to keep; of a patch read from :attr:`pairs` one of time and head at most.
             size: Grid of the result; by default the finest reference grid.
             source: As in :meth:`generated_to_reference`.
-            preset: As in :meth:`generated_to_reference`; a patch from :attr:`joint` needs bilinear
+            preset: As in :meth:`generated_to_reference`; a patch from :attr:`pairs` needs bilinear
                 maps of all layers, those of ``"paper"``.
             layer_weighting: As in :meth:`generated_to_reference`; likewise ``"paper"``.
 
         Returns:
-            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized. From :attr:`joint`
-            it is the mean of the layers with a reference grid, on the joint one, resized.
+            fp32 ``[samples, (time), (layer), (head), *size]``, not normalized. From :attr:`pairs`
+            it is the mean of the layers with a reference grid, on the pair grid, resized.
 
         Raises:
-            ValueError: If the region was not declared, nor is it a cell of :attr:`joint` that can
+            ValueError: If the region was not declared, nor is it a cell of :attr:`pairs` that can
                 be read so, or as :meth:`generated_to_reference` does.
         """
         descriptions = self.provenance.get("regions") or {}
         name = find_region(region, self.regions, descriptions)
         if name is not None:
             return self._read_row(name, per, size, source, preset, layer_weighting)
-        cell = None if self.joint is None else self.joint.cell(region)
-        if self.joint is None or cell is None:
-            joint = None if self.joint is None else self.joint.generated_grid
-            raise undeclared(region, self.regions, descriptions, joint)
+        cell = None if self.pairs is None else self.pairs.cell(region)
+        if self.pairs is None or cell is None:
+            pairs = None if self.pairs is None else self.pairs.generated_grid
+            raise undeclared(region, self.regions, descriptions, pairs)
         grids = [layer.site.reference_grid or (1, 1) for layer in self.layer_sums]
-        return self.joint.read_cell(
+        sites = [layer.site for layer in self.layer_sums if layer.site.reference_grid is not None]
+        return self.pairs.read_cell(
             cell,
             kept_axes(per),
             size=size or max(grids, key=math.prod),
             preset=get_preset(preset),
             layer_weighting=layer_weighting,
+            tags={tag for site in sites for tag in site.tags},
         )
 
     def _read_row(

@@ -1,6 +1,5 @@
 """Reduces per-layer sums to one map tensor: which axes stay, which are averaged, on which grid."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,7 +38,7 @@ def layers_of(layers: Sequence[LayerSums], preset: Preset) -> list[LayerSums]:
     Raises:
         ValueError: If none does.
     """
-    counted = [layer for layer in layers if counts(layer.site.layer, preset)]
+    counted = [layer for layer in layers if layer.site.merged or preset.counts(layer.site.tags)]
     if not counted:
         raise ValueError(
             f"preset {preset.name!r} leaves out every layer here: "
@@ -61,8 +60,8 @@ def check_resized(
         ValueError: If `layers` hold resized sums, and layers are kept, weighted by area, resized
             other than bilinearly or left out.
     """
-    merged = [name for layer in layers for name in layer.site.merged]
-    leaves_out = not all(counts(name, preset) for name in merged)
+    merged = [layer.site for layer in layers if layer.site.merged]
+    leaves_out = not all(preset.counts(site.tags) for site in merged)
     resizes = preset.clamp_after_grid_resize or preset.grid_resize != "bilinear"
     for what, refused in {
         "per='layer'": "layer" in per,
@@ -86,6 +85,20 @@ def refuse_gridless(layers: Sequence[LayerSums], what: str, preset: Preset) -> N
         raise ValueError(
             f"{what} does not exist for layers without a reference grid (a single reference "
             f"token, say): {', '.join(gridless)}; choose others with select(layers=...)"
+        )
+
+
+def refuse_mean_heads(layers: Sequence[LayerSums]) -> None:
+    """Refuses the spread per head where its mean over heads was kept alone.
+
+    Raises:
+        ValueError: If it was, of a layer.
+    """
+    if any(layer.site.spread_over_heads for layer in layers):
+        raise ValueError(
+            "per='head' of measure='spread' needs heads apart, record(sums='native'); these maps "
+            "were recorded with sums='resized', which keeps the mean over heads of a spread that "
+            "is not read by default"
         )
 
 
@@ -144,7 +157,7 @@ def undeclared(
     region: str | Patch | Box,
     names: Sequence[str],
     descriptions: Mapping[str, str],
-    joint_grid: Grid | None,
+    pair_grid: Grid | None,
 ) -> ValueError:
     """What to raise for a region that was not recorded; see :func:`find_region`.
 
@@ -152,17 +165,17 @@ def undeclared(
         region: What was asked for.
         names: The recorded ones.
         descriptions: What some of them stand for.
-        joint_grid: Grid whose patches are known without a declaration, if there is one.
+        pair_grid: Grid whose patches are known without a declaration, if there is one.
     """
     known = ", ".join(
         name if descriptions.get(name, name) == name else f"{name} ({descriptions[name]})"
         for name in names
     )
-    joint = ""
-    if joint_grid is not None:
-        joint = f" or be a Patch of the joint grid {joint_grid[0]}x{joint_grid[1]}"
+    pairs = ""
+    if pair_grid is not None:
+        pairs = f" or be a Patch of the pair grid {pair_grid[0]}x{pair_grid[1]}"
     return ValueError(
-        f"region must be declared before the run with record(regions=...){joint}; "
+        f"region must be declared before the run with record(regions=...){pairs}; "
         f"declared: {known or 'none'}; got {region}"
     )
 
@@ -256,14 +269,6 @@ def reduce_layers(
     if averaged := [axis for axis in ("layer", "head") if axis not in per]:
         result = result.mean([AXES.index(axis) + 1 for axis in averaged], keepdim=True)
     return result.squeeze([i for i, axis in enumerate(AXES, start=1) if axis not in per])
-
-
-def counts(layer: str, preset: Preset) -> bool:
-    """Whether a layer counts under a preset."""
-    if not preset.mid_block and {"mid_block", "middle_block"} & {*layer.split(".")}:
-        return False
-    warp = re.match(r"warp_blocks\.(\d+)\.", layer)
-    return not warp or preset.warp_blocks is None or int(warp[1]) in preset.warp_blocks
 
 
 def _words(numbers: Sequence[int]) -> str:

@@ -118,9 +118,10 @@ class ResizedSums:
             generated_grid=self.generated_grid,
             reference_grid=grid,
             reference_tokens=max(site.reference_tokens for site in sites),
-            causal=all(site.causal for site in sites),
+            informative=all(site.informative for site in sites),
             alone=all(site.alone for site in sites),
             merged=tuple(self.sites),
+            tags=tuple(sorted({tag for each in sites for tag in each.tags})),
         )
         if grid is not None:
             site = replace(site, reference_tokens=math.prod(grid))

@@ -6,7 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from i2am.attribution.sums import LayerSums
+from i2am.attribution.presets import Preset
+from i2am.attribution.sums import LayerSums, Measure
+
+
+def default_measure(layers: Sequence[LayerSums], preset: Preset) -> Measure:
+    """How R2G of some layers is read where nobody says how; the published code knows the spread."""
+    shared = all(layer.site.measure == "share" for layer in layers)
+    return "share" if shared and not preset.clamp_after_grid_resize else "spread"
 
 
 def sources(layers: Sequence[LayerSums], role: str | None = None) -> tuple[str, ...]:
@@ -114,7 +121,7 @@ def _together(layers: Sequence[LayerSums]) -> LayerSums:
             source=", ".join(layer.site.source for layer in layers),
             reference_grid=None,
             reference_tokens=sum(tokens),
-            causal=any(layer.site.causal for layer in layers),
+            informative=any(layer.site.informative for layer in layers),
         ),
         reference_to_generated=torch.stack(spreads).sum(0) if len(spreads) == len(layers) else None,
         generated_to_reference=None,

@@ -1,14 +1,15 @@
 """Maps on disk: one safetensors file, complete or absent, the same bytes for the same content."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from i2am.attribution.joint import JointMaps
 from i2am.attribution.layers import SUMS, tensors
 from i2am.attribution.maps import AttributionMaps
+from i2am.attribution.pairs import PairMaps
 from i2am.attribution.sums import AttentionSite, LayerSums
 from i2am.files import open_regular, require, write
 
@@ -17,20 +18,25 @@ SCHEMA = 3
 several sources."""
 
 READABLE = (1, 2, 3)
-"""Versions that are read: 1 has neither joint maps nor shares, 2 no shares."""
+"""Versions that are read: 1 has neither pair maps nor shares, 2 no shares."""
 
-JOINT_SUMS = ("g2r", "r2g")
-_FIELDS = {"sites": list, "votes": [str], "rows": [str], "provenance": dict}
-_SITE = {"layer": str, "heads": int, "reference_tokens": int, "causal": bool}
-JOINT_FACTS = ("generated_grid", "reference_grid", "time_groups", "heads", "layers")
+PAIR_SUMS = ("g2r", "r2g")
+_FIELDS: dict[str, type | list[type]] = {
+    "sites": list,
+    "votes": [str],
+    "rows": [str],
+    "provenance": dict,
+}
+_SITE = {"layer": str, "heads": int, "reference_tokens": int, "informative": bool}
+PAIR_FACTS = ("generated_grid", "reference_grid", "time_groups", "heads", "layers")
 
 
 def save_maps(maps: AttributionMaps, path: str | Path) -> None:
     """Writes maps to one ``.safetensors`` file that any safetensors reader opens.
 
-    Tensors are named ``<layer number>.<field>``, those of joint maps ``joint.<field>``. The
+    Tensors are named ``<layer number>.<field>``, those of pair maps ``pairs.<field>``. The
     document, see `i2am.files.container`, holds schema, sites, votes, rows, provenance and the grids
-    of joint maps. Time and machine are not among them, so equal maps give equal bytes, and the file
+    of pair maps. Time and machine are not among them, so equal maps give equal bytes, and the file
     is complete or not there at all.
 
     Args:
@@ -53,17 +59,17 @@ def save_maps(maps: AttributionMaps, path: str | Path) -> None:
         for number, layer in enumerate(maps.layer_sums)
         if layer.multiplier is not None
     }
-    joint: dict[str, Any] = {}
-    if maps.joint is not None:
-        content |= {f"joint.{name}": getattr(maps.joint, name) for name in JOINT_SUMS}
-        joint["joint"] = {name: getattr(maps.joint, name) for name in JOINT_FACTS}
+    pairs: dict[str, Any] = {}
+    if maps.pairs is not None:
+        content |= {f"pairs.{name}": getattr(maps.pairs, name) for name in PAIR_SUMS}
+        pairs["pairs"] = {name: getattr(maps.pairs, name) for name in PAIR_FACTS}
     document = {
         "schema": SCHEMA,
         "sites": [asdict(layer.site) for layer in maps.layer_sums],
         "votes": maps.votes,
         "rows": maps.rows,
         "provenance": maps.provenance,
-        **joint,
+        **pairs,
     }
     try:
         pieces = [*pack(content, document)]
@@ -99,6 +105,7 @@ def load_maps(path: str | Path) -> AttributionMaps:
         require(document, str(path), _FIELDS)
         content = container.load_all(file)
     try:
+        document, content = _renamed(document, content)
         layers = [
             LayerSums(
                 _site(site),
@@ -111,17 +118,43 @@ def load_maps(path: str | Path) -> AttributionMaps:
             votes=document["votes"],
             rows=document["rows"],
             provenance=document["provenance"],
-            joint=_joint(document.get("joint"), content),
+            pairs=_pairs(document.get("pairs"), content),
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _joint(facts: dict[str, Any] | None, content: dict[str, Tensor]) -> JointMaps | None:
+def _renamed(
+    document: dict[str, Any], content: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What earlier schemas say, in the words of this one."""
+    if document["schema"] == SCHEMA:
+        return document, content
+    sites = [
+        {"informative" if name == "causal" else name: value for name, value in site.items()}
+        | {"tags": [*tags_by_path(str(site["layer"]), *site.get("merged", []))]}
+        for site in document["sites"]
+    ]
+    said = {
+        "branch" if name == "guidance" else name: value
+        for name, value in document["provenance"].items()
+    }
+    content = {name.replace("joint.", "pairs."): held for name, held in content.items()}
+    today = {"sites": sites, "provenance": said, "pairs": document.get("joint")}
+    return document | today, content
+
+
+def tags_by_path(*layers: str) -> tuple[str, ...]:
+    """What layouts call layers, by the paths that are all that earlier schemas know of them."""
+    blocks = [re.match(r"warp_blocks\.(\d+)\.|(.+\.)?mid(dle)?_block\.", layer) for layer in layers]
+    return tuple(sorted({f"warp:{block[1]}" if block[1] else "mid" for block in blocks if block}))
+
+
+def _pairs(facts: dict[str, Any] | None, content: dict[str, Tensor]) -> PairMaps | None:
     if facts is None:
         return None
     facts = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
-    return JointMaps(g2r=content["joint.g2r"], r2g=content["joint.r2g"], **facts)
+    return PairMaps(g2r=content["pairs.g2r"], r2g=content["pairs.r2g"], **facts)
 
 
 def _site(fields: Any) -> AttentionSite:
@@ -133,9 +166,9 @@ def _site(fields: Any) -> AttentionSite:
         if not isinstance(grid, list) or [*map(type, grid)] != [int, int]:
             raise ValueError(f"{name} must be a height and a width, got {grid!r}")
         grids[name] = tuple(grid)
-    merged, alone = fields.get("merged", []), fields.get("alone", False)
-    require({"merged": merged}, "a site", {"merged": [str]})
-    require({"alone": alone}, "a site", {"alone": bool})
+    names = {name: fields.get(name, []) for name in ("merged", "tags")}
+    require(names, "a site", {"merged": [str], "tags": [str]})
+    require({"alone": fields.get("alone", False)}, "a site", {"alone": bool})
     frames, role = fields.get("frames", 1), fields.get("role", "reference")
     if type(frames) is not int or frames < 1 or role not in ("reference", "text"):
         raise ValueError(f"a site must have frames and a role, got {frames!r} and {role!r}")
@@ -143,4 +176,5 @@ def _site(fields: Any) -> AttentionSite:
         raise ValueError(f"measure must be share or spread, got {fields['measure']!r}")
     if not isinstance(fields.get("source", "reference"), str):
         raise ValueError(f"source must be a name, got {fields['source']!r}")
-    return AttentionSite(**{**fields, **grids, "merged": tuple(merged)})
+    grids |= {name: tuple(given) for name, given in names.items()}
+    return AttentionSite(**{**fields, **grids})

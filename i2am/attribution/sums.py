@@ -22,7 +22,7 @@ class AttentionSite:
     reference_grid: Grid | None
     """``(height, width)`` of the reference tokens, row-major; ``None`` where they have no place."""
     reference_tokens: int
-    causal: bool = True
+    informative: bool = True
     """False for a single reference token, attention to which is 1 whatever query and key are, and
     for a branch that the layer multiplies by 0."""
     merged: tuple[str, ...] = ()
@@ -36,6 +36,8 @@ class AttentionSite:
     measure: Measure = "spread"
     """How R2G is read by default: ``"share"`` of words, and of references in one sequence with the
     generated image."""
+    tags: tuple[str, ...] = ()
+    """What the layout calls the layer, for presets: ``"mid"``, ``"warp:4"``; of all merged ones."""
 
     alone: bool = False
     """Whether the reference tokens are all that the layer's queries can attend to."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import i2am
+from i2am.attribution.shown import ROWS, Shown, Votes
 from i2am.cli.errors import InputRejected
 from i2am.cli.recorded import RecordedRun, read_run
 from i2am.files import MANIFEST, check_free, fresh_folder, readable_json
-from i2am.plots.reading import Reading, Votes
 from i2am.plots.recorded import FIGURES, ONE_EACH, Recorded, figure, figure_name, lacks
 
 if TYPE_CHECKING:
@@ -28,14 +28,6 @@ _WHAT = {
     "specific_reference": "Where on the reference the red patch looked",
     "layers": "Maps per layer",
     "models": "Models side by side",
-}
-_R2G = {
-    "uniform": "R2G: every reference token votes",
-    "mask": "R2G: only tokens in the reference mask vote",
-}
-_G2R = {
-    "uniform": "G2R: all generated patches count",
-    "mask": "G2R: only patches in the mask count",
 }
 # time and producer would make equal figures different files
 _SAVE: dict[str, dict[str, Any]] = {
@@ -147,22 +139,22 @@ def _figure(
 
 
 def _heading(which: str, runs: list[RecordedRun], drawing: Drawing, preset: str) -> str:
-    what = _WHAT[which]
+    what, shown = _WHAT[which], Shown(runs[0].maps, preset)
     if which == "heads":
-        what += f", {Reading(runs[0].maps, preset).heads_of}"
+        what += f", {shown.heads_of}"
     facts: list[str] = []
     # what differs between rows stands beside them
     for of_all in (set(map(_model, runs)), set(map(_guidance, runs))):
         facts += of_all if len(of_all) == 1 else []
-    if not all(run.maps.causal for run in runs):
+    if not all(run.maps.informative for run in runs):
         facts.append("layers with a single reference token, whose maps show no cause")
     if preset != "paper":
         facts.append(f"preset {preset}")
     sentences = [f"{what} ({', '.join(facts)})" if facts else what]
     if which not in ("reference_maps", "specific_reference"):
-        sentences.append(_R2G[drawing.votes])
+        sentences.append(shown.r2g_title(drawing.votes))
     if which in ("time_and_head", "reference_maps", "layers", "models"):
-        sentences.append(_G2R[drawing.weights])
+        sentences.append(shown.g2r_title(f"{ROWS[drawing.weights]} count"))
     return ". ".join(sentences)
 
 
@@ -187,7 +179,7 @@ def _model(run: RecordedRun) -> str:
 def _guidance(run: RecordedRun) -> str:
     if run.guidance <= 1:
         return "no guidance"
-    half = run.maps.provenance.get("guidance")
+    half = run.maps.provenance.get("branch")
     return f"guidance {run.guidance:g}" + (
         ", unconditional half" if half == "unconditional" else ""
     )

@@ -81,7 +81,7 @@ def estimate(
 
     Args:
         probe: Maps of the same model at the same size, one sample, whatever their rows; with
-            joint maps if these are to be recorded.
+            pair maps if these are to be recorded.
         time_groups: Time groups of the recording.
         votes: Vote vectors of R2G.
         rows: Weight rows of G2R.
@@ -107,9 +107,9 @@ def estimate(
             tile = max(tile, halves * 3 * 4 * site.heads * cells * keys[site.layer])
         # and one number of calls per time group
         stays += 4 * time_groups * (site.heads * values + 1)
-    if (joint := probe.joint) is not None:
-        slices = joint.time_groups + joint.heads
-        stays += joint.nbytes // slices * (time_groups + joint.heads)
+    if (pairs := probe.pairs) is not None:
+        slices = pairs.time_groups + pairs.heads
+        stays += pairs.nbytes // slices * (time_groups + pairs.heads)
     return Estimate(
         layers=len(probe.layer_sums),
         stays=branches * stays,

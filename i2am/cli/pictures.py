@@ -12,24 +12,12 @@ from torch import Tensor
 
 from i2am.attribution import AttributionMaps, picture
 from i2am.attribution.postprocess import is_constant
+from i2am.attribution.shown import ROWS, Shown
 from i2am.cli.settings import Inputs, NamedBox
 from i2am.plots import contact_sheet, overlay
 from i2am.plots.overlay import SIDE, resized
-from i2am.plots.reading import Reading, Votes
 from i2am.plots.titles import head_titles, step_titles
 
-_SHARES: dict[Votes, str] = {
-    "uniform": "R2G: share of attention to the reference",
-    "mask": "R2G: share of attention to the object",
-}
-_VOTES: dict[Votes, str] = {
-    "uniform": "R2G: every reference token votes",
-    "mask": "R2G: only tokens in the reference mask vote",
-}
-_ROWS: dict[Votes, str] = {
-    "uniform": "G2R: all generated patches",
-    "mask": "G2R: only patches in the mask",
-}
 _SCALE = "Every map has its own scale from 0 to 1; values up to 0.4 are left out."
 
 
@@ -121,9 +109,9 @@ def _sheets(read: "_Reader", scene: Scene) -> Iterator[Sheet]:
     groups = list(read.time_groups())
     yield Sheet("time_groups", f"{heading} {_SCALE}", groups, min(10, read.maps.time_groups))
     heads = list(read.heads())
-    heading = f"Maps per head, {read.reading.heads_of}."
-    yield Sheet("heads", f"{heading} {_SCALE}", heads, min(8, read.reading.head_count))
-    for box in scene.boxes:
+    heading = f"Maps per head, {read.shown.heads_of}."
+    yield Sheet("heads", f"{heading} {_SCALE}", heads, min(8, read.shown.head_count))
+    for box in scene.boxes if g2r else ():
         heading = f"Where on the reference the region {box.name} looks."
         yield Sheet(f"region_{box.name}", f"{heading} {_SCALE}", list(read.region(box)), 3)
 
@@ -133,38 +121,29 @@ class _Reader:
 
     def __init__(self, maps: AttributionMaps, scene: Scene) -> None:
         self.maps, self.scene = maps, scene
-        self.reading = Reading(maps, scene.preset)
-        # tokens without a place are in no mask
-        chosen = [
-            votes
-            for votes in _VOTES
-            if votes == "uniform" or (self.reading.spatial and votes in maps.votes)
-        ]
-        share = self.maps.share_of
-        self._share = None if share is None else self.reading.r2g(votes=share, measure="share")[0]
-        self._r2g = {votes: self.reading.r2g(votes=votes)[0] for votes in chosen}
-        self._g2r = {row: self.reading.g2r(weights=row)[0] for row in _ROWS if self.reading.spatial}
+        self.shown = Shown(maps, scene.preset)
+        self._r2g = {
+            way: self.shown.r2g(votes=way.votes, measure=way.measure)[0] for way in self.shown.ways
+        }
+        self._g2r = {row: self.shown.g2r(weights=row)[0] for row in self.shown.weights}
 
     def r2g(self) -> Iterator[Tile]:
         """The share first, then one tile per vote vector."""
-        if self._share is not None and (votes := self.maps.share_of):
-            yield self._on_generated(_SHARES[votes], self._share, invert=False)
-        for votes, maps in self._r2g.items():
-            yield self._on_generated(_VOTES[votes], maps)
+        for way, maps in self._r2g.items():
+            title = self.shown.r2g_title(way.votes, way.measure)
+            yield self._on_generated(title, maps, invert=self.shown.inverted(way.measure))
 
     def g2r(self) -> Iterator[Tile]:
         """One tile per weighting of the generated patches."""
         for row, maps in self._g2r.items():
-            yield self._on_reference(_ROWS[row], maps)
+            yield self._on_reference(self.shown.g2r_title(ROWS[row]), maps)
 
     def overlays(self) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Maps over their images at the size of those, nothing else in the picture."""
         generated = np.asarray(self.scene.generated.convert("RGB"))
-        if self._share is not None:
-            yield "overlay_share", self._over(generated, self._share)
-        for votes, maps in self._r2g.items():
-            name = "overlay_r2g" if votes == "uniform" else f"overlay_r2g_{votes}_votes"
-            yield name, self._over(generated, maps, invert=self.reading.invert)
+        for way, maps in self._r2g.items():
+            name = "overlay_r2g_mask_votes" if way.name == "r2g_mask" else f"overlay_{way.name}"
+            yield name, self._over(generated, maps, invert=self.shown.inverted(way.measure))
         reference = np.asarray(self.scene.inputs.reference)
         for row, maps in self._g2r.items():
             name = "overlay_g2r" if row == "uniform" else f"overlay_g2r_{row}"
@@ -177,24 +156,23 @@ class _Reader:
 
     def heads(self) -> Iterator[Tile]:
         """One tile per direction and head."""
-        yield from self._split("head", head_titles(self.reading.head_count))
+        yield from self._split("head", head_titles(self.shown.head_count))
 
     def region(self, box: NamedBox) -> Iterator[Tile]:
         """The region on the person and the generated image, and its map on the reference."""
         yield Tile("person, region in red", self._framed(self.scene.inputs.person, box))
         yield Tile("generated, region in red", self._framed(self.scene.generated, box))
-        if self.reading.spatial:
-            maps = self.reading.region(box.name)[0]
-            tile = self._on_reference("G2R: only patches in the region", maps)
-            if box.truth is not None:
-                tile = Tile(f"{tile.title}; ring: the true place", _ringed(tile.pixels, box.truth))
-            yield tile
+        maps = self.shown.region(box.name)[0]
+        tile = self._on_reference("G2R: only patches in the region", maps)
+        if box.truth is not None:
+            tile = Tile(f"{tile.title}; ring: the true place", _ringed(tile.pixels, box.truth))
+        yield tile
 
     def _split(self, axis: str, titles: list[str]) -> Iterator[Tile]:
-        for title, one in zip(titles, self.reading.r2g(axis)[0], strict=True):
-            yield self._on_generated(f"R2G, {title}", one)
-        if self.reading.spatial:
-            for title, one in zip(titles, self.reading.g2r(axis)[0], strict=True):
+        for title, one in zip(titles, self.shown.r2g(axis)[0], strict=True):
+            yield self._on_generated(f"R2G, {title}", one, invert=self.shown.inverted())
+        if self._g2r:
+            for title, one in zip(titles, self.shown.g2r(axis)[0], strict=True):
                 yield self._on_reference(f"G2R, {title}", one)
 
     def _framed(self, image: Image.Image, box: NamedBox) -> NDArray[np.uint8]:
@@ -208,8 +186,7 @@ class _Reader:
         ImageDraw.Draw(shown).rectangle(corners, outline="red", width=2)
         return np.asarray(shown)
 
-    def _on_generated(self, title: str, maps: Tensor, *, invert: bool | None = None) -> Tile:
-        invert = self.reading.invert if invert is None else invert
+    def _on_generated(self, title: str, maps: Tensor, *, invert: bool) -> Tile:
         return self._tile(title, maps, self.scene.generated, invert=invert)
 
     def _on_reference(self, title: str, maps: Tensor) -> Tile:
@@ -224,7 +201,7 @@ class _Reader:
         self, pixels: NDArray[np.uint8], maps: Tensor, *, invert: bool = False
     ) -> NDArray[np.uint8]:
         height, width = pixels.shape[:2]
-        values = picture(maps, (height, width), preset=self.reading.preset, invert=invert)
+        values = picture(maps, (height, width), preset=self.shown.preset, invert=invert)
         return overlay(pixels, values.cpu().numpy())
 
 

@@ -14,7 +14,7 @@ from i2am.files import MANIFEST, FileRejected, is_listed, read_json, require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_FIELDS = {
+_FIELDS: dict[str, type | list[type]] = {
     "i2am": str,
     "device": str,
     "files": dict,
@@ -191,7 +191,7 @@ def _check_provenance(provenance: Mapping[str, Any], what: str) -> None:
                 values = provenance["pictures"][which].get(name, ())
                 if values is not None and not _are_numbers(values, count):
                     raise FileRejected(f"{what}: provenance is damaged: pictures.{which}.{name}")
-    for name, kind in (("steps", int), ("regions", dict), ("note", str), ("guidance", str)):
+    for name, kind in (("steps", int), ("regions", dict), ("note", str), ("branch", str)):
         if provenance.get(name) is not None:
             require(provenance, f"{what}: provenance", {name: kind})
 

@@ -11,6 +11,7 @@ import torch
 
 import i2am
 from i2am.attribution import AttributionMaps, Box, Direction
+from i2am.attribution.shown import Shown
 from i2am.cli.calling import call, check_model, complete, generated_size, layout_of, warn_of_size
 from i2am.cli.errors import InputRejected
 from i2am.cli.estimate import Estimate, estimate
@@ -117,7 +118,7 @@ def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Pr
             pipe,
             layout=replace(layout, spans=spans),
             time_groups=1,
-            joint=settings.report,
+            pairs=settings.report,
         ) as recorder:
             call(
                 pipe,
@@ -137,7 +138,7 @@ def _probe(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs) -> _Pr
             f"regions need reference patches to look at, and model {settings.model} has a single "
             "reference token"
         )
-    several = any(layer.site.reference_tokens > 1 for layer in maps.layer_sums)
+    several = not Shown(maps).single
     return _Probe(maps, keys, keep_keys=several and settings.preset == "official")
 
 
@@ -191,12 +192,12 @@ def _run(pipe: "ReferencePipeline", settings: Settings, inputs: Inputs, *, keep_
         pipe,
         layout=layout_of(pipe, settings),
         time_groups=settings.time_groups,
-        guidance=settings.guidance_branch,
+        branch=settings.guidance_branch,
         regions=regions,
         mask=inputs.mask,
         reference_mask=inputs.reference_mask,
         keep_keys=keep_keys,
-        joint=settings.report,
+        pairs=settings.report,
     ) as recorder:
         (image,) = call(pipe, settings, inputs)
     if settings.guidance_branch == "both":

@@ -22,7 +22,7 @@ from i2am.evaluation.plan_file import RUN_LIMIT
 from i2am.files import MANIFEST, FileRejected, read_json
 from i2am.metrics.names import IMACS_NAMES
 from i2am.plots.titles import step_titles
-from i2am.viewer import Sample, Stack, sample
+from i2am.viewer import Sample, Source, Stack, sample
 from i2am.wording import counted
 
 if TYPE_CHECKING:
@@ -286,8 +286,8 @@ def _evaluated_sample(
         if stacks
         else (0, 0)
     )
-    steps = settings["steps"]
-    guidance = settings["guidance"]
+    steps, guidance = settings["steps"], settings["guidance"]
+    garment = read_image(data.path("garment", index), name="reference")
     return Sample(
         id=title,
         generated=read_image(
@@ -295,12 +295,11 @@ def _evaluated_sample(
             name="generated image",
             content=store.image(shard, id),
         ),
-        reference=read_image(data.path("garment", index), name="reference"),
+        sources=[Source(garment, _outlined(data.path("garment_mask", index)))],
         stacks=stacks,
         times=step_titles(groups, steps),
         heads=[f"head {head}" for head in range(heads)],
         mask=_outlined(data.path("mask", index)),
-        reference_mask=_outlined(data.path("garment_mask", index)),
         scores=_shard_scores(shard, at),
         facts={
             "Model": Path(str(plan["model"]["name"])).name,

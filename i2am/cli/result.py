@@ -90,7 +90,7 @@ class Result:
 def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
     """Write every file of a result; a half of guidance with NaN in its maps is not drawn or scored.
 
-    With NaN in its joint maps alone there is no page.
+    With NaN in its pair maps alone there is no page.
 
     Args:
         folder: An empty folder.
@@ -130,7 +130,7 @@ def write(folder: Path, settings: Settings, inputs: Inputs, run: Run) -> Result:
                 boxes=settings.regions,
                 steps=settings.steps or 0,
                 preset=settings.preset,
-                caption=_caption(settings, run, branch, causal=maps.causal),
+                caption=_caption(settings, run, branch, informative=maps.informative),
             )
             files += draw(folder, maps, scene, suffix=suffix)
         found = _score(maps, inputs, settings.preset, broken)
@@ -181,12 +181,12 @@ def _score(
     return entries
 
 
-def _caption(settings: Settings, run: Run, branch: str, *, causal: bool) -> str:
+def _caption(settings: Settings, run: Run, branch: str, *, informative: bool) -> str:
     parts = [Path(settings.model).resolve().name]
     if not run.trained:
         parts.append("random weights")
     parts.append(f"{branch} half of guidance" if (settings.guidance or 0) > 1 else "no guidance")
-    if not causal:
+    if not informative:
         parts.append("layers with a single reference token, whose maps show no cause")
     if settings.preset != "paper":
         parts.append(f"preset {settings.preset}")

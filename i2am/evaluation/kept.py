@@ -11,6 +11,7 @@ from i2am.attribution import AttributionMaps
 from i2am.attribution.layers import nonfinite
 from i2am.attribution.presets import get_preset
 from i2am.attribution.reduction import layers_of, missing_for_official
+from i2am.attribution.shown import Shown
 from i2am.evaluation.shard import SAMPLE, Reason
 from i2am.metrics import imacs_scores
 from i2am.metrics.names import IMACS_NAMES
@@ -89,21 +90,18 @@ def kept_maps(maps: AttributionMaps, dtype: torch.dtype) -> dict[str, Tensor]:
         recorded, ``[samples, time groups, heads, h, w]``, one head where layers differ in how many
         they have; and ``<name>_scale`` float32 ``[samples, time groups, heads]``.
     """
-    sites = [layer.site for layer in maps.layer_sums]
-    with_grid = [site.layer for site in sites if site.reference_grid]
-    spatial = maps.select(layers=with_grid) if with_grid else None
-    found = {}
+    shown, found = Shown(maps), {}
     if "uniform" in maps.votes:
-        found["r2g_uniform"] = maps.reference_to_generated(per=_axes(maps))
-    if spatial is not None:
+        found["r2g_uniform"] = shown.r2g(_axes(shown))
+    if shown.placed is not None:
+        placed = Shown(shown.placed)
+        axes = _axes(placed)
         if "mask" in maps.votes:
-            found["r2g_mask"] = spatial.reference_to_generated(per=_axes(spatial), votes="mask")
-            found["share_mask"] = spatial.reference_to_generated(
-                per=_axes(spatial), votes="mask", measure="share"
-            )
-        found["g2r_uniform"] = spatial.generated_to_reference(per=_axes(spatial))
+            found["r2g_mask"] = placed.r2g(axes, votes="mask")
+            found["share_mask"] = placed.r2g(axes, votes="mask", measure="share")
+        found["g2r_uniform"] = placed.g2r(axes)
         if "mask" in maps.rows:
-            found["g2r_mask"] = spatial.generated_to_reference(per=_axes(spatial), weights="mask")
+            found["g2r_mask"] = placed.g2r(axes, weights="mask")
     kept = {}
     for name, sums in found.items():
         sums = sums.cpu().float()
@@ -120,9 +118,8 @@ def failed(reasons: Sequence[Reason]) -> tuple[Tensor, list[dict[str, Reason]]]:
     return values, [{SAMPLE: reason} for reason in reasons]
 
 
-def _axes(maps: AttributionMaps) -> tuple[str, ...]:
-    alike = len({layer.site.heads for layer in maps.layer_sums}) == 1
-    return ("time", "head") if alike else ("time",)
+def _axes(shown: Shown) -> tuple[str, ...]:
+    return tuple(axis for axis in shown.axes() if axis != "layer")
 
 
 def _inexact(maps: AttributionMaps, name: str, preset: str, recorded_as: str) -> str | None:
@@ -130,8 +127,7 @@ def _inexact(maps: AttributionMaps, name: str, preset: str, recorded_as: str) ->
     if name != "imacs_g":
         return None
     if preset == "paper":
-        several = any(layer.site.reference_tokens > 1 for layer in maps.layer_sums)
-        if recorded_as == "official" and several:
+        if recorded_as == "official" and not Shown(maps).single:
             return "prefix tokens voted in this recording, --preset paper keeps them out"
         return None
     counted = layers_of(maps.layer_sums, get_preset("official"))

@@ -122,6 +122,11 @@ class Frame:
         return self.levels - 1 - number  # the middle is where the way up begins
 
 
+def of_middle(layer: str) -> tuple[str, ...]:
+    """The tag of layers in the middle block of a UNet."""
+    return ("mid",) if "mid_block" in layer.split(".") else ()
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A text encoder of a pipeline whose tokens are those of a text span.
@@ -166,6 +171,8 @@ class TokenLayout:
         encoders: Whose tokens the text spans are, for words of the prompt.
         no_reference: Where a model has no reference tokens, one sentence why: its words alone can
             be recorded.
+        tags: ``path -> names`` of a layer, by which presets leave layers out; default ``("mid",)``
+            in the middle block of a UNet.
         sums: ``"resized"`` for families whose native sums are too large to be a default, see
             :func:`i2am.record`.
 
@@ -184,6 +191,7 @@ class TokenLayout:
     ragged: bool = False
     encoders: tuple[Encoder, ...] = ()
     no_reference: str = ""
+    tags: Callable[[str], tuple[str, ...]] = of_middle
     sums: str = "native"
 
     def __post_init__(self) -> None:
@@ -215,7 +223,7 @@ class TokenLayout:
 
     @staticmethod
     def single_token(**options: Any) -> "TokenLayout":
-        """One reference token per layer (Paint-by-Example, DCI-VTON): R2G only, not causal."""
+        """One reference token per layer (Paint-by-Example, DCI-VTON): R2G only, not informative."""
         from i2am.layouts.cross_attention import single_token
 
         return single_token(**options)
@@ -237,7 +245,7 @@ class TokenLayout:
 
         Args:
             unet_layers: Record the UNet's cross-attentions to its single image token too: R2G
-                only, not causal.
+                only, not informative.
             **options: Those of :class:`TokenLayout`.
         """
         from i2am.layouts.stableviton import warp_blocks

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from i2am.attribution.direction import Direction
-from i2am.attribution.layers import nonfinite, without_grid
+from i2am.attribution.layers import nonfinite
 from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.pictures import Which, seen
 from i2am.attribution.postprocess import is_constant, mask_product, picture
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reduction import LayerWeighting, layers_of
+from i2am.attribution.shown import Shown
+from i2am.attribution.sources import sources
 from i2am.data.arrays import ImageInput, cut_mask, mask_batch, require_grid, require_shape
+from i2am.metrics.names import IMACS_NAMES
 
 Undefined = Literal["raise", "nan"]
 _STRETCH = "; stretch=True accepts it, for models that squeeze their pictures"
@@ -150,6 +153,9 @@ def imacs_scores(
     Under ``preset="official"`` G2R is not weighted but multiplied by the reference mask, and R2G is
     inverted where all layers have a single reference token.
 
+    A score is of one reference: where several were recorded, or words of the prompt alone, there is
+    none. Words beside a reference change nothing.
+
     Args:
         maps: The result.
         mask: Inpainting mask at pixel size, as for ``record(mask=)``: one for all samples or one
@@ -168,21 +174,23 @@ def imacs_scores(
             mask is neither one nor one per sample, or has another shape than its picture.
     """
     preset = get_preset(preset)
+    r2g, g2r = Direction.REFERENCE_TO_GENERATED, Direction.GENERATED_TO_REFERENCE
+    if reason := _no_score(maps):
+        return {name: Score(None, reason) for name in IMACS_NAMES}
+    shown = Shown(maps, preset)
+    maps = shown.maps
     if broken := nonfinite(maps.layer_sums):
         raise ValueError(f"maps must be finite, got NaN or Inf in {'; '.join(broken)}")
-    r2g, g2r = Direction.REFERENCE_TO_GENERATED, Direction.GENERATED_TO_REFERENCE
-    layers = layers_of(maps.layer_sums, preset)
-    gridless = without_grid(layers)
     weights: Literal["uniform", "mask"] = "mask" if preset.query_mask else "uniform"
 
     no_mask = (mask is None, "no inpainting mask was given")
     no_r2g = (r2g not in maps.directions, "reference_to_generated was not recorded")
     no_votes = ("mask" not in maps.votes, "no reference mask was given to the recording")
     no_share = (
-        any(layer.attention_share is None for layer in layers),
+        any(layer.attention_share is None for layer in layers_of(maps.layer_sums, preset)),
         "the attention share was not recorded",
     )
-    no_grid = (bool(gridless), f"no reference grid in {', '.join(gridless)}")
+    no_grid = (bool(shown.gridless), f"no reference grid in {', '.join(shown.gridless)}")
     obstacles = {
         "imacs_g": [no_mask, no_r2g],
         "imacs_g_share": [no_mask, no_r2g, no_votes, no_grid, no_share],
@@ -195,13 +203,12 @@ def imacs_scores(
         ],
     }
     attributions: dict[str, Callable[..., Tensor]] = {
-        "imacs_g": partial(maps.reference_to_generated, votes="uniform"),
+        "imacs_g": partial(maps.reference_to_generated, votes="uniform", measure="spread"),
         "imacs_g_share": partial(maps.reference_to_generated, votes="mask", measure="share"),
-        "imacs_g_mask_votes": partial(maps.reference_to_generated, votes="mask"),
+        "imacs_g_mask_votes": partial(maps.reference_to_generated, votes="mask", measure="spread"),
         "imacs_r": partial(maps.generated_to_reference, weights=weights),
     }
 
-    single_token = all(layer.site.reference_tokens == 1 for layer in layers)
     scores = {}
     for name, read in attributions.items():
         reason = next((reason for stands, reason in obstacles[name] if stands), None)
@@ -218,11 +225,24 @@ def imacs_scores(
             threshold=threshold,
             preset=preset,
             direction=g2r if name == "imacs_r" else r2g,
-            invert=preset.invert_single_token and single_token and name != "imacs_r",
+            invert=shown.invert and name in ("imacs_g", "imacs_g_mask_votes"),
             undefined=undefined,
         )
         scores[name] = Score(values, None)
     return scores
+
+
+def _no_score(maps: AttributionMaps) -> str | None:
+    """Why there is no score, which is of one reference; None where there is exactly one."""
+    names = sources(maps.layer_sums, "reference")
+    if not names:
+        return f"no reference was recorded, only words of the prompt: {', '.join(maps.sources)}"
+    if len(names) > 1:
+        return (
+            f"a score is of one reference, and {len(names)} were recorded: {', '.join(names)}; "
+            "choose one with select(source=...)"
+        )
+    return None
 
 
 def _check_pair(attribution: Tensor, mask: Tensor) -> None:

@@ -78,7 +78,7 @@ class StableVITONPipeline(SingleTokenPipeline):
 
         Args:
             unet_layers: Record the UNet's cross-attentions to the CLIP token too: R2G only, not
-                causal. ``i2am.record(pipe, layout=pipe.attribution_layout(unet_layers=True))``
+                informative. ``i2am.record(pipe, layout=pipe.attribution_layout(unet_layers=True))``
         """
         from i2am.layouts import TokenLayout
 

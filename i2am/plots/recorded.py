@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from i2am.attribution.maps import AttributionMaps
-from i2am.attribution.pictures import Which, cut_place, seen
+from i2am.attribution.pictures import Which, cut_place, region_box, seen
 from i2am.attribution.presets import Preset
-from i2am.attribution.reduction import layers_of
+from i2am.attribution.shown import ROWS, Shown, Votes
+from i2am.attribution.sources import sources
+from i2am.attribution.sums import Measure
 from i2am.data.arrays import cut_picture
 from i2am.plots import comparisons, pointing, splits
 from i2am.plots.checks import rgb
-from i2am.plots.reading import Reading, Votes, region_box
 from i2am.plots.style import Picture
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ FIGURES = (
     "layers",
     "models",
 )
-"""Names of the figures."""
+"""Names of the figures of every recording."""
+
+FURTHER = ("words", "frames")
+"""Names of those of the words of a prompt, and of a video."""
 
 NUMBERS = {
     "4": "time_and_head",
@@ -42,7 +46,7 @@ NUMBERS = {
 }
 """The figures of the paper; 6 and 7 are both maps per head."""
 
-ONE_EACH = ("reference_maps", "specific_reference", "layers")
+ONE_EACH = ("reference_maps", "specific_reference", "layers", *FURTHER)
 """Figures of a single recording; in the others each has its row or column."""
 
 
@@ -77,28 +81,35 @@ def figure_name(which: str | int) -> str:
         ValueError: There is no such figure.
     """
     name = NUMBERS.get(str(which), str(which))
-    if name not in FIGURES:
-        raise ValueError(f"which must be 4 to 9 or one of {', '.join(FIGURES)}, got {which!r}")
+    if name not in (*FIGURES, *FURTHER):
+        known = ", ".join((*FIGURES, *FURTHER))
+        raise ValueError(f"which must be 4 to 9 or one of {known}, got {which!r}")
     return name
 
 
-def lacks(which: str, recorded: Sequence[Recorded]) -> str | None:
+def lacks(which: str, recorded: Sequence[Recorded], source: str | None = None) -> str | None:
     """Why a figure cannot be made of these recordings, in words that follow "because"; or None."""
-    if which == "models":
-        return "it compares two recordings or more" if len(recorded) < 2 else None
+    if which == "models" and len(recorded) < 2:
+        return "it compares two recordings or more"
     if which in ONE_EACH and len(recorded) > 1:
         return "it shows a single recording"
     for one in recorded:
-        reading = Reading(one.maps)
+        shown = Shown(one.maps, source=source)
+        if shown.word and which in ("reference_maps", "specific_reference", "models"):
+            return f"the word {shown.name} has no place on a reference"
         if which in ("reference_maps", "specific_reference"):
-            if reading.spatial is None:
+            if shown.placed is None:
                 return "no layer has reference patches"
-            if not reading.has_g2r:
+            if not shown.has_g2r:
                 return "G2R was not recorded"
         if which == "specific_reference" and not one.maps.regions:
             return "no region was recorded"
         if which == "layers" and any(layer.site.merged for layer in one.maps.layer_sums):
             return "layers were added up while recording (sums='resized')"
+        if which == "words" and not sources(one.maps.layer_sums, "text"):
+            return "no words of the prompt were recorded, record(words=...)"
+        if which == "frames" and shown.maps.frames == 1:
+            return "it is of a picture, which has one frame"
     return None
 
 
@@ -106,7 +117,9 @@ def figure(
     which: str | int,
     recorded: Sequence[Recorded],
     *,
+    source: str | None = None,
     votes: Votes = "uniform",
+    measure: Measure | None = None,
     weights: Votes = "uniform",
     style: str = "default",
     threshold: float | None = 0.4,
@@ -117,11 +130,15 @@ def figure(
     """A figure of one recording or more.
 
     Args:
-        which: Name or number, see `FIGURES` and `NUMBERS`.
+        which: Name or number, see `FIGURES`, `FURTHER` and `NUMBERS`.
         recorded: The recordings, in the order of rows or columns.
+        source: Which of `AttributionMaps.sources`; None is the first of each.
         votes: Which reference tokens vote in R2G.
+        measure: As for `AttributionMaps.reference_to_generated`.
         weights: Which generated patches count in G2R.
-        style, threshold, shared, preset, heading: See `i2am.plots`.
+        style, threshold, shared, preset: See `i2am.plots`.
+        heading: Text above the figure; by default what its maps are, where that is not simply the
+            spread of the only reference of a picture.
 
     Raises:
         ValueError: `which` is unknown or cannot be made of these, an image that it needs is missing
@@ -131,31 +148,37 @@ def figure(
     name = figure_name(which)
     if not recorded:
         raise ValueError("recorded must hold at least one recording, got none")
-    if reason := lacks(name, recorded):
+    if reason := lacks(name, recorded, source):
         raise ValueError(f"which={which!r} cannot be drawn, because {reason}")
+    shown = [Shown(one.maps, preset, source) for one in recorded]
+    rows = _Rows(recorded, shown, votes, weights, measure)
     options: dict[str, Any] = {
         "style": style,
         "threshold": threshold,
         "preset": preset,
-        "heading": heading,
+        "heading": heading or rows.heading(name),
     }
     if name not in ("time_and_head", "models"):
         options["shared"] = shared
     elif shared:
         raise ValueError(f"shared must be left out for {name}, whose rows have one map each")
-    return _DRAW[name](_Source(recorded, votes, weights, preset), options)
+    return _DRAW[name](rows, options)
 
 
-class _Source:
+@dataclass
+class _Rows:
     """Images and maps of several recordings, each maps as one list entry."""
 
-    def __init__(
-        self, recorded: Sequence[Recorded], votes: Votes, weights: Votes, preset: str | Preset
-    ) -> None:
-        self.recorded = recorded
-        self.readings = [Reading(one.maps, preset) for one in recorded]
-        self.labels = [one.label for one in recorded] if any(one.label for one in recorded) else []
-        self._votes, self._weights = votes, weights
+    recorded: Sequence[Recorded]
+    shown: Sequence[Shown]
+    votes: Votes
+    weights: Votes
+    measure: Measure | None
+
+    @property
+    def labels(self) -> list[str]:
+        labels = [one.label for one in self.recorded]
+        return labels if any(labels) else []
 
     def generated(self) -> list[Picture]:
         return [_image(one.generated, "generated", one.maps) for one in self.recorded]
@@ -164,66 +187,77 @@ class _Source:
         return [_image(one.reference, "reference", one.maps) for one in self.recorded]
 
     def r2g(self, per: str = "") -> list[Tensor]:
-        every = [reading.r2g(per or (), votes=self._votes)[0].cpu() for reading in self.readings]
-        # min-max of the negative is one minus the min-max
-        return [
-            -one if reading.invert else one
-            for reading, one in zip(self.readings, every, strict=True)
-        ]
+        every = []
+        for shown in self.shown:
+            one = shown.r2g(per or (), votes=self.votes, measure=self.measure)[0].cpu()
+            # min-max of the negative is one minus the min-max
+            every.append(-one if shown.inverted(self.measure) else one)
+        return every
 
     def g2r(self, per: str = "") -> list[Tensor | None]:
         """None where there are no reference patches, or it was not recorded."""
         return [
-            reading.g2r(per or (), weights=self._weights)[0].cpu() if reading.has_g2r else None
-            for reading in self.readings
+            shown.g2r(per or (), weights=self.weights)[0].cpu() if shown.has_g2r else None
+            for shown in self.shown
         ]
+
+    def heading(self, name: str) -> str | None:
+        """What the maps of a figure are, where somebody could take them for others."""
+        shown = self.shown[0]
+        if name == "words":
+            return f"R2G: share of attention to each word{shown.averaged}"
+        if all(one.plain for one in self.shown) and self.measure != "share":
+            return None
+        if name in ("reference_maps", "specific_reference"):
+            region = name == "specific_reference"
+            return shown.g2r_title("only patches in the region" if region else ROWS[self.weights])
+        title = shown.r2g_title(self.votes, self.measure)
+        return title.removesuffix(shown.averaged) if name == "frames" else title
 
 
 Options = dict[str, Any]
 
 
-def _time_and_head(source: _Source, options: Options) -> "Figure":
-    if all(reading.has_g2r for reading in source.readings):
-        options |= {"reference": source.references(), "reference_maps": source.g2r()}
-    return comparisons.time_and_head(
-        source.generated(), source.r2g(), labels=source.labels, **options
-    )
+def _time_and_head(rows: _Rows, options: Options) -> "Figure":
+    if all(shown.has_g2r for shown in rows.shown):
+        options |= {"reference": rows.references(), "reference_maps": rows.g2r()}
+    return comparisons.time_and_head(rows.generated(), rows.r2g(), labels=rows.labels, **options)
 
 
-def _time_groups(source: _Source, options: Options) -> "Figure":
-    steps = [one.maps.provenance.get("steps") for one in source.recorded]
+def _time_groups(rows: _Rows, options: Options) -> "Figure":
+    steps = [one.maps.provenance.get("steps") for one in rows.recorded]
     return splits.time_groups(
-        source.generated(), source.r2g("time"), steps=steps, labels=source.labels, **options
+        rows.generated(), rows.r2g("time"), steps=steps, labels=rows.labels, **options
     )
 
 
-def _heads(source: _Source, options: Options) -> "Figure":
-    return splits.heads(source.generated(), source.r2g("head"), labels=source.labels, **options)
+def _heads(rows: _Rows, options: Options) -> "Figure":
+    return splits.heads(rows.generated(), rows.r2g("head"), labels=rows.labels, **options)
 
 
-def _reference_maps(source: _Source, options: Options) -> "Figure":
-    (one,), (reference,) = source.recorded, source.references()
+def _reference_maps(rows: _Rows, options: Options) -> "Figure":
+    (one,), (reference,) = rows.recorded, rows.references()
     return splits.reference_maps(
         reference,
-        source.g2r("time")[0],
-        source.g2r("head")[0],
+        rows.g2r("time")[0],
+        rows.g2r("head")[0],
         steps=one.maps.provenance.get("steps"),
         **options,
     )
 
 
-def _specific_reference(source: _Source, options: Options) -> "Figure":
-    (one,), (reading,) = source.recorded, source.readings
-    (generated,), (reference,) = source.generated(), source.references()
+def _specific_reference(rows: _Rows, options: Options) -> "Figure":
+    (one,), (shown,) = rows.recorded, rows.shown
+    (generated,), (reference,) = rows.generated(), rows.references()
     height, width = generated.shape[:2]
     boxes = []
     for name in one.maps.regions:
-        box = region_box(one.maps, name)
+        box = region_box(one.maps.provenance, name)
         boxes.append(box and (box[0] * height, box[1] * width, box[2] * height, box[3] * width))
     return pointing.specific_reference(
         generated,
         reference,
-        torch.cat([reading.region(name) for name in one.maps.regions]),
+        torch.cat([shown.region(name) for name in one.maps.regions]),
         boxes,
         names=one.maps.regions,
         truths=[cut_place(one.truths.get(name), one.maps.provenance) for name in one.maps.regions],
@@ -231,32 +265,45 @@ def _specific_reference(source: _Source, options: Options) -> "Figure":
     )
 
 
-def _layers(source: _Source, options: Options) -> "Figure":
-    (reading,) = source.readings
-    images, names = source.generated(), [_counted(reading.maps, reading)]
-    maps: list[Tensor | None] = [*source.r2g("layer")]
-    if reading.spatial and reading.has_g2r:
-        images += source.references()
-        maps += source.g2r("layer")
-        names.append(_counted(reading.spatial, reading))
+def _layers(rows: _Rows, options: Options) -> "Figure":
+    (shown,) = rows.shown
+    images, names = rows.generated(), [shown.layers_of(placed=rows.votes == "mask")]
+    maps: list[Tensor | None] = [*rows.r2g("layer")]
+    if shown.has_g2r:
+        images += rows.references()
+        maps += rows.g2r("layer")
+        names.append(shown.layers_of(placed=True))
     titles = ("generated", "reference")[: len(images)]
     return splits.layers(
         images, maps, names, name=titles, labels=("R2G", "G2R")[: len(images)], **options
     )
 
 
-def _models(source: _Source, options: Options) -> "Figure":
+def _models(rows: _Rows, options: Options) -> "Figure":
     return comparisons.models(
-        [one.label or f"model {number}" for number, one in enumerate(source.recorded, 1)],
-        source.generated(),
-        source.r2g(),
-        reference=source.references(),
-        reference_maps=source.g2r(),
+        [one.label or f"model {number}" for number, one in enumerate(rows.recorded, 1)],
+        rows.generated(),
+        rows.r2g(),
+        reference=rows.references(),
+        reference_maps=rows.g2r(),
         **options,
     )
 
 
-_DRAW: dict[str, Callable[[_Source, Options], "Figure"]] = {
+def _words(rows: _Rows, options: Options) -> "Figure":
+    (one,), (shown,) = rows.recorded, rows.shown
+    words = sources(one.maps.layer_sums, "text")
+    maps = [Shown(one.maps, shown.preset, word).r2g(measure="share")[0].cpu() for word in words]
+    return splits.strip(rows.generated()[0], torch.stack(maps), words, **options)
+
+
+def _frames(rows: _Rows, options: Options) -> "Figure":
+    (maps,) = rows.r2g("frame")
+    titles = [f"latent frame {number}" for number in range(len(maps))]
+    return splits.strip(rows.generated()[0], maps, titles, **options)
+
+
+_DRAW: dict[str, Callable[[_Rows, Options], "Figure"]] = {
     "time_and_head": _time_and_head,
     "time_groups": _time_groups,
     "heads": _heads,
@@ -264,11 +311,9 @@ _DRAW: dict[str, Callable[[_Source, Options], "Figure"]] = {
     "specific_reference": _specific_reference,
     "layers": _layers,
     "models": _models,
+    "words": _words,
+    "frames": _frames,
 }
-
-
-def _counted(maps: AttributionMaps, reading: Reading) -> list[str]:
-    return [layer.site.layer for layer in layers_of(maps.layer_sums, reading.preset)]
 
 
 def _image(value: Any, name: Which, maps: AttributionMaps) -> Picture:

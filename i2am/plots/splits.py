@@ -146,6 +146,31 @@ def reference_maps(
     return _split(rows, titles, "reference", ("time", "heads"), look, heading)
 
 
+def strip(
+    image: ArrayLike,
+    maps: Maps,
+    titles: Sequence[str],
+    *,
+    style: str = "default",
+    threshold: float | None = 0.4,
+    shared: bool = False,
+    preset: str | Preset = "paper",
+    heading: str | None = None,
+) -> "Figure":
+    """Maps over one image, each under a title of its own: words of a prompt, frames of a video.
+
+    Args:
+        image: What the maps lie on.
+        maps: ``[n, height, width]``.
+        titles: One per map.
+        style, threshold, shared, preset, heading: See `i2am.plots`.
+    """
+    look = Look(style, threshold, shared, preset)
+    rows = _checked([image], [maps], "titles")
+    same_number("titles", titles, "maps", len(rows[0].maps))
+    return _split(rows, [titles], "generated", (), look, heading)
+
+
 class _Row(NamedTuple):
     image: Picture
     maps: Tensor

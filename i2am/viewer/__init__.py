@@ -13,14 +13,16 @@ from i2am.lazy import lazy
 # for type checkers, who cannot follow __getattr__
 # ruff: noqa: F401
 if TYPE_CHECKING:
-    from i2am.viewer.content import Sample, Stack, sample
+    from i2am.viewer.content import Sample, Source, sample
     from i2am.viewer.html import frame, render
     from i2am.viewer.notebook import View
     from i2am.viewer.report import page, write_report
+    from i2am.viewer.stacks import Stack
 
 _MODULES = {
     "Sample": "content",
-    "Stack": "content",
+    "Source": "content",
+    "Stack": "stacks",
     "View": "notebook",
     "frame": "html",
     "page": "report",

@@ -12,6 +12,7 @@ function start() {
     chip("each map its own", () => { state.range = "own"; changed(); }, "own"),
     chip("shared", () => { state.range = "shared"; changed(); }, "shared"));
   byId("sample").addEventListener("change", (event) => go({ a: event.target.value }));
+  byId("source").addEventListener("change", (event) => go({ source: event.target.value || null }));
   byId("compare").addEventListener("change", (event) => go({ b: event.target.value || null }));
   const bind = (id, event, action) => byId(id).addEventListener(event, ({ target }) => { action(target); changed(); });
   bind("time", "input", ({ value }) => { state.slice = Number(value) ? `t${value - 1}` : "all"; });

@@ -1,25 +1,35 @@
 // What is asked, and what every panel answers.
 
 const state = {
-  a: null, b: null, query: null, pinned: false, slice: "all", weights: "uniform", measure: "share",
+  a: null, b: null, source: null, query: null, pinned: false, slice: "all", weights: "uniform", measure: "share",
   threshold: 0.4, opacity: 0.85, outlines: true, range: "own",
 };
 let panels = [], ready = false, drag = null;
 
-const JOINT = { generated: "joint_g2r", reference: "joint_r2g" };
+const PAIRS = { generated: "pairs_g2r", reference: "pairs_r2g" };
 const AXES = { t: "times", h: "heads", l: "layers" };
+// of a map by its name, and of its source, which has a name where there are others
 const NAMES = {
-  share: "R2G \u00b7 share of attention",
-  r2g: "R2G \u00b7 where the reference went",
-  r2g_mask: "R2G \u00b7 where the masked object went",
-  g2r: "G2R \u00b7 where the generated picture looked",
-  g2r_mask: "G2R \u00b7 where the painted part looked",
-  joint_g2r: "G2R \u00b7 where it looked",
-  joint_r2g: "R2G \u00b7 where it went",
+  share: ({ share }) => `R2G \u00b7 share of attention to ${share}`,
+  r2g: ({ name }) => `R2G \u00b7 where ${name || "the reference"} went`,
+  r2g_mask: ({ name }) => `R2G \u00b7 where the masked object${name && ` of ${name}`} went`,
+  g2r: ({ name }) => `G2R \u00b7 where the generated picture looked${name && ` on ${name}`}`,
+  g2r_mask: ({ name }) => `G2R \u00b7 where the painted part looked${name && ` on ${name}`}`,
+  pairs_g2r: () => "G2R \u00b7 where it looked",
+  pairs_r2g: () => "R2G \u00b7 where it went",
 };
 
+function compared() {
+  return panels.filter(({ side }) => side === "generated").length > 1;
+}
+
+// Those that looked at the source chosen.
+function regionsOf({ regions, stacks }) {
+  return regions.filter((_, i) => stacks[`region ${i}`]);
+}
+
 function askable(sample) {
-  return Boolean(sample?.stacks.joint_g2r);
+  return Boolean(sample?.stacks.pairs_g2r);
 }
 
 // The cells of a query on another grid: a compared sample may have one of its own.
@@ -42,8 +52,8 @@ function asked({ sample, side }) {
     const { box, truth } = sample.regions[at];
     return side === "generated" ? { box: box && { fractions: box } } : { stack: stacks[`region ${at}`], truth };
   }
-  const stack = stacks[JOINT[query.side]];
-  if (!stack) return { missing: "no joint maps were recorded" };
+  const stack = stacks[PAIRS[query.side]];
+  if (!stack) return { missing: "no pair maps were recorded" };
   const area = onGrid(query, stack.asked);
   return query.side === side ? { box: { cells: area, grid: stack.asked } } : { stack, area };
 }
@@ -53,7 +63,7 @@ function answers() {
   for (const answer of found) {
     if (!answer.stack) continue;
     if (!answer.stack.has(state.slice)) {
-      answer.missing = answer.stack.name.startsWith("joint")
+      answer.missing = answer.stack.name.startsWith("pairs")
         ? "layers were not kept apart per patch: choose all, a time or a head" : "there is no such slice here";
       answer.stack = null;
       continue;
@@ -100,9 +110,12 @@ function peakName({ own, stack }) {
 function sentence(found) {
   const { query } = state, sample = panels[0].sample;
   if (!query) {
+    const { source, sources } = sample;
     if (askable(sample)) return "Point at a patch of either picture: where did it look, where did it go?";
-    return sample.payloads.joint ? "Unpacking the maps of patches\u2026"
-      : sample.maps.length ? "Pointing at patches needs joint maps, which record(joint=True) keeps." : "No maps were kept of this sample.";
+    if (sample.maps.length && !source.reference) return `Where on the generated picture did ${source.name} go?`;
+    if (sources.filter(({ reference }) => reference).length > 1) return "Patches can be pointed at where there is a single reference.";
+    return sample.payloads.pairs ? "Unpacking the maps of patches\u2026"
+      : sample.maps.length ? "Pointing at patches needs pair maps, which record(pairs=True) keeps." : "No maps were kept of this sample.";
   }
   const at = found.findIndex(({ stack }, i) => stack && panels[i].sample === sample);
   if (at < 0) return `No map: ${found.find(({ missing }) => missing)?.missing ?? "nothing was recorded"}.`;
@@ -139,9 +152,9 @@ function show() {
     const { truth } = answer, { width, height } = panel.picture;
     panel.truth(truth ? { ...ring(panel, answer), cx: truth[1] * width, cy: truth[0] * height } : null);
     const region = stack?.name.startsWith("region") ? `G2R \u00b7 where ${query.region} looked` : null;
-    panel.subtitle.textContent = answer.missing ?? region ?? NAMES[stack?.name] ?? "what is asked about";
+    panel.subtitle.textContent = answer.missing ?? region ?? (stack ? NAMES[stack.name](panel.source) : "what is asked about");
     if (stack && flat(own)) panel.subtitle.textContent += " (the same everywhere)";
-    else if (stack && query && panels.length > 2) panel.subtitle.textContent += `; most at ${peakName(answer)}`;
+    else if (stack && query && compared()) panel.subtitle.textContent += `; most at ${peakName(answer)}`;
     if (truth) panel.subtitle.textContent += "; dashed: the true place";
     rate(panel, stack);
     panel.stage.classList.toggle("asked", Boolean(answer.box));
@@ -158,7 +171,7 @@ function report(found, ms) {
     panels: panels.map(({ sample, side }, i) => {
       const { stack, area, box, own, low, high, missing } = found[i];
       const cell = own && [Math.floor(own.peak / stack.grid[1]), own.peak % stack.grid[1]];
-      return { sample: sample.id, side, map: stack?.name ?? null, area: area ?? box?.cells ?? null, missing,
+      return { sample: sample.id, source: sample.source.name, side, map: stack?.name ?? null, area: area ?? box?.cells ?? null, missing,
         low, high, peak: cell, value: own?.high, total: own?.total, flat: own && flat(own) };
     }),
   });

@@ -1,29 +1,26 @@
 """What a page knows of one sample: pictures, maps, scores and words, as JSON values."""
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from i2am.attribution.direction import Direction
-from i2am.attribution.joint import JointMaps
 from i2am.attribution.maps import AttributionMaps
-from i2am.attribution.pictures import Which, cut_place, seen
+from i2am.attribution.pictures import Which, cut_place, region_box, seen
 from i2am.attribution.presets import Preset, get_preset
-from i2am.attribution.reduction import layers_of
+from i2am.attribution.shown import Shown
+from i2am.attribution.sources import sources
 from i2am.data.arrays import ImageInput, as_pil, cut_picture, masks, require_shape
-from i2am.plots.titles import step_titles
-from i2am.viewer.packing import COARSE, FINE, MEDIUM, encode, pack
+from i2am.plots.titles import head_titles, step_titles
+from i2am.viewer.packing import encode, pack
 from i2am.viewer.pictures import outline, picture
+from i2am.viewer.stacks import Stack, overall_stacks, pair_stacks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+References = ImageInput | Mapping[str, ImageInput] | None
+"""The picture of the reference, of several by the name of each, none for words alone."""
 Score = Mapping[str, Any]
 """``{"value": float, "reason": None}``, or value None and the reason."""
 
@@ -35,45 +32,44 @@ SCORED = {
 }
 """The map that each score of a picture is computed from, under the paper's preset."""
 
-_PATCH = re.compile(r"(\d+),(\d+)@(\d+)x(\d+)")
-_BOX = re.compile(r"(\d+),(\d+),(\d+),(\d+)@(\d+)x(\d+)")
-
 
 @dataclass(frozen=True)
-class Stack:
-    """Maps of one kind: overall ones have one query, joint ones one per cell of `asked`.
+class Source:
+    """One of the sources of a sample, which a reader chooses from.
 
     Attributes:
-        name: "share", "r2g", "r2g_mask", "g2r", "g2r_mask", "joint_g2r", "joint_r2g" or "region N".
-        maps: ``[slices, queries, height, width]``, raw.
-        slices: "all", "t0", "h0", "l0", ... along the first axis.
-        asked: Grid of the queries, None for one query.
+        reference: Its picture; None for a word.
+        mask: White on the object, for its outline and nothing else.
+        name: What it is called; empty where there is no other.
+        share: What its share goes to, in the title of that map.
+        invert: Whether its R2G is drawn as ``1 - map``, where that is a spread.
     """
 
-    name: str
-    maps: Tensor
-    slices: tuple[str, ...]
-    asked: tuple[int, int] | None = None
+    reference: "Image | None"
+    mask: "Image | None" = None
+    name: str = ""
+    share: str = "the object"
+    invert: bool = False
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated image with its reference and maps, ready to be packed.
+    """One generated image with its sources and maps, ready to be packed.
 
     Attributes:
         id: Names the sample in links; any text, different for every sample of a report.
-        generated, reference: The images.
+        generated: The image.
+        sources: What the maps are of, at least one; the scores are of the first.
         stacks: Their maps.
         times, heads, layers: Names of the slices "t0", "h0", "l0", ...
-        mask, reference_mask: White on what was painted and on the object, for outlines and nothing
-            else.
+        mask: White on what was painted, for its outline and nothing else.
         scores: By name, as ``i2am record`` writes them; computed for whole maps.
         scored: Name of the map of each score that stands beside a picture; where another map is
             shown, the page says what the score is of.
         regions: Declared regions, by their number in "region N": name, box and true place.
         facts: What made the image, in words: model, steps, ...
         notes: Sentences a reader must know.
-        normalizations, invert: How the preset draws maps.
+        normalizations: How often the preset normalizes a map that it draws.
 
     Raises:
         ValueError: Maps hold NaN or Inf, or a score is neither a finite number nor None with a
@@ -82,20 +78,18 @@ class Sample:
 
     id: str
     generated: "Image"
-    reference: "Image"
+    sources: Sequence[Source]
     stacks: Sequence[Stack]
     times: Sequence[str] = ()
     heads: Sequence[str] = ()
     layers: Sequence[str] = ()
     mask: "Image | None" = None
-    reference_mask: "Image | None" = None
     scores: Mapping[str, Score] = field(default_factory=dict)
     scored: Mapping[str, str] = field(default_factory=lambda: SCORED)
     regions: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     normalizations: int = 1
-    invert: bool = False
 
     def __post_init__(self) -> None:
         for stack in self.stacks:
@@ -111,14 +105,15 @@ class Sample:
 
     def document(self, *, compress: bool = True) -> dict[str, Any]:
         """Everything as JSON values: maps in two payloads, so that overall ones are there first."""
-        payloads: dict[str, bytearray] = {"overall": bytearray(), "joint": bytearray()}
+        payloads: dict[str, bytearray] = {"overall": bytearray(), "pairs": bytearray()}
         entries = []
         for stack in self.stacks:
-            part = "joint" if stack.asked else "overall"
-            levels = [_levels(stack, name) for name in stack.slices]
+            part = "pairs" if stack.asked else "overall"
+            levels = [stack.levels(name) for name in stack.slices]
             entries.append(
                 {
                     "name": stack.name,
+                    "source": stack.source,
                     "part": part,
                     "offset": len(payloads[part]),
                     "grid": list(stack.maps.shape[-2:]),
@@ -128,13 +123,18 @@ class Sample:
                 }
             )
             payloads[part] += pack(stack.maps, levels)
-        generated, reference = picture(self.generated), picture(self.reference)
-        for image, mask in ((generated, self.mask), (reference, self.reference_mask)):
-            image["outline"] = mask and outline(mask, (image["width"], image["height"]))
         return {
             "id": self.id,
-            "generated": generated,
-            "reference": reference,
+            "generated": _outlined(self.generated, self.mask),
+            "sources": [
+                {
+                    "name": source.name,
+                    "reference": source.reference and _outlined(source.reference, source.mask),
+                    "share": source.share,
+                    "invert": source.invert,
+                }
+                for source in self.sources
+            ],
             "times": list(self.times),
             "heads": list(self.heads),
             "layers": list(self.layers),
@@ -144,7 +144,6 @@ class Sample:
             "facts": dict(self.facts),
             "notes": list(self.notes),
             "normalizations": self.normalizations,
-            "invert": self.invert,
             "maps": entries,
             "payloads": {
                 part: encode(bytes(data), compress=compress)
@@ -158,7 +157,7 @@ def sample(
     maps: AttributionMaps,
     *,
     generated: ImageInput,
-    reference: ImageInput,
+    reference: References = None,
     index: int = 0,
     id: str = "sample",
     mask: ImageInput | None = None,
@@ -172,10 +171,10 @@ def sample(
     """What a page shows of one sample of a recording.
 
     Args:
-        maps: The recording; its joint maps, where it has them, let a reader point at any patch.
+        maps: The recording; its pair maps, where it has them, let a reader point at any patch.
         generated: The generated image, see `i2am.data.arrays.pictures`. Where the run made a part
             of it alone, or saw a part of the reference, that part is shown.
-        reference: The reference image.
+        reference: The reference image; of several one by the name of each; None for words alone.
         index: Which sample of `maps`.
         id: Its name in links and lists.
         mask: White where the image was painted, see `i2am.data.arrays.masks`; of the generated
@@ -190,84 +189,89 @@ def sample(
 
     Raises:
         ValueError: The maps hold NaN or Inf, a score is neither a finite number nor None with a
-            reason, the preset is unknown, an image is none, or a mask has another shape.
+            reason, the preset is unknown, an image is none, there are not as many references as
+            were recorded, or a mask has another shape or comes with several references.
         IndexError: There is no such sample.
     """
     preset = get_preset(preset)
     generated, mask = _shown(maps, "generated", generated, "mask", mask)
-    reference, reference_mask = _shown(
-        maps, "reference", reference, "reference_mask", reference_mask
-    )
+    given = references(maps, reference)
+    if reference_mask is not None and len(given) != 1:
+        raise ValueError(
+            f"reference_mask must belong to one reference, got one for {len(given)} recorded ones"
+        )
+    # words have none
+    pictures: dict[str, tuple[Image | None, Image | None]]
+    pictures = dict.fromkeys(maps.sources, (None, None))
+    for name, image in given.items():
+        pictures[name] = _shown(maps, "reference", image, "reference_mask", reference_mask)
     maps = maps.select(samples=[index])
     if broken := maps.nonfinite():
         raise ValueError(f"maps must be finite, got NaN or Inf in {broken[0]}")
-    counted = [layer.site for layer in layers_of(maps.layer_sums, preset)]
-    single = all(site.reference_tokens == 1 for site in counted)
-    placed = [site.layer for site in counted if site.reference_grid]
-    spatial = maps.select(layers=placed) if placed else None
-    layers = [] if any(site.merged for site in counted) else [site.layer for site in counted]
-    alike = len({site.heads for site in counted}) == 1
-
-    def overall(name: str, source: AttributionMaps, read: Callable[..., Tensor]) -> Stack:
-        """The maps of `source` for everything together, then per time group, head and layer."""
-        parts, slices = [read(source)[0, None]], ["all"]
-        for axis, wanted in (("time", True), ("head", alike), ("layer", bool(layers))):
-            if wanted:
-                parts.append(read(source, per=axis)[0])
-                numbers = [*range(len(parts[-1]))]
-                if axis == "layer":
-                    kept = [layer.site.layer for layer in layers_of(source.layer_sums, preset)]
-                    numbers = [layers.index(layer) for layer in kept]
-                slices += [f"{axis[0]}{number}" for number in numbers]
-        return Stack(name, torch.cat(parts)[:, None], tuple(slices))
-
-    stacks = []
-    if Direction.REFERENCE_TO_GENERATED in maps.directions:
-        read = partial(AttributionMaps.reference_to_generated, preset=preset)
-        stacks.append(overall("r2g", maps, read))
-        if (votes := maps.share_of) is not None:
-            source = maps if votes == "uniform" or spatial is None else spatial
-            stacks.append(overall("share", source, partial(read, measure="share", votes=votes)))
-        # tokens without a place are in no mask
-        if "mask" in maps.votes and spatial is not None:
-            stacks.append(overall("r2g_mask", spatial, partial(read, votes="mask")))
+    every = [Shown(maps, preset, source) for source in maps.sources]
+    merged = any("layer" not in shown.axes() for shown in every)
+    layers = [] if merged else [*dict.fromkeys(layer for one in every for layer in one.layers)]
+    stacks = [
+        stack for number, one in enumerate(every) for stack in overall_stacks(one, number, layers)
+    ]
     regions: list[dict[str, Any]] = []
-    if Direction.GENERATED_TO_REFERENCE in maps.directions and spatial is not None:
-        read = partial(AttributionMaps.generated_to_reference, preset=preset)
-        stacks.append(overall("g2r", spatial, read))
-        if "mask" in maps.rows:
-            stacks.append(overall("g2r_mask", spatial, partial(read, weights="mask")))
-        described = maps.provenance.get("regions") or {}
-        for number, region in enumerate(maps.regions):
-            read = partial(AttributionMaps.specific_reference, region=region, preset=preset)
-            stacks.append(overall(f"region {number}", spatial, read))
-            place = cut_place((truths or {}).get(region), maps.provenance)
-            box = _fractions(described.get(region, region))
-            regions.append({"name": region, "box": box, "truth": place and list(place)})
-    if maps.joint is not None:
-        stacks += _joint(maps.joint)
+    for region in maps.regions if any(one.has_g2r for one in every) else ():
+        # a place on one of several references is not a place on the others
+        place = cut_place((truths or {}).get(region), maps.provenance) if len(given) == 1 else None
+        box = region_box(maps.provenance, region)
+        regions.append({"name": region, "box": box and list(box), "truth": place and list(place)})
+    if maps.pairs is not None:
+        stacks += pair_stacks(maps.pairs)
 
     told = [maps.provenance["note"]] if maps.provenance.get("note") else []
-    if not maps.causal:
+    if not maps.informative:
         told.append("Some layers have a single reference token: their maps show no cause.")
+    if maps.frames > 1:
+        told.append(f"Maps are the mean over {maps.frames} frames of a video.")
+    several = len(every) > 1 or every[0].word
     return Sample(
         id=id,
         generated=generated,
-        reference=reference,
+        sources=[
+            Source(
+                *pictures[one.source],
+                one.name if several else "",
+                one.aim(one.ways[0].votes if one.ways else "uniform"),
+                one.invert,
+            )
+            for one in every
+        ],
         stacks=stacks,
         times=step_titles(maps.time_groups, maps.provenance.get("steps")),
-        heads=[f"head {head}" for head in range(counted[0].heads)] if alike else [],
+        heads=head_titles(max((one.head_count for one in every if one.alike), default=0)),
         layers=layers,
         mask=mask,
-        reference_mask=reference_mask,
         scores=scores or {},
         scored=SCORED if preset.query_mask else {**SCORED, "imacs_r": "g2r"},
         regions=regions,
         facts=facts or {},
         notes=[*dict.fromkeys([*notes, *told])],
         normalizations=preset.normalizations,
-        invert=preset.invert_single_token and single,
     )
+
+
+def references(maps: AttributionMaps, reference: References) -> dict[str, Any]:
+    """The picture, or pictures, of every recorded reference by its name.
+
+    Raises:
+        ValueError: There are not as many as there are references.
+    """
+    names = sources(maps.layer_sums, "reference")
+    if reference is None or isinstance(reference, Mapping):
+        given = dict(reference or {})
+    else:
+        given = {names[0] if len(names) == 1 else "one without a name": reference}
+    if given.keys() != set(names):
+        raise ValueError(
+            "reference must be a picture of every recorded reference, by the names of several; "
+            f"recorded: {', '.join(names) or 'none'}; got {', '.join(map(str, given)) or 'none'}"
+        )
+    return given
 
 
 def _shown(
@@ -296,35 +300,8 @@ def _only(found: list[Any], name: str) -> Any:
     return found[0]
 
 
-def _joint(joint: JointMaps) -> list[Stack]:
-    names = ("all", *(f"t{n}" for n in range(joint.time_groups)))
-    names += tuple(f"h{n}" for n in range(joint.heads))
-    choices: list[dict[str, int]] = [{}]
-    choices += [{"time": group} for group in range(joint.time_groups)]
-    choices += [{"head": head} for head in range(joint.heads)]
-    stacks = []
-    for name, read, asked in (
-        ("joint_g2r", joint.generated_to_reference, joint.generated_grid),
-        ("joint_r2g", joint.reference_to_generated, joint.reference_grid),
-    ):
-        # [slices, queries, height, width]
-        maps = torch.stack([read(**choice)[0].flatten(0, 1) for choice in choices])
-        stacks.append(Stack(name, maps, names, asked))
-    return stacks
-
-
-def _levels(stack: Stack, slice: str) -> int:
-    if stack.asked is None:
-        return FINE
-    return MEDIUM if slice == "all" else COARSE
-
-
-def _fractions(region: str) -> list[float] | None:
-    """Top, left, height and width as fractions of the image; None for weights."""
-    if found := _PATCH.fullmatch(region):
-        row, column, rows, columns = map(int, found.groups())
-        return [row / rows, column / columns, 1 / rows, 1 / columns]
-    if found := _BOX.fullmatch(region):
-        top, left, height, width, rows, columns = map(int, found.groups())
-        return [top / rows, left / columns, height / rows, width / columns]
-    return None
+def _outlined(image: "Image", mask: "Image | None") -> dict[str, Any]:
+    """A picture with the outline of a mask."""
+    drawn = picture(image)
+    drawn["outline"] = mask and outline(mask, (drawn["width"], drawn["height"]))
+    return drawn

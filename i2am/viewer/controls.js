@@ -3,25 +3,28 @@
 let linkTimer = 0;
 
 function build() {
-  const { sample } = panels[0], pairs = [];
-  for (let i = 0; i < panels.length; i += 2) {
-    const pair = make("div", { className: "pair" }, panels[i].figure, panels[i + 1].figure);
+  const { sample } = panels[0], pairs = panels.flatMap(({ side }, i) => (side === "generated" ? [i] : [])).map((i) => {
+    const together = panels.slice(i, panels[i + 1]?.side === "reference" ? i + 2 : i + 1);
+    const pair = make("div", { className: "pair" }, ...together.map(({ figure }) => figure));
     // as wide as their shapes, so that both are equally high
-    const aspects = [i, i + 1].map((at) => panels[at].picture.width / panels[at].picture.height);
+    const aspects = together.map(({ picture }) => picture.width / picture.height);
     pair.style.gridTemplateColumns = aspects.map((aspect) => `minmax(0, ${aspect}fr)`).join(" ");
-    pair.style.setProperty("--aspects", aspects[0] + aspects[1]);
-    const heading = panels.length > 2 ? [make("h2", { textContent: panels[i].sample.id })] : [];
-    pairs.push(make("section", { className: "one" }, ...heading, pair));
-  }
+    pair.style.setProperty("--aspects", aspects.reduce((sum, aspect) => sum + aspect));
+    const heading = compared() ? [make("h2", { textContent: panels[i].sample.id })] : [];
+    return make("section", { className: "one" }, ...heading, pair);
+  });
   byId("pictures").replaceChildren(...pairs);
-  byId("pictures").classList.toggle("two", panels.length > 2);
+  byId("pictures").classList.toggle("two", compared());
   panels.forEach(listen);
 
-  byId("regions").replaceChildren(...(sample.regions.length ? [null, ...sample.regions.map(({ name }) => name)] : []).map((name) =>
+  byId("source").replaceChildren(...sample.sources.map(({ name }, i) => make("option", { value: i ? name : "", textContent: name })));
+  byId("source-row").hidden = sample.sources.length < 2;
+  const regions = regionsOf(sample);
+  byId("regions").replaceChildren(...(regions.length ? [null, ...regions.map(({ name }) => name)] : []).map((name) =>
     chip(name ?? "Everything", () => ask(name === null ? null : { region: name }, name !== null), name ?? "")));
   byId("weighted").hidden = !sample.stacks.r2g_mask && !sample.stacks.g2r_mask;
-  byId("measured").hidden = !sample.stacks.share;
-  byId("question").hidden = byId("weighted").hidden && byId("measured").hidden && !sample.regions.length;
+  byId("measured").hidden = !sample.stacks.share || !sample.stacks.r2g;
+  byId("question").hidden = ["source-row", "weighted", "measured"].every((id) => byId(id).hidden) && !regions.length;
   byId("time").max = sample.times.length;
   byId("time").hidden = byId("time-name").parentElement.hidden = sample.times.length < 2;
   byId("head-row").hidden = sample.heads.length < 2;
@@ -53,7 +56,7 @@ function shortened(names) {
 
 function describe() {
   for (const { stage, sample, side } of panels) {
-    const what = `${SIDES[side].title} picture${panels.length > 2 ? ` of ${sample.id}` : ""}`;
+    const what = `${SIDES[side].title} picture${compared() ? ` of ${sample.id}` : ""}`;
     const live = askable(sample);
     stage.classList.toggle("live", live);
     stage.setAttribute("role", live ? "application" : "img");
@@ -62,7 +65,7 @@ function describe() {
       continue;
     }
     stage.tabIndex = 0;
-    const [rows, columns] = sample.stacks[JOINT[side]].asked;
+    const [rows, columns] = sample.stacks[PAIRS[side]].asked;
     stage.setAttribute("aria-label", `${what}, ${rows} rows by ${columns} columns of patches. Arrow keys move the patch, with Shift they widen it, Enter holds it, Escape clears it.`);
   }
 }
@@ -86,6 +89,7 @@ function sync() {
   byId("time").value = state.slice[0] === "t" ? Number(state.slice.slice(1)) + 1 : 0;
   byId("time-name").textContent = state.slice[0] === "t" ? sliceName(sample) : "all steps";
   byId("time").setAttribute("aria-valuetext", byId("time-name").textContent);
+  byId("source").value = state.source ?? "";
   byId("layer").value = state.slice[0] === "l" ? state.slice : "all";
   byId("threshold").value = threshold;
   byId("threshold-value").textContent = threshold.toFixed(2);

@@ -26,9 +26,9 @@ function drawView(scale) {
   let left = gap;
   panels.forEach((panel, i) => {
     const wide = widths[i], column = columns[i], high = heights[i], top = head + caption, ratio = wide / panel.picture.width;
-    write(SIDES[panel.side].title, left, head + 14, { weight: 600, room: wide });
+    write(panel.title, left, head + 14, { weight: 600, room: wide });
     write(panel.score.textContent.replace(/^IMACS/, "IMACS_"), left, head + 33, { size: 12, room: column });
-    write(panels.length > 2 ? `${panel.sample.id}: ${panel.subtitle.textContent}` : panel.subtitle.textContent,
+    write(compared() ? `${panel.sample.id}: ${panel.subtitle.textContent}` : panel.subtitle.textContent,
       left, head + 52, { size: 12, ink: "--soft", room: column });
     context.drawImage(panel.canvas, left, top, wide, high);
     context.save();

@@ -1,16 +1,17 @@
-// Links: #sample/patch/slice/compared sample
+// Links: #sample/patch/slice/compared sample/source, what is not chosen left out
 
 let wanted = null, scrolled = 0;
 
 function link() {
-  const { a, b, query, pinned, slice } = state;
+  const { a, b, source, query, pinned, slice } = state;
   let patch = "-";
   if (query && pinned && query.region !== undefined) patch = `@${named(query.region)}`;
   else if (query && pinned) {
     const [top, left, bottom, right] = query.cells;
     patch = `${query.side[0]}${top},${left}${top === bottom && left === right ? "" : `-${bottom},${right}`}`;
   }
-  return `#${named(a)}/${patch}/${slice}${b === null ? "" : `/${named(b)}`}`;
+  const further = [b, source].map((name) => (name === null ? "" : `/${named(name)}`));
+  return `#${named(a)}/${patch}/${slice}${further[0] || (further[1] && "/")}${further[1]}`;
 }
 
 function writeLink() {
@@ -31,10 +32,9 @@ function go(change) {
 }
 
 function readLink(hash = location.hash) {
-  const [a, patch = "-", slice = "all", b] = hash.slice(1).split("/");
+  const [a, patch = "-", slice = "all", b, source] = hash.slice(1).split("/");
   const entry = (name) => INDEX.samples.find(({ id }) => named(id) === name) ?? null;
   const first = entry(a) ?? (INDEX.folder ? null : INDEX.samples[0]);
-  const before = panels.length ? [panels[0].sample.id, panels[2]?.sample.id ?? null] : null;
   clearTimeout(linkTimer);
   view(first);
   if (!first) return;
@@ -45,10 +45,10 @@ function readLink(hash = location.hash) {
     const [top, left, bottom = top, right = left] = found.slice(2).filter((text) => text !== undefined).map(Number);
     wanted = { side: found[1] === "g" ? "generated" : "reference", cells: [top, left, bottom, right] };
   }
-  Object.assign(state, { a: first.id, b: (b !== undefined && entry(b)?.id) || null, slice, query: null, pinned: false });
+  Object.assign(state, { a: first.id, b: (b && entry(b)?.id) || null, source: source ? decoded(source) : null, slice, query: null, pinned: false });
   byId("sample").value = state.a;
   byId("compare").value = state.b ?? "";
-  if (before && same(before, [state.a, state.b])) {
+  if (panels.length && same(opened, [state.a, state.b, state.source])) {
     settle();
     show();
     sync();
@@ -61,14 +61,15 @@ function decoded(text) {
 
 // What a link asks for has a meaning only where the sample with its grids is there.
 function settle() {
-  const { sample } = panels[0], number = Number(state.slice.slice(1));
+  const { sample } = panels[0], { source, sources } = sample, number = Number(state.slice.slice(1));
+  state.source = source === sources[0] ? null : source.name;
   if (state.slice !== "all" && !(/^[thl]\d+$/.test(state.slice) && number < sample[AXES[state.slice[0]]].length)) state.slice = "all";
   if (!wanted) return;
   if (wanted.region !== undefined) {
-    if (sample.regions.some(({ name }) => name === wanted.region)) Object.assign(state, { query: wanted, pinned: true });
+    if (regionsOf(sample).some(({ name }) => name === wanted.region)) Object.assign(state, { query: wanted, pinned: true });
   } else {
-    const stack = sample.stacks[JOINT[wanted.side]];
-    if (!stack && sample.payloads.joint) return;
+    const stack = sample.stacks[PAIRS[wanted.side]];
+    if (!stack && sample.payloads.pairs) return;
     const [top, left, bottom, right] = wanted.cells, grid = stack?.asked ?? [0, 0];
     if (top <= bottom && left <= right && bottom < grid[0] && right < grid[1])
       Object.assign(state, { query: { ...wanted, grid }, pinned: true });

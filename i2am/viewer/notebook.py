@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from i2am.attribution import AttributionMaps, Direction, picture
+from i2am.attribution import AttributionMaps, picture
 from i2am.attribution.postprocess import is_constant
+from i2am.attribution.shown import Shown
 from i2am.viewer.html import frame
 from i2am.viewer.report import page
 from i2am.wording import counted
@@ -17,21 +18,13 @@ if TYPE_CHECKING:
 
 _SAMPLES = 4
 _SIDE = 192  # of a map, in pixels
-_TITLES = {
-    Direction.REFERENCE_TO_GENERATED: "R2G: where on the generated image the reference goes",
-    Direction.GENERATED_TO_REFERENCE: "G2R: where on the reference the generated image looks",
-}
-_SHARE = {
-    "uniform": "R2G: share of attention that goes to the reference",
-    "mask": "R2G: share of attention that goes to the object in the reference mask",
-}
 
 
 class View:
     """The page of a recording, which a notebook shows in a frame of its own.
 
     Args:
-        maps: The recording. With joint maps, ``record(joint=True)``, any patch can be pointed at.
+        maps: The recording. With pair maps, ``record(pairs=True)``, any patch can be pointed at.
         height: Of the frame, in pixels.
         **options: Images and all else that `i2am.viewer.page` takes.
 
@@ -54,7 +47,7 @@ class View:
 
 
 def maps_html(maps: AttributionMaps) -> str:
-    """Both maps of the first samples as pictures, below what the maps say of themselves.
+    """Maps of every source of the first samples as pictures, below what ``repr`` says of them.
 
     Args:
         maps: The recording; nothing of it is changed.
@@ -80,21 +73,17 @@ def maps_html(maps: AttributionMaps) -> str:
 
 
 def _overall(maps: AttributionMaps) -> "Iterator[tuple[str, Tensor, str]]":
-    spatial = [layer.site.layer for layer in maps.layer_sums if layer.site.reference_grid]
-    for direction in maps.directions:
-        title = _TITLES[direction]
-        if direction is Direction.REFERENCE_TO_GENERATED and (votes := maps.share_of):
-            placed = maps.select(layers=spatial) if votes == "mask" else maps
-            sums = placed.reference_to_generated(measure="share", votes=votes)[0]
-            title = _SHARE[votes]
-        elif direction is Direction.REFERENCE_TO_GENERATED:
-            sums = maps.reference_to_generated()[0]
-        elif spatial:
-            sums = maps.select(layers=spatial).generated_to_reference()[0]
-        else:
-            continue
-        flat = " (the same everywhere)" if bool(is_constant(sums)) else ""
-        yield title, picture(sums, (sums.shape[-2], sums.shape[-1])), flat
+    """Of every source the R2G to show first, and G2R."""
+    for source in maps.sources:
+        shown, found = Shown(maps, source=source), []
+        for way in shown.ways[:1]:
+            title = shown.r2g_title(way.votes, way.measure)
+            found.append((title, shown.r2g(votes=way.votes, measure=way.measure)[0]))
+        if shown.has_g2r:
+            found.append((shown.g2r_title(), shown.g2r()[0]))
+        for title, sums in found:
+            flat = " (the same everywhere)" if bool(is_constant(sums)) else ""
+            yield html.escape(title), picture(sums, (sums.shape[-2], sums.shape[-1])), flat
 
 
 def _png(values: "Tensor") -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 FINE, MEDIUM, COARSE = 255, 63, 31
-"""Codes above zero: of overall maps, of joint maps, and of their time groups and heads."""
+"""Codes above zero: of overall maps, of pair maps, and of their time groups and heads."""
 
 
 def pack(maps: Tensor, levels: Sequence[int]) -> bytes:

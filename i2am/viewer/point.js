@@ -7,7 +7,7 @@ function ask(query, pinned) {
 }
 
 function gridOf({ sample, side }) {
-  return sample.stacks[JOINT[side]].asked;
+  return sample.stacks[PAIRS[side]].asked;
 }
 
 function cellAt(panel, event) {

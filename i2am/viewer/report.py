@@ -8,7 +8,7 @@ from i2am.attribution.maps import AttributionMaps
 from i2am.attribution.presets import Preset
 from i2am.data.arrays import ImageInput, as_pil, masks
 from i2am.files import MANIFEST, canonical, check_place, fresh_folder, make_folder, write
-from i2am.viewer.content import Sample, Score, sample
+from i2am.viewer.content import References, Sample, Score, references, sample
 from i2am.viewer.html import as_json, render, shell
 from i2am.viewer.pictures import jpeg, shown
 
@@ -21,7 +21,7 @@ def page(
     maps: AttributionMaps,
     *,
     generated: ImageInput,
-    reference: ImageInput,
+    reference: References = None,
     mask: ImageInput | None = None,
     reference_mask: ImageInput | None = None,
     scores: Mapping[str, Score] | None = None,
@@ -34,9 +34,10 @@ def page(
     """A page that shows the samples of one recording, each to be compared with the others.
 
     Args:
-        maps: The recording. With joint maps, ``record(joint=True)``, any patch can be pointed at.
+        maps: The recording. With pair maps, ``record(pairs=True)``, any patch can be pointed at.
         generated: The generated images, one per sample; see `i2am.data.arrays.pictures`.
-        reference: The reference images, likewise; a single one serves every sample.
+        reference: The reference images, likewise; a single one serves every sample. Of several
+            ``{name: images}``, see :attr:`AttributionMaps.sources`; None for words alone.
         mask: White where the images were painted, likewise, see `i2am.data.arrays.masks`; for
             outlines. Of the shape of its image to within 1 %.
         reference_mask: White on the object in the reference, likewise; for outlines.
@@ -52,9 +53,10 @@ def page(
 
     Raises:
         TypeError: Something that is no image.
-        ValueError: An image cannot be read, a mask has another shape than its picture, there are
-            not as many images or ids as samples, two ids are equal, scores come with several
-            samples or hold NaN, or the maps hold NaN or Inf.
+        ValueError: An image cannot be read, a mask has another shape than its picture or comes with
+            several references, there are not as many references as were recorded, or not as many
+            images or ids as samples, two ids are equal, scores come with several samples or hold
+            NaN, or the maps hold NaN or Inf.
 
     Example:
         >>> html = page(maps, generated=image, reference=garment)  # doctest: +SKIP
@@ -62,13 +64,16 @@ def page(
     count = maps.n_samples
     images = {
         "generated": _each("generated", as_pil(generated, "generated"), count, one=count == 1),
-        "reference": _each("reference", as_pil(reference, "reference"), count),
         "mask": _each("mask", None if mask is None else masks(mask, "mask"), count),
         "reference_mask": _each(
             "reference_mask",
             None if reference_mask is None else masks(reference_mask, "reference_mask"),
             count,
         ),
+    }
+    given = {
+        name: _each("reference", as_pil(some, "reference"), count)
+        for name, some in references(maps, reference).items()
     }
     if scores is not None and count > 1:
         raise ValueError(f"scores must come with a single sample, got {count} samples")
@@ -84,6 +89,7 @@ def page(
             scores=scores,
             facts=facts,
             preset=preset,
+            reference={name: some[index] for name, some in given.items()},
             **{name: some[index] for name, some in images.items()},
         )
         for index in range(count)
@@ -164,10 +170,11 @@ def _encoded(text: str) -> bytes:
 
 
 def _thumbnail(sample: Sample) -> bytes:
-    """The generated image beside its reference."""
+    """The generated image beside its reference, if there is one."""
     from PIL import Image
 
-    pictures = [shown(sample.generated, THUMBNAIL), shown(sample.reference, THUMBNAIL)]
+    images = [image for image in (sample.generated, sample.sources[0].reference) if image]
+    pictures = [shown(image, THUMBNAIL) for image in images]
     width = sum(picture.width for picture in pictures)
     sheet = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
     left = 0

@@ -5,7 +5,7 @@ const [status, reading, filter, sort, order, count, cards] =
   ["status", "reading", "filter", "sort", "order", "count", "cards"].map(byId);
 const INDEX = JSON.parse(byId("index").textContent), COLORS = bytesOf(INDEX.colors);
 const loaded = new Map(), waiting = new Map(), KEPT = 4;
-let opening = 0;
+let opening = 0, opened = null;
 
 function named(id) {
   return encodeURIComponent(id.toWellFormed ? id.toWellFormed() : id);
@@ -40,14 +40,20 @@ function load(entry) {
 
 async function read(entry) {
   const content = await documentOf(entry);
-  const sample = { ...content, stacks: {} };
+  const every = content.sources.map(() => ({}));
+  const sample = {
+    ...content,
+    // the one chosen, where this sample has it
+    get source() { return content.sources.find(({ name }) => name === state.source) ?? content.sources[0]; },
+    get stacks() { return every[content.sources.indexOf(this.source)]; },
+  };
   const take = async (part) => {
     if (!content.payloads[part]) return;
     const buffer = await unpacked(content.payloads[part]);
-    for (const map of content.maps) if (map.part === part) sample.stacks[map.name] = new Stack(map, buffer);
+    for (const map of content.maps) if (map.part === part) every[map.source][map.name] = new Stack(map, buffer);
   };
   await take("overall");
-  sample.joint = () => (sample.unpacking ??= take("joint"));
+  sample.pairs = () => (sample.unpacking ??= take("pairs"));
   return sample;
 }
 
@@ -57,15 +63,17 @@ async function open() {
   status.dataset.ready = false;
   try {
     const samples = await Promise.all(entries.map(load));
-    const next = samples.flatMap((sample) => [new Panel(sample, "generated"), new Panel(sample, "reference")]);
+    // a word has no picture
+    const next = samples.flatMap((sample) => Object.keys(SIDES).map((side) => new Panel(sample, side))).filter(({ picture }) => picture);
     await Promise.all(next.map((panel) => panel.load()));
     if (turn !== opening) return;
     panels = next;
     settle();
+    opened = [state.a, state.b, state.source];
     build();
     show();
     await new Promise((resolve) => requestAnimationFrame(resolve));
-    await Promise.all(samples.map((sample) => sample.joint()));
+    await Promise.all(samples.map((sample) => sample.pairs()));
     if (turn !== opening) return;
     ready = true;
     settle();

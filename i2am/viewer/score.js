@@ -4,14 +4,17 @@ const COUNTED = { share: "share", r2g: "all patches", r2g_mask: "masked object",
 
 // Name of the overall map that the controls choose for a side.
 function overall({ sample, side }) {
-  if (side === "generated" && state.measure === "share" && sample.stacks.share) return "share";
+  const { share, r2g } = sample.stacks;
+  if (side === "generated" && share && (state.measure === "share" || !r2g)) return "share";
   const name = SIDES[side].map, masked = `${name}_mask`;
   return state.weights === "mask" && sample.stacks[masked] ? masked : name;
 }
 
 // Scores are computed for whole maps, so beside any other map the page says what they belong to.
 function scoreOf(panel, stack) {
-  const { scored, scores } = panel.sample, chosen = overall(panel);
+  const { scored, scores, source, sources } = panel.sample, chosen = overall(panel);
+  // of the first source, which is the reference
+  if (source !== sources[0]) return null;
   const known = Object.keys(scores).filter((name) => SIDES[panel.side].maps.test(scored[name] ?? ""));
   const name = known.find((one) => scored[one] === chosen) ?? known[0];
   if (name === undefined) return null;

@@ -35,9 +35,10 @@ const SIDES = {
 
 class Panel {
   constructor(sample, side) {
-    this.sample = sample;
-    this.side = side;
-    this.picture = sample[side];
+    const { source } = sample;
+    Object.assign(this, { sample, side, source, picture: side === "generated" ? sample.generated : source.reference });
+    if (!this.picture) return;
+    this.title = side === "reference" && source.name ? source.name.replace(/^./u, (first) => first.toUpperCase()) : SIDES[side].title;
     const { width, height } = this.picture;
     this.canvas = make("canvas", { width, height });
     this.context = this.canvas.getContext("2d", { willReadFrequently: true });
@@ -61,7 +62,7 @@ class Panel {
     this.scale = make("div", { className: "scale" }, make("div", { className: "bar" }, ramp, this.veil),
       make("div", { className: "ticks" }, ...this.ticks));
     this.figure = make("figure", {},
-      make("figcaption", {}, make("b", { textContent: SIDES[side].title }), this.score, this.subtitle), this.stage, this.scale);
+      make("figcaption", {}, make("b", { textContent: this.title }), this.score, this.subtitle), this.stage, this.scale);
     this.drawn = null;
   }
 
@@ -83,7 +84,7 @@ class Panel {
     this.drawn = key;
     if (!shown) this.context.putImageData(this.pixels, 0, 0);
     else {
-      const invert = this.side === "generated" && this.sample.invert && shown.stack.name.startsWith("r2g");
+      const invert = this.side === "generated" && this.source.invert && shown.stack.name.startsWith("r2g");
       const values = pixelValues(shown.values, shown.stack.grid, shown, this.picture, this.sample.normalizations);
       this.output.data.set(this.ground);
       blend(this.output.data, this.backdrop, values, COLORS, { threshold, opacity, invert });

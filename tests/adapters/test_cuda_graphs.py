@@ -115,11 +115,11 @@ def assert_recorded_alike(results):
             assert torch.equal(getattr(other, name), sums)
             # steps differ, and so do groups: one that got another's steps would show
             assert all(not torch.equal(sums[:, i], sums[:, i + 1]) for i in range(GROUPS - 1))
-    if maps.joint is not None:
+    if maps.pairs is not None:
         for name in ("generated_to_reference", "reference_to_generated"):
             for group in range(GROUPS):
-                wanted = getattr(maps.joint, name)(time=group)
-                assert torch.equal(getattr(from_graph.joint, name)(time=group), wanted)
+                wanted = getattr(maps.pairs, name)(time=group)
+                assert torch.equal(getattr(from_graph.pairs, name)(time=group), wanted)
 
 
 KEPT = pytest.mark.parametrize(
@@ -127,11 +127,11 @@ KEPT = pytest.mark.parametrize(
     [
         {},
         {"sums": "resized"},
-        {"joint": True},
-        {"guidance": "both"},
+        {"pairs": True},
+        {"branch": "both"},
         {"values": "norm", "normalise": "conditional"},
     ],
-    ids=["native", "resized", "joint", "both", "on request"],
+    ids=["native", "resized", "pairs", "both", "on request"],
 )
 
 

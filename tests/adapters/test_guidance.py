@@ -59,25 +59,25 @@ def test_conditional_rows(tiny, oracle, form, samples):
     with i2am.record(loop, layout=layout, time_groups=3) as recorder:
         loop(tiny.reference(samples), guidance=form)
     maps = recorder.maps()
-    assert maps.provenance["guidance"] == "conditional"
+    assert maps.provenance["branch"] == "conditional"
     rows = rows_of("conditional", form, samples)
     oracle.assert_maps(maps, calls, groups=SIX_IN_THREE, rows=rows, reference=REFERENCE)
 
 
-@pytest.mark.parametrize("guidance", ["unconditional", "both"])
+@pytest.mark.parametrize("asked", ["unconditional", "both"])
 @pytest.mark.parametrize("form", [form for form in ORDERS if form != "off"])
-def test_unconditional_rows_on_request(tiny, oracle, form, guidance):
+def test_unconditional_rows_on_request(tiny, oracle, form, asked):
     loop = tiny.loop()
     layout = TokenLayout.cross_attention(GRID, guidance_order=ORDERS[form])
     with oracle.spy(loop.unet, loop.scheduler) as calls:
         loop(tiny.reference(2), guidance=form)
-    with i2am.record(loop, layout=layout, time_groups=3, guidance=guidance) as recorder:
+    with i2am.record(loop, layout=layout, time_groups=3, branch=asked) as recorder:
         loop(tiny.reference(2), guidance=form)
-    wanted = ["unconditional"] if guidance == "unconditional" else ["conditional", "unconditional"]
-    assert recorder.maps().provenance["guidance"] == wanted[0]
+    wanted = ["unconditional"] if asked == "unconditional" else ["conditional", "unconditional"]
+    assert recorder.maps().provenance["branch"] == wanted[0]
     for branch in wanted:
         maps = recorder.maps(branch)
-        assert maps.provenance["guidance"] == branch
+        assert maps.provenance["branch"] == branch
         rows = rows_of(branch, form, 2)
         oracle.assert_maps(maps, calls, groups=SIX_IN_THREE, rows=rows, reference=REFERENCE)
 
@@ -90,7 +90,7 @@ def test_guidance_cut_off_during_the_run(tiny, oracle, form):
     with oracle.spy(loop.unet, loop.scheduler) as calls:
         loop(tiny.reference(2), **options)
     assert len({call.rows for call in calls}) == (1 if form == "two calls" else 2)
-    with i2am.record(loop, layout=layout, time_groups=3, guidance="both") as recorder:
+    with i2am.record(loop, layout=layout, time_groups=3, branch="both") as recorder:
         loop(tiny.reference(2), **options)
     rows = rows_of("conditional", form, 2)
     oracle.assert_maps(recorder.maps(), calls, groups=SIX_IN_THREE, rows=rows, reference=REFERENCE)
@@ -194,7 +194,7 @@ def test_instruct_pix2pix(tiny, oracle):
     assert {call.rows for call in calls} == {3}
     order = ("conditional", "image", "unconditional")
     layout = TokenLayout.cross_attention((2, 3), guidance_order=order)
-    with i2am.record(pipeline, layout=layout, time_groups=3, guidance="both") as recorder:
+    with i2am.record(pipeline, layout=layout, time_groups=3, branch="both") as recorder:
         tiny.run(pipeline, **options)
     for part, branch in ((0, "conditional"), (2, "unconditional")):
         oracle.assert_maps(
@@ -338,8 +338,8 @@ def test_order_of_the_custom_pipeline(tiny, oracle):
     )
 
 
-@pytest.mark.parametrize("guidance", ["conditional", "both"])
-def test_first_evaluation_leaves_nothing_behind(tiny, monkeypatch, guidance):
+@pytest.mark.parametrize("asked", ["conditional", "both"])
+def test_first_evaluation_leaves_nothing_behind(tiny, monkeypatch, asked):
     """Whole batches are recorded until the number of samples shows; then that memory is freed."""
     made = []
 
@@ -356,11 +356,11 @@ def test_first_evaluation_leaves_nothing_behind(tiny, monkeypatch, guidance):
         alive.append([ref() for ref in made if ref() is not None and ref().unresolved])
 
     layout = TokenLayout.cross_attention(GRID, guidance_order=("conditional", "unconditional"))
-    with i2am.record(loop, layout=layout, time_groups=1, guidance=guidance) as recorder:
+    with i2am.record(loop, layout=layout, time_groups=1, branch=asked) as recorder:
         loop(tiny.reference(2), guidance="two calls", on_step=on_step)
     assert len(made) >= 3
     assert alive == [[]] * 6
-    for branch in ("conditional", "unconditional")[: 1 + (guidance == "both")]:
+    for branch in ("conditional", "unconditional")[: 1 + (asked == "both")]:
         for layer in recorder.maps(branch).layer_sums:
             assert layer.reference_to_generated.shape[0] == 2
             storage = layer.reference_to_generated.untyped_storage()
@@ -427,7 +427,7 @@ def test_rows_that_are_no_multiple_of_the_samples(rows, samples):
 def test_stable_diffusion_without_guidance_has_no_unconditional_rows(tiny):
     pipeline = tiny.stable_diffusion(StableDiffusionPipeline)
     layout = TokenLayout.cross_attention((2, 3))
-    with i2am.record(pipeline, layout=layout, time_groups=1, guidance="both") as recorder:
+    with i2am.record(pipeline, layout=layout, time_groups=1, branch="both") as recorder:
         tiny.run(
             pipeline,
             **tiny.prompts(),

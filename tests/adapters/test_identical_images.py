@@ -284,5 +284,5 @@ def test_paint_by_example_of_diffusers(tiny):
 
     with pytest.warns(UserWarning, match="single reference token"):
         maps = assert_identical(images, pipe_or_denoiser=pipeline, time_groups=3)
-    assert not maps.causal
+    assert not maps.informative
     assert maps.reference_to_generated().shape == (1, 12, 8)

@@ -26,7 +26,7 @@ def loop(tiny):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"guidance": "positive"}, ValueError, "guidance must be one of .* got 'positive'"),
+        ({"branch": "positive"}, ValueError, "branch must be one of .* got 'positive'"),
         ({"time_groups": 0}, ValueError, "time_groups must be at least 1, got 0"),
         ({"directions": ()}, ValueError, "directions must name at least one"),
         ({"directions": "sideways"}, ValueError, "'sideways' is not a valid Direction"),

@@ -141,7 +141,7 @@ class TestNothingRecorded:
             recorder.maps("unconditional")
 
     def test_unconditional_half_of_a_run_without_guidance(self, tiny, loop):
-        with i2am.record(loop, layout=PATCHES, guidance="unconditional") as recorder:
+        with i2am.record(loop, layout=PATCHES, branch="unconditional") as recorder:
             loop(tiny.reference(), guidance="off")
         message = "no unconditional attention was recorded: the run had only conditional rows"
         with pytest.raises(RuntimeError, match=message):
@@ -223,8 +223,8 @@ class TestSingleToken:
     @pytest.mark.filterwarnings("ignore:layers with a single reference token")
     def test_maps_show_no_cause(self, recorder):
         maps = recorder.maps()
-        assert not maps.causal
-        assert {layer.site.causal for layer in maps.layer_sums} == {False}
+        assert not maps.informative
+        assert {layer.site.informative for layer in maps.layer_sums} == {False}
         assert maps.directions == (i2am.Direction.REFERENCE_TO_GENERATED,)
         assert maps.reference_to_generated().shape == (2, 8, 6)
         with pytest.raises(ValueError, match="generated_to_reference does not exist"):
@@ -244,7 +244,7 @@ class TestSingleToken:
         with i2am.record(loop, layout=PATCHES) as recorder:
             loop(tiny.reference())
         with no_warnings():
-            assert recorder.maps().causal
+            assert recorder.maps().informative
 
 
 class TestKeyCounts:

@@ -492,7 +492,7 @@ def test_provenance_says_what_ran(tiny):
         "note": None,
         "prefix_votes": False,
         "guidance_order": ["unconditional", "conditional"],
-        "guidance": "conditional",
+        "branch": "conditional",
         "attach": "beside",
         "sums": "native",
         "pictures": {

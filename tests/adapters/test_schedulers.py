@@ -236,7 +236,7 @@ def recorded_and_said(denoiser, run, **options):
     return maps, [str(warning.message) for warning in said]
 
 
-@pytest.mark.parametrize("options", [{}, {"sums": "resized"}, {"joint": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sums": "resized"}, {"pairs": True}], ids=str)
 @pytest.mark.parametrize("steps", [1, 4])
 def test_in_a_run_of_fewer_steps_each_is_a_group(tiny, steps, options):
     loop, reference = tiny.loop(), tiny.reference()
@@ -260,10 +260,10 @@ def test_in_a_run_of_fewer_steps_each_is_a_group(tiny, steps, options):
     for got, want in zip(maps.layer_sums, wanted.layer_sums, strict=True):
         assert torch.equal(got.reference_to_generated, want.reference_to_generated)
         assert torch.equal(got.generated_to_reference, want.generated_to_reference)
-    if "joint" in options:
-        assert maps.joint.time_groups == steps
-        assert torch.equal(maps.joint.g2r, wanted.joint.g2r)
-        assert torch.equal(maps.joint.r2g, wanted.joint.r2g)
+    if "pairs" in options:
+        assert maps.pairs.time_groups == steps
+        assert torch.equal(maps.pairs.g2r, wanted.pairs.g2r)
+        assert torch.equal(maps.pairs.r2g, wanted.pairs.r2g)
 
 
 def test_steps_that_are_skipped_make_no_groups(tiny):

@@ -52,7 +52,7 @@ def brought(value, weight):
 
 
 def definitions(calls, weight, generated, reference):
-    """Sums of both readings over the calls of one layer: mean over heads, fp64."""
+    """Both readings of the calls of one layer, mean over heads, fp64: a mean and a sum."""
     by_norm = received = 0
     for query, key, value in calls:
         scores = query[:, :, generated] @ key.mT * query.shape[-1] ** -0.5
@@ -60,7 +60,7 @@ def definitions(calls, weight, generated, reference):
         norm = (p * brought(value, weight)[:, :, None, reference]).sum(-1)
         by_norm = by_norm + norm.mean(1)
         received = received + (p / p.sum(-1, keepdim=True)).mean((1, 2))
-    return by_norm, received
+    return by_norm / len(calls), received
 
 
 def assert_maps(maps, layer, expected, grid, reference_grid, tolerance=2e-5):
@@ -97,7 +97,7 @@ def test_cross_attention(tiny, impl, guidance):
         grid = maps.layer_sums[number].site.generated_grid
         assert_maps(maps, layer, expected, grid, (4, 3))
     by = maps.reference_to_generated("time", values="norm")
-    torch.testing.assert_close(by.sum(1), maps.reference_to_generated(values="norm"))
+    torch.testing.assert_close(by.mean(1), maps.reference_to_generated(values="norm"))
 
 
 def test_keys_that_are_all_the_references_are_recorded_once(tiny):
@@ -195,7 +195,7 @@ def test_joint_attention(tiny, kontext, impl):
     """The projection of the generated queries, and the first columns of a joined one."""
     with Spy() as spy:
         plain = images(tiny, kontext)
-    options = {"time_groups": 3, "impl": impl, "joint": True}
+    options = {"time_groups": 3, "impl": impl, "pairs": True}
     with i2am.record(kontext, **options, **BOTH) as recorder:
         images(tiny, kontext)
     resized = recorder.maps()

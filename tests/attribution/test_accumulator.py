@@ -468,7 +468,7 @@ def changed_site(**changes):
         "generated_grid": GENERATED,
         "reference_grid": REFERENCE,
         "reference_tokens": TOKENS,
-        "causal": True,
+        "informative": True,
     }
     return AttentionSite(**(fields | changes))
 
@@ -495,8 +495,10 @@ def test_refuses_a_call_that_does_not_fit_its_site(site, match):
 
 def test_refuses_a_site_that_changes_during_the_run():
     accumulator = record(Accumulator(time_groups=1), [call(2)])
-    with pytest.raises(ValueError, match=r"down.attn2 changed during the run, from .* to .*causal"):
-        record(accumulator, [call(2)], site=changed_site(causal=False))
+    with pytest.raises(
+        ValueError, match=r"down.attn2 changed during the run, from .* to .*informative"
+    ):
+        record(accumulator, [call(2)], site=changed_site(informative=False))
 
 
 def test_refuses_a_batch_that_changes_during_the_run():

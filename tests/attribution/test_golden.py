@@ -32,7 +32,7 @@ def record(golden, layers, *, time_groups, **recording):
     accumulator = Accumulator(time_groups=time_groups, **recording)
     for layer, (query_name, key_name, grid) in layers.items():
         site = AttentionSite(
-            layer, heads, tuple(grid.tolist()), reference_grid, tokens, causal=tokens > 1
+            layer, heads, tuple(grid.tolist()), reference_grid, tokens, informative=tokens > 1
         )
         # [steps, heads, tokens, head_dim]
         query = golden[query_name].unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -275,11 +275,11 @@ def warp_maps(numbers, **recording):
 def test_the_official_preset_reads_one_warp_block():
     maps = warp_maps([0, 3, 4, 5, 14])
     alone = maps.select(layers="warp_blocks.4.*")
-    for preset in ("official", replace(PAPER, warp_blocks=(4,))):
+    for preset in ("official", replace(PAPER, only=("warp:4",))):
         for name in ("reference_to_generated", "generated_to_reference"):
             expected = getattr(alone, name)("time", preset=preset)
             assert torch.equal(getattr(maps, name)("time", preset=preset), expected)
-    per_time = replace(OFFICIAL, warp_blocks=(3, 4, 5))
+    per_time = replace(OFFICIAL, only=("warp:3", "warp:4", "warp:5"))
     assert maps.generated_to_reference("layer", preset=per_time).shape[1] == 3
     assert maps.generated_to_reference("layer").shape[1] == 5
 
@@ -289,12 +289,29 @@ def test_warp_blocks_without_the_official_one_are_refused():
         warp_maps([0, 14]).generated_to_reference(preset="official")
     resized = warp_maps([3, 4], sums="resized")
     with pytest.raises(ValueError, match="preset 'mine' needs the layers apart"):
-        resized.generated_to_reference(preset=replace(PAPER, name="mine", warp_blocks=(4,)))
+        resized.generated_to_reference(preset=replace(PAPER, name="mine", only=("warp:4",)))
     assert resized.generated_to_reference().shape == (SAMPLES, 4, 3)
 
 
+def test_presets_go_by_what_the_layout_calls_a_layer():
+    sites = [
+        make_site("one", (4, 3), (4, 3), tags=("single",)),
+        make_site("two", (4, 3), (4, 3), tags=("double", "stage:2")),
+        make_site("three", (4, 3), (4, 3), tags=("stage:3",)),
+        make_site("mid_block.four", (4, 3), (4, 3), tags=()),
+    ]
+    maps = record(sites)
+    for switches, kept in (
+        ({"without": ("double", "mid")}, ["one", "three", "mid_block.four"]),
+        ({"only": ("stage:3",)}, ["one", "three", "mid_block.four"]),
+        ({"without": ("single",), "only": ("stage:2",)}, ["two", "mid_block.four"]),
+    ):
+        read = maps.reference_to_generated(preset=replace(PAPER, **switches))
+        assert torch.equal(read, maps.select(layers=kept).reference_to_generated())
+
+
 def test_switches_can_be_mixed(maps):
-    own = replace(PAPER, mid_block=False)
+    own = replace(PAPER, without=("mid",))
     chosen = maps.select(layers=["down*", "up*"])
     assert torch.equal(maps.reference_to_generated(preset=own), chosen.reference_to_generated())
 
@@ -309,8 +326,8 @@ def test_layers_count_alike_whatever_their_heads(preset):
 
 def test_a_single_reference_token_has_r2g_only():
     maps = record([SITES[0], SINGLE])
-    assert not maps.causal
-    assert maps.select(layers=SITES[0].layer).causal
+    assert not maps.informative
+    assert maps.select(layers=SITES[0].layer).informative
     assert maps.reference_to_generated("layer").shape == (SAMPLES, 2, 8, 6)
     assert maps.directions == (R2G, G2R)
     single = maps.select(layers=SINGLE.layer)
@@ -339,13 +356,13 @@ def test_properties_and_repr(maps):
     assert maps.layers == tuple(site.layer for site in SITES)
     assert maps.votes == ("uniform", "mask")
     assert maps.regions == (str(PATCH), "hem")
-    assert maps.causal
-    text = repr(record([SITES[0], SINGLE], provenance={"guidance": "conditional"}))
+    assert maps.informative
+    text = repr(record([SITES[0], SINGLE], provenance={"branch": "conditional"}))
     assert "2 samples, 2 time groups, 2 layers" in text
-    assert "guidance conditional" in text
+    assert "branch conditional" in text
     assert "reference_to_generated, generated_to_reference" in text
     assert "down_blocks.0.attn2: 8x6 from 5x4, 2 heads\n" in text
-    assert "up_blocks.0.attn2: 4x3 from 1 token, 2 heads, causal=False" in text
+    assert "up_blocks.0.attn2: 4x3 from 1 token, 2 heads, informative=False" in text
     assert "note" not in text
     assert repr(record(provenance={"note": "mixed"})).endswith("\n  note: mixed")
     # 2 samples x 2 groups x 2 heads x (48 + 20 + 12) fp32
@@ -477,7 +494,7 @@ def test_heads_of_layers_with_different_counts_are_refused():
         (lambda: record(mask=RIGHT), "agree in rows: .* uniform, mask"),
         (lambda: record([*SITES[:2], replace(SITES[2], heads=5)]), "grids, heads .* up_blocks.1"),
         (lambda: record(directions=[R2G]), "the recorded sums of down_blocks.0.attn2"),
-        (lambda: record(provenance={"guidance": "unconditional"}), "guidance: .*unconditional"),
+        (lambda: record(provenance={"branch": "unconditional"}), "branch: .*unconditional"),
         (lambda: record(provenance={"layout": "same_grid"}), "agree in layout: .*same_grid"),
         (lambda: record(provenance={"prefix_votes": True}), "agree in prefix_votes: .*True"),
         (

@@ -96,7 +96,7 @@ def test_mask_product_resizes_the_mask_bicubic():
 def test_presets_by_name():
     assert get_preset("paper") is PAPER
     assert get_preset("official") is OFFICIAL
-    own = dataclasses.replace(PAPER, mid_block=False)
+    own = dataclasses.replace(PAPER, without=("mid",))
     assert get_preset(own) is own
 
 

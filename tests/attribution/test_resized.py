@@ -167,7 +167,7 @@ def test_a_preset_without_the_mid_block_is_refused_where_it_was_added():
 
     from i2am.attribution import PAPER
 
-    preset = replace(PAPER, name="mine", mid_block=False)
+    preset = replace(PAPER, name="mine", without=("mid",))
     maps_of(record([COARSE, FINE], sums="resized")).reference_to_generated(preset=preset)
     with pytest.raises(ValueError, match="preset 'mine' needs the layers apart"):
         maps_of(record([MID, FINE], sums="resized")).reference_to_generated(preset=preset)

@@ -18,7 +18,7 @@ from i2am.files.container import pack
 from i2am.testing import make_maps, make_site
 
 SITES = (make_site("down.0", (4, 3), (3, 2)), make_site("up.0", (2, 2), None))
-PROVENANCE = {"model": "pocket é", "steps": [3, {"seed": 7}], "guidance": None, "cfg": 0.1}
+PROVENANCE = {"model": "pocket é", "steps": [3, {"seed": 7}], "branch": None, "cfg": 0.1}
 
 
 def record(**recording):
@@ -184,8 +184,8 @@ def test_a_changed_description_is_found(tmp_path, change, message):
         (lambda d: d.update(rows={"a": 1}), "rows must be a list"),
         (lambda d: d.update(votes=None), "votes must be a list"),
         (lambda d: d.update(provenance=[]), "provenance must be an object"),
-        (lambda d: d.update(joint={}), "is damaged"),
-        (lambda d: d.update(joint=3), "is damaged"),
+        (lambda d: d.update(pairs={}), "is damaged"),
+        (lambda d: d.update(pairs=3), "is damaged"),
     ],
 )
 def test_a_description_that_is_not_of_maps(tmp_path, change, message):
@@ -223,18 +223,24 @@ def test_foreign_files_are_refused(tmp_path, data, message):
 
 @pytest.mark.parametrize("schema", [1, 2])
 def test_files_of_earlier_schemas_are_read(tmp_path, schema):
-    """Schema 1 had neither joint maps nor shares, 2 no shares; dtypes had torch's names."""
+    """Schema 1 had neither pair maps nor shares, 2 no shares; dtypes had torch's names."""
     path = tmp_path / "maps.safetensors"
-    maps = record(joint=schema == 2)
+    maps = record(pairs=schema == 2)
     maps.save(path)
     with safe_open(path, "pt") as file:
         document = json.loads(file.metadata()["i2am"])
     content = {
-        name: sums
+        name.replace("pairs.", "joint."): sums
         for name, sums in load(path.read_bytes()).items()
         if not name.endswith(("attention_share", "calls"))
     }
     del document["checksum"]
+    if "pairs" in document:
+        document["joint"] = document.pop("pairs")
+    for site in document["sites"]:
+        site["causal"] = site.pop("informative")
+        del site["tags"]
+    document["provenance"]["guidance"] = document["provenance"].pop("branch")
     document |= {
         "schema": schema,
         "tensors": {
@@ -250,7 +256,9 @@ def test_files_of_earlier_schemas_are_read(tmp_path, schema):
     path.write_bytes(save(content, metadata={"i2am": canonical(document).decode()}))
     loaded = load_maps(path)
     assert torch.equal(loaded.reference_to_generated(), maps.reference_to_generated())
-    assert (loaded.joint is None) == (schema == 1)
+    assert (loaded.pairs is None) == (schema == 1)
+    assert loaded.provenance == maps.provenance
+    assert [layer.site for layer in loaded.layer_sums] == [layer.site for layer in maps.layer_sums]
     assert loaded.share_of is None
     with pytest.raises(
         ValueError, match=r"share was not recorded on down\.0, as in files of schema"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from i2am.attribution import Accumulator, accumulator, buffers, joint_sums, resized
+from i2am.attribution import Accumulator, accumulator, buffers, pair_sums, resized
 from i2am.attribution.time_groups import TimeGroups, refuse_capture
 from i2am.testing import make_qkv, make_site
 
@@ -41,7 +41,7 @@ def test_a_copy_goes_its_own_way():
 @pytest.mark.parametrize("sums", ["native", "resized"])
 def test_buffers_stay_where_they_are(sums):
     """What a captured graph was given stays valid: nothing is allocated after the second call."""
-    accumulator = Accumulator(time_groups=3, sums=sums, joint=True)
+    accumulator = Accumulator(time_groups=3, sums=sums, pairs=True)
     site = make_site("a", (4, 3), (2, 2))
     query, key, _ = make_qkv(1, 2, 12, 4, 8)
     addresses = []
@@ -51,7 +51,7 @@ def test_buffers_stay_where_they_are(sums):
         layer = accumulator._layers["a", "reference"]
         resized = accumulator._resized or {}
         held = [sums for each in resized.values() for sums in each.tensors]
-        tensors = [*layer.sums, *held, *accumulator._joint.tensors]
+        tensors = [*layer.sums, *held, *accumulator._pairs.tensors]
         addresses.append([tensor.data_ptr() for tensor in tensors])
     assert all(later == addresses[1] for later in addresses[1:])
 
@@ -71,15 +71,15 @@ def test_sums_are_not_made_while_a_graph_is_captured(monkeypatch):
 @pytest.mark.parametrize("sums", ["native", "resized"])
 def test_it_is_asked_wherever_sums_are_made(monkeypatch, sums):
     asked = []
-    for module in (buffers, resized, joint_sums):
+    for module in (buffers, resized, pair_sums):
         monkeypatch.setattr(module, "refuse_capture", lambda like, name=module: asked.append(name))
-    recording = accumulator.Accumulator(time_groups=2, sums=sums, joint=True)
+    recording = accumulator.Accumulator(time_groups=2, sums=sums, pairs=True)
     site = make_site("a", (4, 3), (2, 2))
     query, key, _ = make_qkv(1, 2, 12, 4, 8)
     for group, made in ((0, True), (1, False), (1, False)):
         asked.clear()
         recording.add(site, query, key, group=group)
         recording.begin(group)  # the evaluation is over
-        assert set(asked) == ({buffers, joint_sums} if made else set()) | (
+        assert set(asked) == ({buffers, pair_sums} if made else set()) | (
             {resized} if made and sums == "resized" else set()
         )

@@ -78,5 +78,5 @@ def test_the_unets_layers_of_stableviton_on_request() -> None:
     layers = systems.recorded_layers(pipe, pipe.attribution_layout(unet_layers=True))
     single = [layer for layer in layers if layer.seqlen_k == 1]
     assert Counter(layer.site.generated_grid for layer in single) == UPRIGHT
-    assert not any(layer.site.causal for layer in single)
+    assert not any(layer.site.informative for layer in single)
     assert len(layers) == 16 + 9

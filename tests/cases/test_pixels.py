@@ -250,7 +250,7 @@ class TestReferenceThatIsCut:
 def maps_without_pictures(maps):
     known = {name: value for name, value in maps.provenance.items() if name != "pictures"}
     return i2am.AttributionMaps(
-        maps.layer_sums, votes=maps.votes, rows=maps.rows, provenance=known, joint=maps.joint
+        maps.layer_sums, votes=maps.votes, rows=maps.rows, provenance=known, pairs=maps.pairs
     )
 
 

@@ -46,7 +46,7 @@ class Apart:
 
     def record(self, order=None, **options):
         layout = TokenLayout.cross_attention(GRID, guidance_order=order)
-        options = {"time_groups": 2, "guidance": "both", **options}
+        options = {"time_groups": 2, "branch": "both", **options}
         return i2am.record(self.unet, scheduler=self.scheduler, layout=layout, **options)
 
 
@@ -64,7 +64,7 @@ def assert_branches(oracle, recorder, calls, order, extra=0):
         rows = calls_numbered(order.index(branch) + extra)
         maps = recorder.maps(branch)
         oracle.assert_maps(maps, calls, groups=GROUPS, rows=rows, reference=REFERENCE)
-        assert maps.provenance["guidance"] == branch
+        assert maps.provenance["branch"] == branch
     return maps
 
 
@@ -441,7 +441,7 @@ def test_image_of_scale_zero(tiny):
     pipeline.set_ip_adapter_scale([[0.0, 0.9]])
     masks = torch.ones(1, 2, 16, 24)
     options = {"cross_attention_kwargs": {"ip_adapter_masks": [masks]}, "images": 2}
-    causal = []
+    informative = []
     for image in (0, 1):
         layout = TokenLayout.ip_adapter((4, 4), prefix=1, adapter=image)
         with i2am.record(pipeline, layout=layout, time_groups=1) as recorder:
@@ -450,8 +450,8 @@ def test_image_of_scale_zero(tiny):
             with pytest.warns(UserWarning, match="layers that multiply their branch by 0: down"):
                 maps = recorder.maps()
             assert not maps.reference_to_generated().any()
-        causal.append(recorder.maps().causal)
-    assert causal == [False, True]
+        informative.append(recorder.maps().informative)
+    assert informative == [False, True]
 
 
 @pytest.mark.parametrize("sums", ["native", "resized"])

@@ -76,12 +76,12 @@ def noise_of(scheduler, timesteps):
     ],
     ids=lambda value: type(value).__name__,
 )
-@pytest.mark.parametrize("joint", [False, True], ids=["layers", "joint"])
-def test_noisiest_group_is_first(tiny, oracle, scheduler, groups, joint):
+@pytest.mark.parametrize("pairs", [False, True], ids=["layers", "pairs"])
+def test_noisiest_group_is_first(tiny, oracle, scheduler, groups, pairs):
     single = Single(tiny, scheduler)
     with oracle.spy(single.unet, scheduler) as calls:
         plain = single()
-    with single.record(joint=joint, impl="reference") as recorder:
+    with single.record(pairs=pairs, impl="reference") as recorder:
         again = single()
     if not isinstance(scheduler, KDPM2AncestralDiscreteScheduler):  # draws noise by itself
         assert torch.equal(again, plain)
@@ -96,22 +96,22 @@ def test_noisiest_group_is_first(tiny, oracle, scheduler, groups, joint):
         for number in range(3)
     ]
     assert means == sorted(means, reverse=True)
-    if joint:
+    if pairs:
         for group in range(3):
-            found = maps.joint.reference_to_generated(time=group).sum()
+            found = maps.pairs.reference_to_generated(time=group).sum()
             assert found > 0
             torch.testing.assert_close(
-                maps.joint.g2r[:, group].mean(), joint_of(recorder, maps, group), rtol=1e-4, atol=0
+                maps.pairs.g2r[:, group].mean(), pairs_of(recorder, maps, group), rtol=1e-4, atol=0
             )
 
 
-def joint_of(recorder, maps, group):
+def pairs_of(recorder, maps, group):
     """The same from the sums: every generated cell spends its share of one unit per evaluation."""
     total = sum(
         layer.generated_to_reference[:, group, :, 0].mean(1).sum() for layer in maps.layer_sums
     )
-    cells = maps.joint.g2r[:, group].numel()
-    cells_generated = maps.joint.generated_grid[0] * maps.joint.generated_grid[1]
+    cells = maps.pairs.g2r[:, group].numel()
+    cells_generated = maps.pairs.generated_grid[0] * maps.pairs.generated_grid[1]
     return total / len(maps.layer_sums) * cells_generated / cells
 
 

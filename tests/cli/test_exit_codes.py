@@ -296,20 +296,20 @@ def test_3_incomplete(run_apart, record_line, tmp_path):
     assert "NaN or Inf in" in done.err
 
 
-def test_joint_maps_with_nan_cost_the_page_alone(run_here, record_line, monkeypatch, tmp_path):
+def test_pair_maps_with_nan_cost_the_page_alone(run_here, record_line, monkeypatch, tmp_path):
     from i2am.cli import recording
 
     run = recording._run
 
     def ill(*args, **kwargs):
         made = run(*args, **kwargs)
-        made.maps["conditional"].joint.g2r[0, 0, 3, 2] = torch.inf
+        made.maps["conditional"].pairs.g2r[0, 0, 3, 2] = torch.inf
         return made
 
     monkeypatch.setattr(recording, "_run", ill)
     done = run_here(record_line())
     assert done.code == ExitCode.INCOMPLETE, done.err
-    note = "no page of the conditional half: NaN or Inf in generated_to_reference of the joint maps"
+    note = "no page of the conditional half: NaN or Inf in generated_to_reference of the pair maps"
     assert note in done.err
     found = names(tmp_path / "out")
     assert {"image.png", "maps.safetensors", "overview.png", "run.json", "scores.json"} <= set(

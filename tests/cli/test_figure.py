@@ -55,7 +55,7 @@ def recorded(files, tmp_path):
                 regions={"logo": region} if settings.regions else None,
                 provenance={
                     "steps": settings.steps,
-                    "guidance": half,
+                    "branch": half,
                     "regions": {"logo": str(Box(40, 24, 16, 16, (128, 96)))},
                 },
             )
@@ -214,7 +214,7 @@ def test_halves_of_guidance_are_told_apart(recorded):
     both = recorded(halves=("conditional", "unconditional"), guidance_branch="both")
     for branch in (None, "conditional", "unconditional"):
         maps = read_run(both, branch=branch).maps
-        assert maps.provenance["guidance"] == (branch or "conditional")
+        assert maps.provenance["branch"] == (branch or "conditional")
     with pytest.raises(InputRejected, match="must hold the unconditional half, it holds the con"):
         read_run(recorded("one"), branch="unconditional")
 

@@ -124,7 +124,7 @@ def recorded(folder):
         regions={"logo": region},
         provenance={
             "steps": 4,
-            "guidance": "conditional",
+            "branch": "conditional",
             "regions": {"logo": str(Box(40, 24, 16, 16, (128, 96)))},
         },
     )

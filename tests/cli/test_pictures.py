@@ -280,3 +280,25 @@ def test_suffix_keeps_two_halves_apart(tmp_path):
     second = draw(tmp_path, maps, scene(), suffix="_unconditional")
     assert not set(first) & set(second)
     assert len(list(tmp_path.iterdir())) == len(first) + len(second)
+
+
+WHOLE = ["overview", "r2g", "g2r", "time_groups", "heads", "region_logo"]
+NO_PLACE = ["overview", "r2g", "time_groups", "heads"]
+
+
+def test_every_kind_of_recording_is_drawn(sheets, every_kind):
+    drawn = sheets(every_kind, scene([replace(BOX, name="logo")]))
+    word = not every_kind.sources[0].startswith("reference")
+    assert [*drawn] == [f"{name}.png" for name in (NO_PLACE if word else WHOLE)]
+    titles = drawn["r2g.png"][1]
+    of = {"cat": '"cat"', "reference": "the object"}.get(every_kind.sources[0])
+    of = of or "the object of reference 1"
+    assert titles[1].startswith(f"R2G: share of attention to {of}")
+    assert all(title.endswith("mean over 3 frames") for title in titles[1:]) == (
+        every_kind.frames == 3
+    )
+
+
+def test_without_an_inpainting_mask_all_patches_look(sheets):
+    drawn = sheets(make_maps([FINE], samples=1), scene())
+    assert drawn["g2r.png"][1] == ["reference", "G2R: all generated patches"]

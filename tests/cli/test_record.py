@@ -144,8 +144,8 @@ def test_both_halves_of_guidance_are_kept_apart(run_here, record_line, out):
     assert done.code == ExitCode.DONE, done.err
     first = i2am.load_maps(out / "maps.safetensors")
     second = i2am.load_maps(out / "maps_unconditional.safetensors")
-    assert first.provenance["guidance"] == "conditional"
-    assert second.provenance["guidance"] == "unconditional"
+    assert first.provenance["branch"] == "conditional"
+    assert second.provenance["branch"] == "unconditional"
     difference = first.generated_to_reference() - second.generated_to_reference()
     assert difference.abs().max() > 0
     assert (out / "g2r_unconditional.png").is_file()
@@ -155,7 +155,7 @@ def test_both_halves_of_guidance_are_kept_apart(run_here, record_line, out):
 def test_unconditional_half_alone(run_here, record_line, out):
     assert run_here(record_line(guidance_branch="unconditional")).code == ExitCode.DONE
     maps = i2am.load_maps(out / "maps.safetensors")
-    assert maps.provenance["guidance"] == "unconditional"
+    assert maps.provenance["branch"] == "unconditional"
 
 
 def test_json_goes_to_stdout_and_everything_else_to_stderr(run_here, record_line, out):
@@ -198,12 +198,12 @@ def test_the_page_is_that_of_i2am_report(run_here, record_line, out, tmp_path):
     assert page.read_bytes() == (out / "report.html").read_bytes()
 
 
-def test_no_page_is_no_joint_maps(run_here, record_line, out):
+def test_no_page_is_no_pair_maps(run_here, record_line, out):
     done = run_here(record_line("--no-report"))
     assert done.code == ExitCode.DONE, done.err
     assert "to point at" not in done.out
     assert not (out / "report.html").exists()
-    assert i2am.load_maps(out / "maps.safetensors").joint is None
+    assert i2am.load_maps(out / "maps.safetensors").pairs is None
 
 
 def test_every_input_is_read_once_so_that_its_hash_is_that_of_what_was_used(
@@ -302,7 +302,7 @@ def test_dry_run_writes_nothing_and_estimates_what_stays_exactly(
         for name in ("maps", "maps_unconditional")
         for maps in [i2am.load_maps(out / f"{name}.safetensors")]
         for sums in [
-            maps.joint,
+            maps.pairs,
             *(of for layer in maps.layer_sums for of in tensors(layer).values()),
         ]
     )

@@ -72,10 +72,10 @@ def recorded(files, tmp_path):
                 mask=torch.eye(128)[:, :96],
                 reference_mask=torch.eye(80),
                 regions={"logo": region},
-                joint=True,
+                pairs=True,
                 provenance={
                     "steps": 4,
-                    "guidance": half,
+                    "branch": half,
                     "regions": {"logo": str(Box(40, 24, 16, 16, (128, 96)))},
                 },
             )
@@ -105,36 +105,36 @@ def test_a_recorded_run_becomes_a_page(recorded, run, tmp_path):
     assert document["id"] == "run"
     names = [entry["name"] for entry in document["maps"]]
     assert names == [
-        "r2g",
         "share",
+        "r2g",
         "r2g_mask",
         "g2r",
         "g2r_mask",
         "region 0",
-        "joint_g2r",
-        "joint_r2g",
+        "pairs_g2r",
+        "pairs_r2g",
     ]
     region = {"name": "logo", "box": [40 / 128, 24 / 96, 16 / 128, 16 / 96], "truth": [0.25, 0.5]}
     assert document["regions"] == [region]
     scores = json.loads((out / "scores.json").read_text())
     assert document["scores"] == scores
     assert document["generated"]["outline"]
-    assert document["reference"]["outline"]
+    assert document["sources"][0]["reference"]["outline"]
     assert document["facts"]["Guidance"] == "2, conditional half recorded"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("direction", ["g2r", "r2g"])
-def test_joint_maps_that_are_not_finite_are_refused(recorded, run, tmp_path, direction, value):
+def test_pair_maps_that_are_not_finite_are_refused(recorded, run, tmp_path, direction, value):
     def change(maps):
-        getattr(maps.joint, direction)[0, -1, 2, 1] = value
+        getattr(maps.pairs, direction)[0, -1, 2, 1] = value
 
     out = recorded(change=change)
     for page in ("page.html", "page"):
         done = run("report", out, "-o", tmp_path / page)
         assert done.code == ExitCode.REJECTED, done.err
         assert "cannot be shown: maps must be finite, got NaN or Inf in" in done.err
-        assert "of the joint maps" in done.err
+        assert "of the pair maps" in done.err
         assert not (tmp_path / page).exists()
 
 
@@ -205,7 +205,7 @@ def test_a_folder_in_use_is_a_conflict(recorded, run, tmp_path):
 
 
 def _other_maps(path):
-    make_maps(SITES, samples=1, steps=4, seed=9, joint=True).save(path)
+    make_maps(SITES, samples=1, steps=4, seed=9, pairs=True).save(path)
 
 
 def _other_image(path):
@@ -328,7 +328,7 @@ def test_the_maps_of_a_shard_are_read_as_recordings_are(evaluated, tmp_path):
     torch.testing.assert_close(stack.maps[:, 0].double(), torch.stack(exact), rtol=1e-6, atol=0)
     # an unpaired sample shows the garment of the other person
     garment = Image.open(tmp_path / "data" / "test" / "cloth" / "00001_00.jpg").convert("RGB")
-    assert np.array_equal(np.asarray(samples[0].reference), np.asarray(garment))
+    assert np.array_equal(np.asarray(samples[0].sources[0].reference), np.asarray(garment))
 
 
 def test_a_sample_whose_kept_maps_are_not_finite_is_left_out(evaluated, run, tmp_path):

@@ -126,8 +126,8 @@ def test_keypoints_lie_on_the_parts_they_name(root):
         assert (points[points[:, 2] == 0] == 0).all()
         nose = points[0]
         assert PARTS[parts[int(nose[1]), int(nose[0])]] in ("face", "hair")
-        for joint, side in sides.items():
-            x, y, confidence = points[joint]
+        for pairs, side in sides.items():
+            x, y, confidence = points[pairs]
             if confidence:
                 seen += 1
                 part = PARTS[parts[int(y), int(x)]]

@@ -1,6 +1,6 @@
 """README.md: its Python runs in a base install as it stands, and its commands exist.
 
-The lines on FLUX Kontext run in tests/adapters/test_joint_attention.py.
+The lines on FLUX Kontext and on a layout run in tests/adapters/test_joint_attention.py.
 """
 
 import ast
@@ -17,7 +17,7 @@ import i2am
 from i2am.cli.app import app
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-FIRST, _KONTEXT, DATA = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+FIRST, _KONTEXT, _LAYOUT, DATA = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
 SHELL = "".join(re.findall(r"```sh\n(.+?)```", README, re.DOTALL))
 # without accelerate and scipy, which diffusers takes where they are installed
 EXTRAS = ("matplotlib", "pyarrow", "ray", "torch_fidelity", "torchmetrics", "torchvision", "zarr")

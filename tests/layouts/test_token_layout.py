@@ -309,3 +309,21 @@ class TestTokenLayout:
     def test_impossible_numbers_are_refused(self, make, message):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize(
+    ("path", "tags"),
+    [
+        ("mid_block.attentions.0.transformer_blocks.0.attn2", ("mid",)),
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn2", ()),
+        ("transformer_blocks.0.attn", ()),
+    ],
+)
+def test_layers_in_the_middle_of_a_unet_are_called_so(path, tags):
+    assert TokenLayout.single_token().tags(path) == tags
+    assert TokenLayout.stableviton().tags(path) == tags
+
+
+def test_warp_blocks_are_called_by_their_number():
+    layout = TokenLayout.stableviton()
+    assert layout.tags("warp_blocks.12.transformer_blocks.0.attn2") == ("warp:12",)

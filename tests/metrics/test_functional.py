@@ -360,3 +360,44 @@ def test_without_torchmetrics_all_can_be_imported_and_read(tmp_path):
         f"{start} (operator torchvision::nms is not there); "
         f"install the torchvision that was built for torch {torch.__version__}",
     ]
+
+
+NO_REFERENCE = "no reference was recorded, only words of the prompt: cat, hat"
+SEVERAL = (
+    "a score is of one reference, and 2 were recorded: reference 1, reference 2; "
+    "choose one with select(source=...)"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("words", NO_REFERENCE), ("two references", SEVERAL), ("everything", SEVERAL)],
+)
+def test_a_score_is_of_one_reference(record, kind, reason):
+    found = imacs_scores(record(kind), mask=half(48, 36), reference_mask=half(50, 40))
+    assert {(score.values, score.reason) for score in found.values()} == {(None, reason)}
+
+
+@pytest.mark.parametrize("kind", ["reference and words", "frames", "head counts", "resized"])
+def test_one_reference_has_every_score_whatever_is_beside_it(record, kind):
+    maps = record(kind)
+    given = {"mask": half(48, 36), "reference_mask": half(50, 40)}
+    found = imacs_scores(maps, **given)
+    assert [score.reason for score in found.values()] == [None] * 4
+    spread = {"source": "reference", "measure": "spread"}
+    wanted = imacs(maps.reference_to_generated(**spread), half(1, 48, 36), invert=False)
+    assert torch.equal(found["imacs_g"].values, wanted)
+    alone = imacs_scores(maps.select(source="reference"), **given)
+    assert all(torch.equal(found[name].values, alone[name].values) for name in found)
+
+
+def test_one_of_several_references_is_scored_where_it_is_chosen(record):
+    maps = record("two references").select(source="reference 2")
+    found = imacs_scores(maps, mask=half(48, 36), reference_mask=half(50, 40))
+    assert [score.reason for score in found.values()] == [None] * 4
+
+
+def test_a_layer_without_a_place_is_named(record):
+    found = imacs_scores(record("gridless"), mask=half(48, 36), reference_mask=half(50, 40))
+    assert found["imacs_g"].reason is None
+    assert found["imacs_r"].reason == "no reference grid in down.attn"

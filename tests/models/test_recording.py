@@ -12,7 +12,7 @@ def test_custom_maps_lie_on_both_grids(custom, inputs, run) -> None:
         recorded = run(custom, **inputs)
     assert torch.equal(recorded, plain)
     maps = recorder.maps()
-    assert maps.causal
+    assert maps.informative
     assert len(maps.layers) == 4
     assert maps.reference_to_generated(per=("time", "layer")).shape[:3] == (1, 3, 4)
     assert maps.generated_to_reference().shape == (1, *custom.reference_grid)
@@ -30,7 +30,7 @@ def test_the_conditional_half_is_recorded(request, name, inputs, run) -> None:
         maps[scale] = recorder.maps().reference_to_generated(per="layer")
     torch.testing.assert_close(maps[5.0], maps[1.0], rtol=1e-4, atol=1e-6)
     with i2am.record(
-        pipeline, time_groups=1, directions="reference_to_generated", guidance="unconditional"
+        pipeline, time_groups=1, directions="reference_to_generated", branch="unconditional"
     ) as recorder:
         run(pipeline, **inputs, guidance_scale=5.0, num_inference_steps=1)
     other = recorder.maps().reference_to_generated(per="layer")
@@ -61,7 +61,7 @@ def test_paint_by_example_has_one_direction_that_is_not_causal(
     assert torch.equal(recorded, plain)
     with pytest.warns(UserWarning, match="single reference token"):
         maps = recorder.maps()
-    assert not maps.causal
+    assert not maps.informative
     assert maps.reference_to_generated(size=(32, 24)).shape == (1, 32, 24)
     with pytest.raises(ValueError, match="generated_to_reference"):
         maps.generated_to_reference()

@@ -197,7 +197,7 @@ def test_recording_changes_nothing(stableviton, inputs, run, guidance_scale, une
 def test_warp_blocks_are_recorded_in_both_directions(stableviton, inputs, run) -> None:
     maps = recorded(stableviton, run, inputs)[0].maps()
     assert maps.layers == WARPS
-    assert maps.causal
+    assert maps.informative
     for number, layer in enumerate(maps.layer_sums):
         grid = COARSE if number < 3 else FINE
         assert layer.site.generated_grid == layer.site.reference_grid == grid
@@ -219,8 +219,8 @@ def test_single_token_layers_on_request(stableviton, inputs, run) -> None:
         "mid_block",
         *["up_blocks"] * 6,
     ]
-    assert not any(layer.site.causal or layer.site.reference_grid for layer in others)
-    assert not maps.causal
+    assert not any(layer.site.informative or layer.site.reference_grid for layer in others)
+    assert not maps.informative
     with pytest.raises(ValueError, match="does not exist for layers without a reference grid"):
         maps.generated_to_reference()
     warps = maps.select(layers="warp_blocks.*")
@@ -242,9 +242,9 @@ def test_the_halves_of_guidance_are_told_apart(stableviton, inputs, run) -> None
     one = {"num_inference_steps": 1}
     # at scale 1 the conditional call is alone: one step shows the same attention
     alone = recorded(stableviton, run, inputs, {**one, "guidance_scale": 1.0})[0].maps()
-    both = recorded(stableviton, run, inputs, {**one, "guidance_scale": 5.0}, guidance="both")[0]
+    both = recorded(stableviton, run, inputs, {**one, "guidance_scale": 5.0}, branch="both")[0]
     other = recorded(
-        stableviton, run, inputs, {**one, "guidance_scale": 5.0}, guidance="unconditional"
+        stableviton, run, inputs, {**one, "guidance_scale": 5.0}, branch="unconditional"
     )[0].maps()
     for name in ("reference_to_generated", "generated_to_reference"):
         read = {
@@ -258,10 +258,10 @@ def test_the_halves_of_guidance_are_told_apart(stableviton, inputs, run) -> None
         assert not torch.allclose(read["conditional"], read["other"], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("guidance", ["conditional", "unconditional"])
-def test_samples_have_their_own_maps(stableviton, batch_inputs, run, guidance) -> None:
+@pytest.mark.parametrize("branch", ["conditional", "unconditional"])
+def test_samples_have_their_own_maps(stableviton, batch_inputs, run, branch) -> None:
     def maps_of(inputs, **settings):
-        recorder, latents = recorded(stableviton, run, inputs, settings, guidance=guidance)
+        recorder, latents = recorded(stableviton, run, inputs, settings, branch=branch)
         maps = recorder.maps()
         return latents, maps.reference_to_generated(), maps.generated_to_reference()
 

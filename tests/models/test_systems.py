@@ -140,7 +140,7 @@ def test_samples_do_not_know_their_batch_and_images_not_the_recorder(
             rtol=1e-3,
             atol=1e-6,
         )
-        if maps.causal:
+        if maps.informative:
             torch.testing.assert_close(
                 maps.generated_to_reference()[index],
                 its_maps.generated_to_reference()[0],
@@ -166,7 +166,7 @@ def test_maps_are_those_of_the_system(system, name, batch, make) -> None:
     with i2am.record(system, time_groups=1) as recorder:
         make(batch, num_inference_steps=2, guidance_scale=1.0)
     maps = recorder.maps()
-    assert maps.causal == (name in ("stableviton", "custom"))
+    assert maps.informative == (name in ("stableviton", "custom"))
     r2g = maps.reference_to_generated(size=SIZE)
     assert r2g.shape == (3, *SIZE)
     if name == "custom":
@@ -269,9 +269,9 @@ def test_record(folder, files, name, tmp_path, capsys) -> None:
     maps = i2am.load_maps(out / "maps.safetensors")
     assert len(maps.layers) == LAYERS[name]
     assert Image.open(out / "image.png").size == (24, 32)
-    assert (out / "overlay_g2r.png").is_file() == maps.causal
+    assert (out / "overlay_g2r.png").is_file() == maps.informative
     scores = json.loads((out / "scores.json").read_text())
-    assert (scores["imacs_r"]["value"] is not None) == maps.causal
+    assert (scores["imacs_r"]["value"] is not None) == maps.informative
     if name == "dci_vton":
         # pasted back without being asked, at the size it was made
         person = Image.open(files["person"]).resize((24, 32), Image.Resampling.BILINEAR)

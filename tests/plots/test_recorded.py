@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from i2am.attribution import OFFICIAL, PAPER, Box, Patch
+from i2am.attribution.pictures import region_box
+from i2am.attribution.shown import Shown
 from i2am.plots import recorded as module
 from i2am.plots import splits
-from i2am.plots.reading import Reading, region_box
-from i2am.plots.recorded import FIGURES, NUMBERS, Recorded, figure, lacks
+from i2am.plots.recorded import FIGURES, FURTHER, NUMBERS, Recorded, figure, lacks
 from i2am.testing import make_maps, make_site
 
 COARSE = make_site("down_blocks.0", (4, 3), (5, 4))
@@ -129,24 +130,24 @@ def test_single_tokens_are_inverted_by_the_official_preset_alone(calls, one, pre
 
 
 def test_heads_come_from_the_layers_that_have_as_many_as_the_finest(calls, one):
-    reading = Reading(record(COARSE, FINE, OTHER_HEADS))
+    reading = Shown(record(COARSE, FINE, OTHER_HEADS))
     assert reading.heads_of == "averaged over 2 of 3 layers"
     assert reading.head_count == 2
     figure("heads", [one(record(COARSE, FINE, OTHER_HEADS))])
     wanted = record(COARSE, FINE, OTHER_HEADS).select(layers=["down_blocks.0", "up_blocks.0"])
     assert torch.equal(calls[0][1][1][0], wanted.reference_to_generated("head")[0])
-    assert Reading(record(FINE, MIDDLE), OFFICIAL).heads_of == "averaged over 1 of 1 layers"
+    assert Shown(record(FINE, MIDDLE), OFFICIAL).heads_of == "averaged over 1 of 1 layers"
 
 
 def test_a_region_covers_what_it_was_declared_as():
     regions = {"patch": LOGO, "box": Box(12, 6, 24, 9, (48, 36)), "free": torch.ones(48, 36)}
     provenance = {"regions": {"patch": "2,1@8x6", "box": "12,6,24,9@48x36", "free": "weights"}}
     maps = record(FINE, regions=regions, provenance=provenance)
-    assert region_box(maps, "patch") == (2 / 8, 1 / 6, 1 / 8, 1 / 6)
-    assert region_box(maps, "box") == (0.25, 6 / 36, 0.5, 0.25)
-    assert region_box(maps, "free") is None
+    assert region_box(maps.provenance, "patch") == (2 / 8, 1 / 6, 1 / 8, 1 / 6)
+    assert region_box(maps.provenance, "box") == (0.25, 6 / 36, 0.5, 0.25)
+    assert region_box(maps.provenance, "free") is None
     # regions of a list are called what they are
-    assert region_box(record(FINE, regions={str(LOGO): LOGO}), "2,1@8x6") == (
+    assert region_box(record(FINE, regions={str(LOGO): LOGO}).provenance, "2,1@8x6") == (
         0.25,
         1 / 6,
         1 / 8,
@@ -233,3 +234,79 @@ def test_nan_maps_are_refused_by_name(one):
     maps.layer_sums[0].reference_to_generated[0, 0, 0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"maps\[0\] must be finite"):
         figure("heads", [one(maps)])
+
+
+@pytest.mark.parametrize("which", [*FIGURES, *FURTHER])
+def test_every_source_of_every_kind_is_drawn_or_refused_with_the_reason(every_kind, image, which):
+    given = {"generated": image(), "reference": image(REFERENCE)}
+    for source in every_kind.sources:
+        reason = lacks(which, [Recorded(every_kind)], source)
+        if reason is None:
+            assert every_kind.plot(which, source=source, **given).axes
+            continue
+        with pytest.raises(ValueError, match=r"cannot be drawn, because") as raised:
+            every_kind.plot(which, source=source, **given)
+        assert str(raised.value).endswith(f"because {reason}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "which", "source", "reason"),
+    [
+        ("words", "reference_maps", "cat", 'the word "cat" has no place on a reference'),
+        ("words", "words", "cat", None),
+        ("words", "heads", "hat", None),
+        ("two references", "specific_reference", "reference 2", None),
+        ("two references", "words", None, "no words of the prompt were recorded, record(words="),
+        ("frames", "frames", None, None),
+        ("head counts", "frames", None, "it is of a picture, which has one frame"),
+        ("head counts", "reference_maps", None, None),
+        ("gridless", "layers", None, None),
+        ("resized", "layers", None, "layers were added up while recording (sums='resized')"),
+        ("everything", "frames", "cat", None),
+    ],
+)
+def test_why_a_figure_of_a_source_cannot_be_made(record, kind, which, source, reason):
+    found = lacks(which, [Recorded(record(kind))], source)
+    assert found == reason or found.startswith(reason)
+
+
+def test_models_are_compared_by_a_reference_and_by_no_word(record, image):
+    maps = record("reference and words")
+    pair = [Recorded(maps, image(), image(REFERENCE)) for _ in range(2)]
+    assert figure("models", pair).axes
+    with pytest.raises(ValueError, match='because the word "cat" has no place on a reference'):
+        figure("models", pair, source="cat")
+
+
+@pytest.mark.parametrize(
+    ("kind", "which", "source", "heading"),
+    [
+        ("resized", "heads", None, ""),
+        ("two references", "heads", None, "R2G: share of attention to reference 1"),
+        ("two references", "reference_maps", "reference 2", "G2R: all generated patches on refer"),
+        ("words", "time_groups", "hat", 'R2G: share of attention to "hat"'),
+        ("reference and words", "words", None, "R2G: share of attention to each word"),
+        ("frames", "heads", None, "R2G: every reference token votes, mean over 3 frames"),
+        # frames apart are no mean
+        ("frames", "frames", None, "R2G: every reference token votes"),
+    ],
+)
+def test_the_heading_says_what_could_be_taken_for_something_else(
+    record, image, kind, which, source, heading
+):
+    given = {"generated": image(), "reference": image(REFERENCE), "source": source}
+    found = record(kind).plot(which, **given).get_suptitle()
+    assert found.startswith(heading)
+    assert bool(found) == bool(heading)
+    assert ("frames" in found) == ("frames" in heading)
+
+
+def test_words_and_frames_have_a_map_each(record, image, panels):
+    maps = record("everything")
+    (words,) = panels(maps.plot("words", generated=image()))
+    assert [title for title, _ in words] == ["generated", "cat", "hat"]
+    wanted = panels(splits.strip(image(), torch.cat([*maps.words.values()]), ["cat", "hat"]))
+    pairs = zip(words, wanted[0], strict=True)
+    assert all((one == other).all() for (_, one), (_, other) in pairs)
+    (frames,) = panels(maps.plot("frames", generated=image(), source="hat"))
+    assert [title for title, _ in frames[1:]] == [f"latent frame {number}" for number in range(3)]

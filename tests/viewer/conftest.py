@@ -26,7 +26,7 @@ FLAGS = (
 )
 
 
-def make_recording(seed: int = 0, *, joint: object = True, **recording: Any) -> AttributionMaps:
+def make_recording(seed: int = 0, *, pairs: object = True, **recording: Any) -> AttributionMaps:
     """Two layers on two grids, both masks and one region."""
     sites = [
         make_site("down_blocks.0", (4, 3), REFERENCE, heads=HEADS),
@@ -43,7 +43,7 @@ def make_recording(seed: int = 0, *, joint: object = True, **recording: Any) -> 
         mask=mask,
         reference_mask=reference_mask,
         regions={"sleeve": region},
-        joint=joint,
+        pairs=pairs,
         provenance={"steps": STEPS, "regions": {"sleeve": "8,4,4,4@16x12"}},
         **recording,
     )
@@ -158,7 +158,7 @@ class View:
         self.page.goto(address)
 
     def wait(self) -> "View":
-        """Until joint maps are there too."""
+        """Until pair maps are there too."""
         self.page.wait_for_selector("#status[data-ready=true]", state="attached")
         return self
 

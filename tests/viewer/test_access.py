@@ -30,16 +30,16 @@ CROWDED = """() => [...document.querySelectorAll('.scale:not(.off) .ticks, figca
 def pages(make_sample, make_recording, tmp_path_factory):
     """A file and a link into it, by what it shows."""
     folder = tmp_path_factory.mktemp("pages")
-    joint = make_sample(notes=["the weights are random, not trained"])
-    pair = [joint, make_sample(1, "two")]
-    bare = replace(joint, stacks=[], regions=[], times=[], heads=[], layers=[])
-    given = {"joint": pair, "overall": [make_sample(maps=make_recording(joint=False))]}
+    pairs = make_sample(notes=["the weights are random, not trained"])
+    pair = [pairs, make_sample(1, "two")]
+    bare = replace(pairs, stacks=[], regions=[], times=[], heads=[], layers=[])
+    given = {"pairs": pair, "overall": [make_sample(maps=make_recording(pairs=False))]}
     for name, samples in {**given, "bare": [bare]}.items():
         (folder / f"{name}.html").write_text(render(samples), encoding="utf-8")
     write_report(folder / "many", pair)
     return {
-        "patches": (folder / "joint.html", "#one/g3,2/all"),
-        "compared": (folder / "joint.html", "#one/r1,1/h0/two"),
+        "patches": (folder / "pairs.html", "#one/g3,2/all"),
+        "compared": (folder / "pairs.html", "#one/r1,1/h0/two"),
         "overall maps": (folder / "overall.html", ""),
         "no maps": (folder / "bare.html", ""),
         "list": (folder / "many" / "index.html", ""),

@@ -50,7 +50,8 @@ def decoded(entry, data):
 
 def photograph(sample, side):
     """The picture as the browser reads it."""
-    data = base64.b64decode(sample[side]["src"].split(",")[1])
+    shown = sample if side == "generated" else sample["sources"][0]
+    data = base64.b64decode(shown[side]["src"].split(",")[1])
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
@@ -87,8 +88,8 @@ def test_overall_maps_are_drawn_as_overlay_does(view, sample, threshold, opacity
 @pytest.mark.parametrize(
     ("side", "other", "name", "cell", "query"),
     [
-        ("generated", "reference", "joint_g2r", (3, 2), 20),
-        ("reference", "generated", "joint_r2g", (5, 1), 26),
+        ("generated", "reference", "pairs_g2r", (3, 2), 20),
+        ("reference", "generated", "pairs_r2g", (5, 1), 26),
     ],
 )
 def test_the_map_of_a_patch_is_drawn_as_overlay_does(view, sample, side, other, name, cell, query):
@@ -111,8 +112,8 @@ def test_a_shared_range_is_drawn(view, sample):
 
 
 def test_codes_keep_ends_and_peaks(sample, recording):
-    exact = recording.joint.generated_to_reference()[0].flatten(0, 1).double().numpy()
-    stored = sample["stacks"]["joint_g2r"]["all"]
+    exact = recording.pairs.generated_to_reference()[0].flatten(0, 1).double().numpy()
+    stored = sample["stacks"]["pairs_g2r"]["all"]
     span = np.ptp(exact, axis=(1, 2), keepdims=True)
     error = np.abs(stored - exact) / span
     assert (error <= 1 / 63 + 1e-6).all()
@@ -125,7 +126,9 @@ def test_codes_keep_ends_and_peaks(sample, recording):
 
 
 def test_a_preset_that_normalizes_twice_and_inverts_is_drawn(visit, make_sample):
-    made = replace(make_sample(), normalizations=2, invert=True)
+    made = make_sample()
+    inverted = [replace(source, invert=True) for source in made.sources]
+    made = replace(made, normalizations=2, sources=inverted)
     html = render([made])
     view = visit(html).wait()
     (sample,) = documents(html)
@@ -137,7 +140,7 @@ def test_a_preset_that_normalizes_twice_and_inverts_is_drawn(visit, make_sample)
     assert_same(view.pixels("reference"), wanted)
     # the map of a patch is not that of a single token
     view.point("reference", (2, 2))
-    values = sample["stacks"]["joint_r2g"]["all"][12]
+    values = sample["stacks"]["pairs_r2g"]["all"][12]
     assert_same(view.pixels("generated"), expected(sample, "generated", values, preset="official"))
     view.close()
 

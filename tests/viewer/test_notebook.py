@@ -63,3 +63,48 @@ def test_a_view_refuses_what_the_page_refuses():
     maps.layer_sums[0].reference_to_generated[:] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         View(maps, generated=Image.new("RGB", (6, 8)), reference=Image.new("RGB", (6, 8)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "titles"),
+    [
+        (
+            "two references",
+            [
+                "R2G: share of attention to the object of reference 1",
+                "G2R: all generated patches on reference 1",
+                "R2G: share of attention to the object of reference 2",
+                "G2R: all generated patches on reference 2",
+            ],
+        ),
+        (
+            "words",
+            ['R2G: share of attention to "cat"', 'R2G: share of attention to "hat"'],
+        ),
+        (
+            "reference and words",
+            [
+                "R2G: share of attention to the object",
+                "G2R: all generated patches",
+                'R2G: share of attention to "cat"',
+                'R2G: share of attention to "hat"',
+            ],
+        ),
+        (
+            "frames",
+            [
+                "R2G: share of attention to the object, mean over 3 frames",
+                "G2R: all generated patches, mean over 3 frames",
+            ],
+        ),
+        *[
+            (kind, ["R2G: share of attention to the object", "G2R: all generated patches"])
+            for kind in ("head counts", "gridless", "resized")
+        ],
+    ],
+)
+def test_every_source_is_shown(record, kind, titles):
+    text = record(kind)._repr_html_()
+    found = re.findall("<figcaption[^>]*>(.*?)</figcaption>", text)
+    assert [html.unescape(title) for title in found] == titles
+    assert len(pictures(text)) == len(titles)

@@ -97,9 +97,9 @@ def test_the_policy_lets_nothing_in(visit, html):
     view.close()
 
 
-def test_without_joint_maps_the_page_says_what_is_missing(visit, make_sample, make_recording):
-    view = visit(render([make_sample(maps=make_recording(joint=False))])).wait()
-    assert "record(joint=True)" in view.page.text_content("#reading")
+def test_without_pair_maps_the_page_says_what_is_missing(visit, make_sample, make_recording):
+    view = visit(render([make_sample(maps=make_recording(pairs=False))])).wait()
+    assert "record(pairs=True)" in view.page.text_content("#reading")
     view.point("generated", (3, 2))
     assert view.status["query"] is None
     assert view.panel("generated")["map"] == "share"
@@ -144,27 +144,27 @@ def test_without_a_choice_of_layers_there_is_none(visit, make_sample, layers):
     view = visit(render([replace(make_sample(), layers=layers)]), link="#one/-/l1").wait()
     assert not view.page.locator("#layer").is_visible()
     assert view.status["slice"] == "all"
-    assert view.point("generated", (3, 2))["map"] == "joint_g2r"
+    assert view.point("generated", (3, 2))["map"] == "pairs_g2r"
     view.close()
 
 
 def test_maps_of_resized_sums_can_be_seen_and_pointed_at(visit, make_image):
     sites = [make_site("a", (4, 3), (5, 5), heads=2), make_site("b", (8, 6), (5, 5), heads=2)]
-    maps = make_maps(sites, samples=1, sums="resized", joint=True)
+    maps = make_maps(sites, samples=1, sums="resized", pairs=True)
     shown = sample(maps, generated=make_image(0), reference=make_image(1))
     assert shown.layers == []
     view = visit(render([shown])).wait()
     assert [panel["map"] for panel in view.status["panels"]] == ["r2g", "g2r"]
     assert not view.page.locator("#layer").is_visible()
-    rows, columns = maps.joint.generated_grid
-    assert view.point("generated", (1, 1), (rows, columns))["map"] == "joint_g2r"
+    rows, columns = maps.pairs.generated_grid
+    assert view.point("generated", (1, 1), (rows, columns))["map"] == "pairs_g2r"
     view.close()
 
 
 def test_maps_without_compression_need_no_decompression(visit, make_sample):
     script = "delete globalThis.DecompressionStream"
     view = visit(render([make_sample()], compress=False), script=script).wait()
-    assert view.point("generated", (3, 2))["map"] == "joint_g2r"
+    assert view.point("generated", (3, 2))["map"] == "pairs_g2r"
     view.close()
     view = visit(render([make_sample()]), script=script)
     view.page.wait_for_selector("#trouble:not([hidden])")
@@ -271,8 +271,8 @@ def fine_sample(make_sample):
         made,
         stacks=[
             *overall,
-            Stack("joint_g2r", stack, slices, (32, 24)),
-            Stack("joint_r2g", stack.flip(0), slices, (32, 24)),
+            Stack("pairs_g2r", stack, slices, (32, 24)),
+            Stack("pairs_r2g", stack.flip(0), slices, (32, 24)),
         ],
         times=[f"group {n}" for n in range(5)],
         heads=[f"head {n}" for n in range(8)],
@@ -362,7 +362,7 @@ def test_a_folder_opens_from_disk(visit, make_sample, tmp_path):
     view.page.locator("#cards a").nth(1).click()
     view.page.wait_for_selector(".stage.live")
     assert view.page.evaluate("location.hash").startswith("#two%2F2")
-    assert view.point("reference", (2, 2))["map"] == "joint_r2g"
+    assert view.point("reference", (2, 2))["map"] == "pairs_r2g"
     view.page.mouse.move(4, 4)
     view.page.select_option("#compare", "one")
     view.page.wait_for_selector(".pairs.two .stage.live >> nth=3")
@@ -398,7 +398,7 @@ def test_a_run_of_the_pocket_model_can_be_pointed_at(visit):
     )
     pipe = pocket_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    with i2am.record(pipe, mask=scene.mask[0], time_groups=2, joint=True) as recorder:
+    with i2am.record(pipe, mask=scene.mask[0], time_groups=2, pairs=True) as recorder:
         image = pipe(
             image=person,
             mask_image=scene.mask,
@@ -409,7 +409,7 @@ def test_a_run_of_the_pocket_model_can_be_pointed_at(visit):
         ).images[0]
     maps = recorder.maps()
     view = visit(page(maps, generated=image, reference=garment)).wait()
-    exact = maps.joint.generated_to_reference()[0]
+    exact = maps.pairs.generated_to_reference()[0]
     for cell in ((6, 5), (9, 4), (11, 7)):
         panel = view.point("generated", cell, (16, 12))
         assert panel["area"] == [*cell, *cell]

@@ -23,11 +23,11 @@ def expect(panel, values, levels):
     assert panel["total"] == pytest.approx(values.sum(), abs=values.size * step)
 
 
-def joint_of(recording, side, **choice):
+def pairs_of(recording, side, **choice):
     read = (
-        recording.joint.generated_to_reference
+        recording.pairs.generated_to_reference
         if side == "generated"
-        else recording.joint.reference_to_generated
+        else recording.pairs.reference_to_generated
     )
     return read(**choice)[0]
 
@@ -49,9 +49,9 @@ CELLS += [("reference", cell) for cell in [(0, 0), (5, 4), (2, 3), (3, 0), (4, 2
 @pytest.mark.parametrize(("side", "cell"), CELLS, ids=str)
 def test_pointing_at_a_patch_shows_its_map_on_the_other_picture(view, recording, side, cell):
     panel = view.point(side, cell)
-    assert panel["map"] == ("joint_g2r" if side == "generated" else "joint_r2g")
+    assert panel["map"] == ("pairs_g2r" if side == "generated" else "pairs_r2g")
     assert panel["area"] == [*cell, *cell]
-    expect(panel, joint_of(recording, side)[cell], 63)
+    expect(panel, pairs_of(recording, side)[cell], 63)
     own = view.panel(side)
     assert (own["map"], own["area"]) == (None, [*cell, *cell])
     view.page.mouse.move(4, 4)
@@ -64,7 +64,7 @@ def test_pointing_at_a_patch_shows_its_map_on_the_other_picture(view, recording,
 def test_time_groups_and_heads_of_a_patch(view, recording, side, slice):
     name, choice = slice
     choose(view, name)
-    expect(view.point(side, (2, 1)), joint_of(recording, side, **choice)[2, 1], 31)
+    expect(view.point(side, (2, 1)), pairs_of(recording, side, **choice)[2, 1], 31)
 
 
 OVERALL = {"time": "t", "head": "h", "layer": "l"}
@@ -91,7 +91,7 @@ def test_overall_maps_with_uniform_and_with_mask_weights(view, recording, inside
     assert view.panel("generated")["map"] == f"r2g{suffix}"
 
 
-def test_a_declared_region_needs_no_joint_maps(view, recording):
+def test_a_declared_region_needs_no_pair_maps(view, recording):
     view.page.click("#regions button[value=sleeve]")
     expect(view.panel("reference"), recording.specific_reference("sleeve")[0], 255)
     assert view.status["query"] == {"region": "sleeve"}
@@ -120,7 +120,7 @@ def test_dragging_asks_for_the_mean_of_an_area(view, recording, side, first, las
     top, bottom = sorted((first[0], last[0]))
     left, right = sorted((first[1], last[1]))
     assert panel["area"] == [top, left, bottom, right]
-    maps = joint_of(recording, side)[top : bottom + 1, left : right + 1].double()
+    maps = pairs_of(recording, side)[top : bottom + 1, left : right + 1].double()
     expected = maps.mean((0, 1)).numpy()
     # every map has a range of its own, so sums of codes are right to half a step of each
     step = float((maps.amax((2, 3)) - maps.amin((2, 3))).mean()) / 63
@@ -153,7 +153,7 @@ def test_layers_refuse_patches_in_words(view):
 
 def test_the_sentence_says_where_and_how_much(view, recording):
     view.point("generated", (3, 2))
-    values = joint_of(recording, "generated")[3, 2]
+    values = pairs_of(recording, "generated")[3, 2]
     row, column = divmod(int(values.argmax()), REFERENCE[1])
     share = 100 * float(values.max() / values.sum())
     said = view.page.text_content("#reading")
@@ -168,7 +168,7 @@ def test_a_shared_range_spans_the_slices_of_an_axis(view, recording):
     view.page.click("#ranges button[value=shared]")
     choose(view, "t1")
     panel = view.point("generated", (2, 2))
-    maps = torch.stack([joint_of(recording, "generated", time=t)[2, 2] for t in range(TIMES)])
+    maps = torch.stack([pairs_of(recording, "generated", time=t)[2, 2] for t in range(TIMES)])
     assert panel["low"] == pytest.approx(float(maps.min()), rel=1e-6)
     assert panel["high"] == pytest.approx(float(maps.max()), rel=1e-6)
     view.page.mouse.move(4, 4)
@@ -204,7 +204,7 @@ def test_keys_move_widen_hold_and_clear(view, recording):
     press("ArrowRight")
     press("ArrowUp")
     assert view.status["query"]["cells"] == [3, 4, 3, 4]
-    expect(view.panel("reference"), joint_of(recording, "generated")[3, 4], 63)
+    expect(view.panel("reference"), pairs_of(recording, "generated")[3, 4], 63)
     press("Shift+ArrowDown")
     press("Shift+ArrowLeft")
     assert view.status["query"]["cells"] == [3, 3, 4, 4]
@@ -284,8 +284,8 @@ def test_two_samples_answer_the_same_question(view, make_recording):
     view.page.select_option("#compare", "two")
     view.wait()
     view.point("generated", (3, 2))
-    expect(view.panel("reference", 0), joint_of(make_recording(), "generated")[3, 2], 63)
-    expect(view.panel("reference", 1), joint_of(other, "generated")[3, 2], 63)
+    expect(view.panel("reference", 0), pairs_of(make_recording(), "generated")[3, 2], 63)
+    expect(view.panel("reference", 1), pairs_of(other, "generated")[3, 2], 63)
     view.page.click("#ranges button[value=shared]")
     view.page.mouse.move(4, 4)
     both = [recording.reference_to_generated() for recording in (make_recording(), other)]
@@ -304,5 +304,5 @@ def test_two_samples_answer_the_same_question(view, make_recording):
 
 
 def test_grids_are_those_of_the_recording(recording):
-    assert recording.joint.generated_grid == GENERATED
-    assert recording.joint.reference_grid == REFERENCE
+    assert recording.pairs.generated_grid == GENERATED
+    assert recording.pairs.reference_grid == REFERENCE

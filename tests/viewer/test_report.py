@@ -38,7 +38,7 @@ def test_a_page_of_a_recording(recording, make_image):
     assert document["times"] == ["steps 1 to 2", "steps 3 to 4", "steps 5 to 6"]
     assert document["layers"] == ["down_blocks.0", "up_blocks.0"]
     assert {entry["name"] for entry in document["maps"]} == {
-        *("share", "r2g", "r2g_mask", "g2r", "g2r_mask", "region 0", "joint_g2r", "joint_r2g")
+        *("share", "r2g", "r2g_mask", "g2r", "g2r_mask", "region 0", "pairs_g2r", "pairs_r2g")
     }
     # equal content, equal bytes
     again = {"generated": make_image(0), "reference": make_image(1)}
@@ -53,7 +53,7 @@ def test_several_samples_share_a_reference(make_recording, make_image):
     blocks = re.findall(r'class="sample">(.*?)</script>', html)
     documents = [json.loads(block) for block in blocks]
     assert [document["id"] for document in documents] == ["sample 0", "sample 1"]
-    payloads = [document["payloads"]["joint"]["base64"] for document in documents]
+    payloads = [document["payloads"]["pairs"]["base64"] for document in documents]
     assert payloads[0] != payloads[1]
 
 

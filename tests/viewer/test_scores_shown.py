@@ -123,8 +123,9 @@ def test_a_saved_view_has_the_same_scores(visit, make_sample):
 
 
 def test_a_saved_view_has_room_for_what_a_score_is_of(visit, make_sample, make_image):
-    tall = {side: make_image(0, (30, 90)) for side in ("generated", "reference")}
-    view = visit(render([replace(make_sample(), **tall)]), script=SPY, link="#one/g1,1/h0").wait()
+    tall, made = make_image(0, (30, 90)), make_sample()
+    made = replace(made, generated=tall, sources=[replace(made.sources[0], reference=tall)])
+    view = visit(render([made]), script=SPY, link="#one/g1,1/h0").wait()
     with view.page.expect_download():
         view.page.click("#save")
     written = view.page.evaluate("window.written")

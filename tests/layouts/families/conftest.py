@@ -19,7 +19,11 @@ from diffusers.models.embeddings import (
     MultiIPAdapterImageProjection,
 )
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
+    pipeline_qwenimage_edit_plus,
+)
 from PIL import Image
 from torch import Tensor, nn
 
@@ -307,7 +311,11 @@ def _qwen(kind: str = "edit plus", *, guidance: bool = True, padded: bool = Fals
 @pytest.fixture
 def small_references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen's pipelines make references of some 32x64 pixels instead of a million."""
-    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+    for module in (
+        pipeline_qwenimage_edit,
+        pipeline_qwenimage_edit_inpaint,
+        pipeline_qwenimage_edit_plus,
+    ):
         whole = module.calculate_dimensions
         monkeypatch.setattr(
             module, "calculate_dimensions", lambda _, ratio, whole=whole: whole(32 * 64, ratio)
@@ -409,7 +417,7 @@ def _sized(pipe: Any, inputs: dict[str, Any]) -> Tiny:
     return Tiny(pipe, sizes | inputs)
 
 
-_BUILDERS: dict[str, Callable[..., Any]] = {
+BUILDERS: dict[str, Callable[..., Any]] = {
     "flux": _flux,
     "chroma": _chroma,
     "flux2": _flux2,
@@ -427,6 +435,6 @@ def tiny() -> Callable[..., Any]:
     def make(family: str, *args: Any, **options: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return _BUILDERS[family](*args, **options)
+            return BUILDERS[family](*args, **options)
 
     return functools.cache(make)

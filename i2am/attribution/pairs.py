@@ -1,12 +1,12 @@
-"""``JointMaps``: every patch of one image against every patch of the other, read after the run.
+"""``PairMaps``: every patch of one image against every patch of the other, read after the run.
 
-A :class:`~i2am.attribution.AttributionMaps` keeps what was declared before the run. Joint maps keep
+A :class:`~i2am.attribution.AttributionMaps` keeps what was declared before the run. Pair maps keep
 all pairs of cells of two coarse grids instead, heads and layers averaged, so that any patch can be
 clicked afterwards for megabytes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from i2am.attribution.grid import Grid, Patch, resize
 from i2am.attribution.presets import Preset
-from i2am.attribution.reduction import counts
 from i2am.wording import counted
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class JointMaps:
+class PairMaps:
     """Both directions between all cells of a generated and a reference grid.
 
     Values are those of :meth:`AttributionMaps.specific_reference` of one cell, and of
@@ -109,7 +108,7 @@ class JointMaps:
         """Where values are NaN or infinite: one line per direction, empty if all is well."""
         sums = {"generated_to_reference": self.g2r, "reference_to_generated": self.r2g}
         broken = [name for name, of in sums.items() if not bool(of.isfinite().all())]
-        return [f"{name} of the joint maps" for name in broken]
+        return [f"{name} of the pair maps" for name in broken]
 
     def cell(self, region: object) -> int | None:
         """The number of the generated cell that a region is, ``None`` if it is none."""
@@ -125,6 +124,7 @@ class JointMaps:
         size: Grid,
         preset: Preset,
         layer_weighting: str,
+        tags: Collection[str],
     ) -> Tensor:
         """What :meth:`AttributionMaps.specific_reference` says of a generated cell.
 
@@ -134,24 +134,25 @@ class JointMaps:
             size: Grid of the result.
             preset: One of bilinear maps of all layers.
             layer_weighting: ``"paper"``.
+            tags: Those of all layers.
 
         Returns:
             fp32 ``[samples, (time), (head), *size]``.
 
         Raises:
-            ValueError: Joint maps cannot be read so.
+            ValueError: Pair maps cannot be read so.
         """
         for what, refused in {
             f"per={', '.join(sorted(per))}": len(per) > 1 or "layer" in per,
             "per=head of layers with different numbers of heads": "head" in per and not self.heads,
             f"preset {preset.name!r}": preset.clamp_after_grid_resize
             or preset.grid_resize != "bilinear"
-            or not all(counts(layer, preset) for layer in self.layers),
+            or not preset.counts(tags),
             f"layer_weighting={layer_weighting!r}": layer_weighting != "paper",
         }.items():
             if refused:
                 raise ValueError(
-                    f"a patch that was not declared is read from joint maps, which are averaged "
+                    f"a patch that was not declared is read from pair maps, which are averaged "
                     f"over layers and over heads or time, and cannot be read with {what}; declare "
                     "it before the run with record(regions=...)"
                 )
@@ -164,11 +165,11 @@ class JointMaps:
             sums = sums[:, : self.time_groups].sum(1)
         return resize(sums, size)
 
-    def apply(self, function: Callable[[Tensor], Tensor]) -> "JointMaps":
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "PairMaps":
         """The same with `function` applied to both tensors."""
         return replace(self, g2r=function(self.g2r), r2g=function(self.r2g))
 
-    def of_groups(self, groups: Sequence[int]) -> "JointMaps":
+    def of_groups(self, groups: Sequence[int]) -> "PairMaps":
         """The same with some time groups alone, in that order."""
         if list(groups) == list(range(self.time_groups)):
             return self
@@ -187,7 +188,7 @@ class JointMaps:
 
     def __repr__(self) -> str:
         return (
-            f"JointMaps: {self.extent}, {counted(self.n_samples, 'sample')}, mean of "
+            f"PairMaps: {self.extent}, {counted(self.n_samples, 'sample')}, mean of "
             f"{counted(len(self.layers), 'layer')}, {self.nbytes / 2**20:.1f} MiB"
         )
 
@@ -195,7 +196,7 @@ class JointMaps:
         """``[samples, generated cells, reference cells]``"""
         if time is not None and head is not None:
             raise ValueError(
-                f"time and head must not both be given, got time={time} and head={head}: joint "
+                f"time and head must not both be given, got time={time} and head={head}: pair "
                 "maps keep time groups averaged over heads, and heads summed over time"
             )
         if time is not None:
@@ -205,13 +206,13 @@ class JointMaps:
         if not self.heads:
             raise ValueError(
                 f"head must be None, got {head}: the layers have different numbers of heads, so "
-                "joint maps could not keep them apart"
+                "pair maps could not keep them apart"
             )
         return sums[:, self.time_groups + _index("head", head, self.heads)]
 
 
-def concatenate_joint(parts: Sequence[JointMaps]) -> JointMaps | None:
-    """Joins joint maps that agree in everything but the number of samples; ``None`` for none."""
+def concatenate_pairs(parts: Sequence[PairMaps]) -> PairMaps | None:
+    """Joins pair maps that agree in everything but the number of samples; ``None`` for none."""
     if not parts:
         return None
     return replace(

@@ -1,4 +1,4 @@
-"""Sums of joint maps: call by call, pooled to at most about a thousand cells per image.
+"""Sums of pair maps: call by call, pooled to at most about a thousand cells per image.
 
 A call is pooled to the grids of its own layer, each halved until it is coarse enough, and layers of
 equal grids share their sums. What stays is therefore a pyramid, at most a third more than its
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from i2am.attribution.grid import Grid, ResizeMode, area_weights, resize
-from i2am.attribution.joint import JointMaps
+from i2am.attribution.pairs import PairMaps
 from i2am.attribution.sums import AttentionSite
 from i2am.attribution.time_groups import TimeGroups, refuse_capture
 from i2am.kernels import Over, Pooling, Probe
@@ -21,8 +21,8 @@ from i2am.kernels import Over, Pooling, Probe
 CELLS = 1024
 """Most cells of a grid that is not asked for by its size: 32 x 32, or 32 x 24."""
 
-JointGrids = bool | Grid | tuple[Grid, Grid]
-"""``joint=``: False, True for grids of at most :data:`CELLS` cells, the generated grid ``(height,
+PairGrids = bool | Grid | tuple[Grid, Grid]
+"""``pairs=``: False, True for grids of at most :data:`CELLS` cells, the generated grid ``(height,
 width)``, or the generated and the reference grid."""
 
 
@@ -36,8 +36,8 @@ class _Level:
     """G2R and R2G ``[B, H, cells, reference cells]``, summed over time."""
 
 
-class JointSums:
-    """Adds up what :class:`JointMaps` will show.
+class PairSums:
+    """Adds up what :class:`PairMaps` will show.
 
     Args:
         generated_grid: Grid of the result over the generated image; ``None`` for the finest of the
@@ -53,6 +53,7 @@ class JointSums:
         self._time_groups = time_groups
         self._levels: dict[tuple[Grid, Grid], _Level] = {}
         self._layers: dict[str, int] = {}
+        self._source: str | None = None
         self._poolings: dict[tuple[Grid, Grid, torch.device], Pooling] = {}
 
     @property
@@ -66,9 +67,18 @@ class JointSums:
         Args:
             site: The layer; the keys of the call are its reference tokens.
             query: ``[batch, heads, seqlen_q, head_dim]``: the tokens of the generated grid.
+
+        Raises:
+            ValueError: Another reference was added up before.
         """
         if site.reference_grid is None:
             return []
+        if self._source not in (None, site.source):
+            raise ValueError(
+                f"pairs must be left out where there are several references, got {self._source} "
+                f"and {site.source}"
+            )
+        self._source = site.source
         self._layers[site.layer] = site.heads
         grids = (
             _pooled(site.generated_grid, self._grids[0]),
@@ -100,10 +110,10 @@ class JointSums:
                 probes.append(Probe(over, heads, left, right))
         return probes
 
-    def resolve(self, rows: slice) -> "JointSums":
+    def resolve(self, rows: slice) -> "PairSums":
         """Copies of some rows of the batch."""
-        resolved = JointSums(*self._grids, self._time_groups)
-        resolved._layers = dict(self._layers)
+        resolved = PairSums(*self._grids, self._time_groups)
+        resolved._layers, resolved._source = dict(self._layers), self._source
         resolved._poolings = self._poolings
         for grids, level in self._levels.items():
             resolved._levels[grids] = _Level(
@@ -112,8 +122,8 @@ class JointSums:
             )
         return resolved
 
-    def maps(self, groups: TimeGroups) -> JointMaps | None:
-        """The mean over the layers on the joint grids, as a copy; ``None`` if none took part."""
+    def maps(self, groups: TimeGroups) -> PairMaps | None:
+        """The mean over the layers on the pair grids, as a copy; ``None`` if none took part."""
         if not self._levels:
             return None
         generated = self._grids[0] or max((grids[0] for grids in self._levels), key=math.prod)
@@ -139,7 +149,7 @@ class JointSums:
             g2r /= len(self._layers)
             r2g /= len(self._layers)
         layers = tuple(self._layers)
-        return JointMaps(generated, reference, len(groups), self._heads, layers, g2r, r2g)
+        return PairMaps(generated, reference, len(groups), self._heads, layers, g2r, r2g)
 
     @property
     def _heads(self) -> int:
@@ -155,25 +165,25 @@ class JointSums:
         return self._poolings[grid, target, device]
 
 
-def as_joint(joint: JointGrids, time_groups: int) -> JointSums | None:
-    """What ``joint=`` asks for.
+def as_pairs(pairs: PairGrids, time_groups: int) -> PairSums | None:
+    """What ``pairs=`` asks for.
 
     Raises:
         ValueError: It is not a bool, a grid or two.
     """
-    if joint is False or joint is None:
+    if pairs is False or pairs is None:
         return None
-    if joint is True:
-        return JointSums(None, None, time_groups)
-    if (grid := _grid(joint)) is not None:
-        return JointSums(grid, None, time_groups)
-    if isinstance(joint, Sequence) and len(joint) == 2:
-        generated, reference = map(_grid, joint)
+    if pairs is True:
+        return PairSums(None, None, time_groups)
+    if (grid := _grid(pairs)) is not None:
+        return PairSums(grid, None, time_groups)
+    if isinstance(pairs, Sequence) and len(pairs) == 2:
+        generated, reference = map(_grid, pairs)
         if generated is not None and reference is not None:
-            return JointSums(generated, reference, time_groups)
+            return PairSums(generated, reference, time_groups)
     raise ValueError(
-        "joint must be True, a generated grid (height, width) of whole numbers >= 1, or a "
-        f"generated and a reference grid, got {joint!r}"
+        "pairs must be True, a generated grid (height, width) of whole numbers >= 1, or a "
+        f"generated and a reference grid, got {pairs!r}"
     )
 
 
