@@ -55,7 +55,7 @@ def recorded(files, tmp_path):
                 regions={"logo": region} if settings.regions else None,
                 provenance={
                     "steps": settings.steps,
-                    "guidance": half,
+                    "branch": half,
                     "regions": {"logo": str(Box(40, 24, 16, 16, (128, 96)))},
                 },
             )

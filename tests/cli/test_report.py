@@ -75,7 +75,7 @@ def recorded(files, tmp_path):
                 pairs=True,
                 provenance={
                     "steps": 4,
-                    "guidance": half,
+                    "branch": half,
                     "regions": {"logo": str(Box(40, 24, 16, 16, (128, 96)))},
                 },
             )
