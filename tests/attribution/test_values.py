@@ -331,5 +331,8 @@ def test_prefix_tokens_that_vote_count_as_before():
         p = p[..., FIRST]
         received.append((p / p.sum(-1, keepdim=True)).mean((1, 2)).unflatten(-1, (2, 3)))
     maps = read(accumulator)
-    close(maps.reference_to_generated(values="norm"), sum(expected).unflatten(-1, (4, 3)) / len(expected))
+    close(
+        maps.reference_to_generated(values="norm"),
+        sum(expected).unflatten(-1, (4, 3)) / len(expected),
+    )
     close(maps.generated_to_reference(normalise="conditional"), sum(received))

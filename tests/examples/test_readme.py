@@ -1,6 +1,7 @@
 """README.md: its Python runs in a base install as it stands, and its commands exist.
 
-The lines on FLUX Kontext and on a layout run in tests/adapters/test_joint_attention.py.
+The lines on words run in tests/families/test_readme_words.py, those on a layout in
+tests/adapters/test_joint_attention.py.
 """
 
 import ast
