@@ -11,15 +11,8 @@ from torch import Tensor
 
 from i2am.attribution.grid import Grid
 from i2am.attribution.pictures import Box, Seen
-from i2am.data.arrays import (
-    as_list,
-    cut_mask,
-    mask_batch,
-    object_mask,
-    require_grid,
-    require_shape,
-    sizes,
-)
+from i2am.data.arrays import as_list, mask_batch, object_mask, sizes
+from i2am.data.shapes import cut_mask, require_grid, require_shape
 from i2am.layouts.spans import Sequences
 from i2am.layouts.token_layout import TokenLayout
 

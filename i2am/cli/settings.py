@@ -141,8 +141,8 @@ def read_inputs(settings: Settings) -> Inputs:
         read_bytes,
         read_image,
         read_mask,
-        read_object_mask,
     )
+    from i2am.data.objects import read_object_mask
 
     digests: dict[str, str] = {}
 

@@ -16,8 +16,6 @@ from i2am import files
 from i2am.files import FileRejected, FileTooLarge
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from PIL.Image import Image
 
 MAX_PIXELS = 50_000_000
@@ -26,9 +24,6 @@ MAX_BYTES = 512 * 2**20  # twice MAX_PIXELS uncompressed; keeps a checkpoint fro
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _BLACK, _WHITE = 64, 191  # what JPEG or an interpolation leaves of black and white is within
 _GREY_SHARE = 0.1  # soft edges of a mask are less
-_PLAIN = 16  # levels that JPEG and the light move a plain background by
-_PLAIN_SHARE = 0.95  # an object may touch the frame
-_OBJECT = (0.01, 0.95)
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _BITS_PER_SAMPLE = 258  # the TIFF tag: bits of each channel
 
@@ -91,7 +86,7 @@ def read_image(path: str | Path, *, name: str = "image", content: bytes | None =
         ImageRejected: As for `read_bytes`; or the content is no image of these formats, damaged,
             larger than 50 megapixels or of more than 8 bits per channel.
     """
-    image = _load(Path(path), name, content)
+    image = load(Path(path), name, content)
     if image.mode != "RGB":
         _tell_once(f"of mode {image.mode} are converted to RGB", path)
     return as_rgb(image, f"{name} {path}")
@@ -121,7 +116,7 @@ def read_mask(
         ImageRejected: As for `read_image`; or the size differs; or the mask is all black or all
             white and that is not allowed.
     """
-    mask = as_black_and_white(_load(Path(path), name, content), f"{name} {path}")
+    mask = as_black_and_white(load(Path(path), name, content), f"{name} {path}")
     if size is not None and mask.size != size:
         swapped = mask.size == size[::-1]
         raise ImageRejected(
@@ -150,7 +145,7 @@ def looks_like_mask(path: str | Path, *, content: bytes | None = None) -> bool:
     Raises:
         ImageRejected: As for `read_image`.
     """
-    return is_black_and_white(_load(Path(path), "mask", content))
+    return is_black_and_white(load(Path(path), "mask", content))
 
 
 def as_rgb(image: "Image", name: str = "image", *, background: str = "white") -> "Image":
@@ -217,92 +212,8 @@ def upright(image: "Image", name: str = "image") -> "Image":
     return ImageOps.exif_transpose(image)
 
 
-def object_mask(image: "Image", name: str = "image") -> tuple["Image", str]:
-    """The object in a picture, where its alpha channel or a plain background shows it.
-
-    An alpha channel that is not opaque decides alone. Else the background is what has the colour
-    of the outermost pixels and is joined with them; the object is the rest.
-
-    Args:
-        image: As for `as_rgb`.
-        name: What the caller calls it; it begins the error message.
-
-    Returns:
-        A mask like those of `as_black_and_white`, and what it was made from, in words.
-
-    Raises:
-        ImageRejected: As for `as_rgb`, or, with the code ``no_object``: the picture has neither, or
-            what would be the object is less than 1 % or more than 95 % of it.
-    """
-    import numpy as np
-    from PIL import Image
-
-    image = upright(image, name)
-    inside, source = None, "the alpha channel"
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3]
-        inside = alpha >= 128 if (alpha < 128).any() else None
-    if inside is None:
-        source = "the plain background"
-        pixels = np.asarray(_over(image, background="white")).astype(np.int16)
-        frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        off = np.abs(pixels - np.median(frame, axis=0)).max(axis=-1)
-        rim = np.concatenate([off[0], off[-1], off[:, 0], off[:, -1]]) <= _PLAIN
-        if rim.mean() < _PLAIN_SHARE:
-            raise ImageRejected(
-                f"{name} must have a transparent or a plain background to find its object in, "
-                f"{1 - rim.mean():.0%} of its outermost pixels have another colour than the rest",
-                "no_object",
-            )
-        inside = ~_joined_with_frame(off <= _PLAIN)
-    share = float(inside.mean())
-    if not _OBJECT[0] <= share <= _OBJECT[1]:
-        raise ImageRejected(
-            f"{name} must show an object of {_OBJECT[0]:.0%} to {_OBJECT[1]:.0%} of its pixels to "
-            f"make a mask of, by {source} it is {share:.1%}",
-            "no_object",
-        )
-    return Image.fromarray(inside.astype(np.uint8) * 255), f"{source}: {share:.0%} of the picture"
-
-
-def read_object_mask(
-    path: str | Path, *, name: str = "image", content: bytes | None = None
-) -> tuple["Image", str]:
-    """`object_mask` of an image file.
-
-    Args:
-        path, name, content: As for `read_image`.
-
-    Raises:
-        ImageRejected: As for `read_image` and `object_mask`.
-    """
-    return object_mask(_load(Path(path), name, content), f"{name} {path}")
-
-
-def _joined_with_frame(plain: "NDArray[np.bool_]") -> "NDArray[np.bool_]":
-    """Those pixels of ``[height, width]`` from which a way over others leads to the frame."""
-    import numpy as np
-
-    def runs(across: "NDArray[np.bool_]") -> "NDArray[np.int64]":
-        """A number for every stretch of equal pixels of a row."""
-        starts = np.ones(across.shape, dtype=bool)
-        starts[:, 1:] = across[:, 1:] != across[:, :-1]
-        return np.cumsum(starts).reshape(across.shape)
-
-    joined = plain.copy()
-    joined[1:-1, 1:-1] = False
-    lines = (runs(plain), runs(plain.T).T)
-    while True:
-        before = int(joined.sum())
-        for run in lines:
-            reached = np.zeros(plain.size + 1, dtype=bool)
-            reached[run[joined]] = True
-            joined = plain & reached[run]
-        if int(joined.sum()) == before:
-            return joined
-
-
-def _load(path: Path, name: str, content: bytes | None) -> "Image":
+def load(path: Path, name: str, content: bytes | None) -> "Image":
+    """A picture as its file has it, decoded and upright; arguments and errors of `read_image`."""
     from PIL import Image
 
     if content is None:

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from i2am.data.arrays import ASPECT_TOLERANCE
 from i2am.data.images import ImageRejected, read_image, read_mask
+from i2am.data.shapes import ASPECT_TOLERANCE
 from i2am.data.vitonhd_files import KINDS, Files, mark_of
 from i2am.data.vitonhd_pairs import DataRejected, Pair, Problem, Setting, read_pairs
 

@@ -299,11 +299,7 @@ class Store:
         return self.plan["settings"]["shard"]
 
     def _begin_writing(self) -> None:
-        parts = [
-            inner_folder(self.folder, kind, setting)
-            for kind in ("shards", "images")
-            for setting in self._ids
-        ]
+        parts = [inner_folder(self.folder, of, s) for of in ("shards", "images") for s in self._ids]
         self._lock = FolderLock(plan_file.path(self.folder), clean=(self.folder, *parts))
 
     def _keeping(self, shard: Shard) -> Shard:

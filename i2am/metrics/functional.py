@@ -16,7 +16,8 @@ from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.reduction import LayerWeighting, layers_of
 from i2am.attribution.shown import Shown
 from i2am.attribution.sources import sources
-from i2am.data.arrays import ImageInput, cut_mask, mask_batch, require_grid, require_shape
+from i2am.data.arrays import ImageInput, mask_batch
+from i2am.data.shapes import cut_mask, require_grid, require_shape
 from i2am.metrics.names import IMACS_NAMES
 
 Undefined = Literal["raise", "nan"]

@@ -5,8 +5,9 @@ import math
 from PIL import Image
 from torch import Tensor
 
-from i2am.data.arrays import ImageInput, OneInput, as_list, pictures, require_size
+from i2am.data.arrays import ImageInput, OneInput, as_list, pictures
 from i2am.data.images import as_rgb
+from i2am.data.shapes import require_size
 from i2am.models.inputs import common_batch, read_masks
 
 

@@ -6,7 +6,8 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from i2am.data.arrays import ImageInput, require_size
+from i2am.data.arrays import ImageInput
+from i2am.data.shapes import require_size
 from i2am.models import samplers
 from i2am.models.crop import crop_to_object
 from i2am.models.inputs import (

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from i2am.data.arrays import ImageInput, masks, pictures, require_size, sizes
+from i2am.data.arrays import ImageInput, masks, pictures, sizes
+from i2am.data.shapes import require_size
 
 
 def read_images(images: ImageInput, name: str) -> list[Tensor]:

@@ -14,7 +14,7 @@ from i2am.attribution.presets import Preset
 from i2am.attribution.shown import ROWS, Shown, Votes
 from i2am.attribution.sources import sources
 from i2am.attribution.sums import Measure
-from i2am.data.arrays import cut_picture
+from i2am.data.shapes import cut_picture
 from i2am.plots import comparisons, pointing, splits
 from i2am.plots.checks import rgb
 from i2am.plots.style import Picture

@@ -10,7 +10,8 @@ from i2am.attribution.pictures import Which, cut_place, region_box, seen
 from i2am.attribution.presets import Preset, get_preset
 from i2am.attribution.shown import Shown
 from i2am.attribution.sources import sources
-from i2am.data.arrays import ImageInput, as_pil, cut_picture, masks, require_shape
+from i2am.data.arrays import ImageInput, as_pil, masks
+from i2am.data.shapes import cut_picture, require_shape
 from i2am.plots.titles import head_titles, step_titles
 from i2am.viewer.packing import encode, pack
 from i2am.viewer.pictures import outline, picture

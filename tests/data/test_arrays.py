@@ -7,20 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from i2am.data.arrays import (
-    as_pil,
-    cut_mask,
-    cut_picture,
-    mask_batch,
-    masks,
-    object_mask,
-    pictures,
-    require_grid,
-    require_shape,
-    require_size,
-    sizes,
-)
+from i2am.data.arrays import as_pil, mask_batch, masks, object_mask, pictures, sizes
 from i2am.data.images import as_rgb, read_image, read_mask
+from i2am.data.shapes import cut_mask, cut_picture, require_grid, require_shape, require_size
 
 RANDOM = np.random.default_rng(0)
 RGBA = RANDOM.integers(0, 256, (9, 7, 4), dtype=np.uint8)

@@ -15,8 +15,7 @@ import torch
 
 MOST_INSTRUCTIONS = 2_000_000
 """Of one pickle; Stable Diffusion with averaged weights and its optimizer takes 300 thousand."""
-_LONGEST_NAME = 1000
-_MOST_ARGUMENTS = 16
+_LONGEST_NAME, _MOST_ARGUMENTS = 1000, 16
 
 _DTYPES = {
     "DoubleStorage": torch.float64,
