@@ -146,7 +146,9 @@ def _renamed(
 
 def tags_by_path(*layers: str) -> tuple[str, ...]:
     """What layouts call layers, by the paths that are all that earlier schemas know of them."""
-    blocks = [re.match(r"warp_blocks\.(\d+)\.|(.+\.)?mid(dle)?_block\.", layer) for layer in layers]
+    blocks = [
+        re.match(r"warp_blocks\.(\d+)\.|(.+\.)?mid(dle)?_block(\.|$)", layer) for layer in layers
+    ]
     return tuple(sorted({f"warp:{block[1]}" if block[1] else "mid" for block in blocks if block}))
 
 
