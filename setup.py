@@ -48,6 +48,8 @@ setup(
     packages=[
         "i2am",
         "i2am.adapters",
+        "i2am.adapters.attention",
+        "i2am.adapters.prompts",
         "i2am.attribution",
         "i2am.cli",
         "i2am.data",

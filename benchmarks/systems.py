@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from i2am.adapters.tap import LayerCall, tap
+from i2am.adapters.attention.tap import LayerCall, tap
 from i2am.attribution import Accumulator
 from i2am.attribution.layers import tensors
 from i2am.attribution.sums import AttentionSite

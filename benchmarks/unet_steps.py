@@ -20,7 +20,7 @@ from torch import Tensor
 from unets import SIZES, STEPS, GraphedLoop, Loop, twin
 
 import i2am
-from i2am.adapters.sites import LISTENERS
+from i2am.adapters.attention.sites import LISTENERS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

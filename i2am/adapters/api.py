@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from i2am.adapters.attending import attend_by
+from i2am.adapters.attention.attending import attend_by
 from i2am.adapters.clock import RunClock
 from i2am.adapters.guidance import guidance_order
 from i2am.adapters.inputs import find_denoisers, find_layout
 from i2am.adapters.pictures import Pictures
+from i2am.adapters.prompts.words import PromptWords
 from i2am.adapters.recorder import Recorder, attached_to
 from i2am.adapters.subject import Subject
-from i2am.adapters.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.direction import Direction
 from i2am.attribution.grid import Box, Patch, Region, as_regions, region_weights

@@ -124,7 +124,7 @@ class Run:
         multiplier: Tensor | None,
         value: Tensor | None,
     ) -> None:
-        """A layer attends; see :data:`i2am.adapters.sites.Listener`.
+        """A layer attends; see :data:`i2am.adapters.attention.sites.Listener`.
 
         Raises:
             NotImplementedError: The layer has other rows than the call, or its output projection is

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from i2am.adapters.pictures import Pictures
-from i2am.adapters.words import PromptWords
+from i2am.adapters.prompts.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.attribution.buffers import Words
 from i2am.attribution.grid import Grid

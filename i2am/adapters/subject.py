@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from i2am.adapters.attention.tap import attention_layers, inside
 from i2am.adapters.guidance import GuidanceOrder
 from i2am.adapters.outputs import ValueNorms
 from i2am.adapters.pictures import Pictures
-from i2am.adapters.tap import attention_layers, inside
-from i2am.adapters.words import PromptWords
+from i2am.adapters.prompts.words import PromptWords
 from i2am.attribution.accumulator import Accumulator
 from i2am.layouts.token_layout import Frame, TokenLayout
 

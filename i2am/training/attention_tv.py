@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from i2am.adapters.tap import Tap, attention_layers
+from i2am.adapters.attention.tap import Tap, attention_layers
 from i2am.attribution.grid import Grid, resize
 from i2am.layouts.token_layout import (
     CROSS_ATTENTION_LAYERS,

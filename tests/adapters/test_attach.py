@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import i2am
-from i2am.adapters import attending
+from i2am.adapters.attention import attending
 from i2am.layouts import TokenLayout
 
 PATCHES = TokenLayout.cross_attention((4, 3))
@@ -124,8 +124,8 @@ def test_what_pytorch_hands_over_saves_a_sweep(tiny, monkeypatch):
 
 def test_grouped_heads_are_left_to_pytorch(monkeypatch):
     """A call that only PyTorch's function can make is made by it, and recorded all the same."""
+    from i2am.adapters.attention.watching import _WatchAttention
     from i2am.adapters.guard import UNGUARDED
-    from i2am.adapters.watching import _WatchAttention
 
     query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 5, 8)
     seen = []

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import i2am
-from i2am.adapters import sites
+from i2am.adapters.attention import sites
 from i2am.adapters.clock import RunClock
 from i2am.attribution.layers import tensors
 from i2am.layouts import TokenLayout

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import i2am
-from i2am.adapters import attending, watching
+from i2am.adapters.attention import attending, watching
+from i2am.adapters.attention.sites import LISTENERS
 from i2am.adapters.branches import Branches
 from i2am.adapters.clock import RunClock
 from i2am.adapters.guard import Guard
-from i2am.adapters.sites import LISTENERS
 from i2am.attribution.accumulator import Accumulator
 from i2am.layouts import TokenLayout
 

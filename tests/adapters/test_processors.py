@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import (
 )
 
 import i2am
-from i2am.adapters import processors
+from i2am.adapters.attention import processors
 from i2am.layouts import TokenLayout
 
 OPTIONS = [

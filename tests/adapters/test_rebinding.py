@@ -44,10 +44,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from i2am.adapters.attending import attend_by
+from i2am.adapters.attention.attending import attend_by
+from i2am.adapters.attention.sites import LISTENERS
+from i2am.adapters.attention.tap import LayerCall, Tap, tap
 from i2am.adapters.guard import Guard
-from i2am.adapters.sites import LISTENERS
-from i2am.adapters.tap import LayerCall, Tap, tap
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 BLOCKS = {
@@ -301,7 +301,7 @@ def _grouped(self, attn, hidden_states, *_, gqa=False, causal=False, **__):
 
 
 def stand_ins() -> set[str]:
-    return {name for name in sys.modules if name.startswith("i2am.adapters.stand_ins.")}
+    return {name for name in sys.modules if name.startswith("i2am.adapters.attention.stand_ins.")}
 
 
 def processors(network: torch.nn.Module) -> list[Any]:

@@ -14,9 +14,9 @@ from diffusers.models.attention_processor import (
 )
 
 import i2am
-from i2am.adapters import attending
-from i2am.adapters.processors import RecordingAttnProcessor
-from i2am.adapters.sites import LISTENERS
+from i2am.adapters.attention import attending
+from i2am.adapters.attention.processors import RecordingAttnProcessor
+from i2am.adapters.attention.sites import LISTENERS
 from i2am.attribution.accumulator import Accumulator
 from i2am.layouts import TokenLayout
 

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import BatchEncoding, CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from i2am.adapters.words import PromptWords
+from i2am.adapters.prompts.words import PromptWords
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, Encoder, TokenLayout
 
 PROMPT = "A Red zebra, on the shirt: the red ZEBRA!"

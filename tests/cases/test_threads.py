@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import i2am
-from i2am.adapters.sites import LISTENERS
+from i2am.adapters.attention.sites import LISTENERS
 from i2am.layouts import TokenLayout
 
 PATCHES = TokenLayout.cross_attention((4, 3))

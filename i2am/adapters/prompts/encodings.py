@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from i2am.adapters.hooks import around_calls
-from i2am.adapters.telling import around, listen
+from i2am.adapters.attention.hooks import around_calls
+from i2am.adapters.prompts.telling import around, listen
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, Encoder
 
 

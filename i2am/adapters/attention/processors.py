@@ -2,9 +2,9 @@
 
 Three ways in. Layers with diffusers' standard processors get one of ours, which computes the same
 operations in the same order. Others of diffusers run their own code in a module where attention is
-recorded: see :mod:`i2am.adapters.rebinding`. Both survive ``torch.compile``. Any other processor
-object stays in place and is watched: see :mod:`i2am.adapters.watching`. The image is the same to
-the bit.
+recorded: see :mod:`i2am.adapters.attention.rebinding`. Both survive ``torch.compile``. Any other
+processor object stays in place and is watched: see :mod:`i2am.adapters.attention.watching`. The
+image is the same to the bit.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor
 
-from i2am.adapters.attending import Attend, attend_beside, attend_guarded
+from i2am.adapters.attention.attending import Attend, attend_beside, attend_guarded
+from i2am.adapters.attention.projections import additive_mask, key_states, split_heads
+from i2am.adapters.attention.rebinding import install_rebound
+from i2am.adapters.attention.sites import Record, takes, wanted
+from i2am.adapters.attention.watching import install_watching
 from i2am.adapters.guard import UNGUARDED
-from i2am.adapters.projections import additive_mask, key_states, split_heads
-from i2am.adapters.rebinding import install_rebound
-from i2am.adapters.sites import Record, takes, wanted
-from i2am.adapters.watching import install_watching
 
 
 class RecordingAttnProcessor(AttnProcessor2_0):

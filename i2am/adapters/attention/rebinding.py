@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i2am.adapters.attending import (
+from i2am.adapters.attention.attending import (
     Attend,
     Attended,
     attend_beside,
@@ -30,9 +30,9 @@ from i2am.adapters.attending import (
     record_given,
     sdpa_call,
 )
-from i2am.adapters.sites import Record, takes
-from i2am.adapters.stand_ins import StandIn
-from i2am.adapters.watching import made_of
+from i2am.adapters.attention.sites import Record, takes
+from i2am.adapters.attention.stand_ins import StandIn
+from i2am.adapters.attention.watching import made_of
 
 _DISPATCH_ARGUMENTS = (
     "query",

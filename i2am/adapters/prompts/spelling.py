@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from i2am.adapters.encodings import Row, Text
+from i2am.adapters.prompts.encodings import Row, Text
 
 PUNCTUATION, SPECIAL, PADDING = "<punctuation>", "<special>", "<padding>"
 REST = (PUNCTUATION, SPECIAL, PADDING)

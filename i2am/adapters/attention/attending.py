@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from i2am.adapters.sites import Record, wanted
+from i2am.adapters.attention.sites import Record, wanted
 from i2am.kernels import Impl
 from i2am.kernels import attention as kernel_attention
 from i2am.kernels.native import attention_with_lse

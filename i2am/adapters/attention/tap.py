@@ -13,11 +13,11 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from i2am.adapters.attending import Attend, attend_beside
+from i2am.adapters.attention.attending import Attend, attend_beside
+from i2am.adapters.attention.hooks import around_calls
+from i2am.adapters.attention.sites import LISTENERS, NUMBERS, Listener, Record, Site
 from i2am.adapters.contexts import Calls
 from i2am.adapters.guard import UNGUARDED
-from i2am.adapters.hooks import around_calls
-from i2am.adapters.sites import LISTENERS, NUMBERS, Listener, Record, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ class Tap:
             RuntimeError: They are borrowed already.
             NotImplementedError: The attention of a layer is spread over devices.
         """
-        from i2am.adapters.processors import install
+        from i2am.adapters.attention.processors import install
 
         if self.attached:
             raise RuntimeError("this tap must be detached before it is attached again")

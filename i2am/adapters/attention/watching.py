@@ -22,11 +22,11 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from i2am.adapters.attending import Attend, attend_beside, record_given, sdpa_call
+from i2am.adapters.attention.attending import Attend, attend_beside, record_given, sdpa_call
+from i2am.adapters.attention.projections import additive_mask, key_states, split_heads
+from i2am.adapters.attention.sites import Record, takes
 from i2am.adapters.guard import UNGUARDED
 from i2am.adapters.multipliers import AdapterCall, adapter_calls
-from i2am.adapters.projections import additive_mask, key_states, split_heads
-from i2am.adapters.sites import Record, takes
 
 _WATCHED = "_i2am_records"
 # These compute attention by other means, and project without norms of query and key

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from i2am.adapters.encodings import Encodings, Given, Row
-from i2am.adapters.prompts import (
+from i2am.adapters.prompts.encodings import Encodings, Given, Row
+from i2am.adapters.prompts.spelling import (
     REST,
     Phrase,
     contains,
