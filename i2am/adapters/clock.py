@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 from i2am.adapters.guard import UNGUARDED
+from i2am.adapters.hooks import replace_method
 
 
 class RunClock:
@@ -47,7 +48,7 @@ class RunClock:
         self.scheduler = scheduler
         self.time_groups = time_groups
         self.bind(on_run=lambda: None, on_step=lambda samples: None)
-        self._wrappers: dict[str, tuple[Any, Any]] = {}
+        self._undo: list[Callable[[], None]] = []
         self._announced = True
         self._called = False
         self._stale = False
@@ -200,26 +201,18 @@ class RunClock:
                     self.advance(given.get("timestep"), None if sample is None else len(sample))
             return result
 
-        self._wrap(
-            "set_timesteps", _Wrapper(self.scheduler, set_timesteps, recording_set_timesteps)
-        )
-        self._wrap("step", _Wrapper(self.scheduler, step, recording_step))
+        for name, plain, recording in (
+            ("set_timesteps", set_timesteps, recording_set_timesteps),
+            ("step", step, recording_step),
+        ):
+            ours = _Wrapper(self.scheduler, plain, recording)
+            self._undo.append(replace_method(self.scheduler, name, ours))
 
     def detach(self) -> None:
         """Leave the scheduler as it was found."""
-        for name, (wrapper, original) in self._wrappers.items():
-            if vars(self.scheduler).get(name) is not wrapper:
-                continue  # replaced since by somebody else
-            if original is None:
-                delattr(self.scheduler, name)
-            else:
-                setattr(self.scheduler, name, original)
-        self._wrappers.clear()
-
-    def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
-        # an instance attribute of somebody else's, if any, has to come back
-        self._wrappers[name] = wrapper, vars(self.scheduler).get(name)
-        setattr(self.scheduler, name, wrapper)
+        for put_back in self._undo:
+            put_back()
+        self._undo.clear()
 
     def _expect(self, evaluations: int) -> None:
         self.evaluations = max(evaluations, 1)

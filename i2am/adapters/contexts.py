@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from i2am.adapters.hooks import replace_method
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL
 
 _Names = ContextVar[Mapping[int, str | None]]
@@ -86,18 +87,8 @@ class Calls:
             with _naming(_CACHED, key, called), original(name, *args, **kwargs) as given:
                 yield given
 
-        found = vars(denoiser).get("cache_context")
         ours = _CacheContext(cache_context, denoiser)
-        denoiser.cache_context = ours  # type: ignore[assignment]
-
-        def undo() -> None:
-            if vars(denoiser).get("cache_context") is not ours:
-                return  # replaced since by somebody else
-            del denoiser.cache_context
-            if found is not None:
-                denoiser.cache_context = found
-
-        return undo
+        return replace_method(denoiser, "cache_context", ours)
 
 
 class _CacheContext:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from i2am.adapters.hooks import replace_method
 from i2am.attribution.grid import Grid
 from i2am.attribution.pictures import Box, Seen
 from i2am.data.arrays import as_list, mask_batch, object_mask, sizes
@@ -289,7 +290,7 @@ def _numbers(value: Any) -> dict[str, int]:
 
 def _watch(owner: Any, name: str, note: Callable[..., None]) -> Callable[[], None]:
     """Tell ``note(result, *arguments)`` of the calls of a method of an instance."""
-    original, own = getattr(owner, name), vars(owner).get(name)
+    original = getattr(owner, name)
 
     @functools.wraps(original)
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -299,16 +300,7 @@ def _watch(owner: Any, name: str, note: Callable[..., None]) -> Callable[[], Non
             note(result, *args, **kwargs)
         return result
 
-    def put_back() -> None:
-        if vars(owner).get(name) is not watched:
-            return  # replaced since by somebody else
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
-
-    setattr(owner, name, watched)
-    return put_back
+    return replace_method(owner, name, watched)
 
 
 _STRETCH = "; stretch=True accepts it, for pipelines that squeeze picture and mask"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from i2am.adapters.attention.attending import Attend, attend_beside
-from i2am.adapters.attention.hooks import weakly
 from i2am.adapters.attention.sites import NUMBERS
 from i2am.adapters.attention.tap import Tap, inside
 from i2am.adapters.branches import Branches
 from i2am.adapters.clock import RunClock
 from i2am.adapters.contexts import Calls
 from i2am.adapters.guard import Guard
+from i2am.adapters.hooks import weakly
 from i2am.adapters.report import Report
 from i2am.adapters.run import BEFORE, Run
 from i2am.adapters.subject import Subject

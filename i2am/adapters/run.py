@@ -143,9 +143,7 @@ class Run:
                 f"recording attention over {len(query)} rows in a denoiser call of {self._rows} is "
                 f"not supported ({name}; do video frames lie in the batch?)"
             )
-        norms = None
-        if self.subject.norms is not None and value is not None and self._targets:
-            norms = self.subject.norms.of(layer, call_index, value)
+        norms = self.subject.norms
         for part, accumulator in self._targets:
             for each in found:
                 rows = slice(max(each.rows.start, part.start), min(each.rows.stop, part.stop))
@@ -162,7 +160,9 @@ class Run:
                         scale=scale,
                         bias=part_of_bias(bias, rows, each.generated),
                         lse=None if query_lse is None else query_lse[rows, :, each.generated],
-                        norms=None if norms is None else norms[rows],
+                        norms=None
+                        if norms is None or value is None
+                        else norms.of(layer, call_index, value[rows]),
                         rows=slice(rows.start - part.start, rows.stop - part.start),
                         samples=part.stop - part.start,
                     )

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from i2am.adapters.attention.tap import attention_layers, inside
 from i2am.adapters.guidance import GuidanceOrder
-from i2am.adapters.outputs import ValueNorms
 from i2am.adapters.pictures import Pictures
 from i2am.adapters.prompts.words import PromptWords
+from i2am.adapters.value_norms import ValueNorms
 from i2am.attribution.accumulator import Accumulator
 from i2am.layouts.token_layout import Frame, TokenLayout
 

@@ -57,7 +57,7 @@ class Shown:
         has_g2r: Whether these recorded G2R.
         single: Whether the source is a single reference token in every layer.
         invert: Whether R2G, where it is a spread, is to be drawn as ``1 - map``.
-        measure: How R2G is read where nobody says how.
+        measure: How R2G is read by default.
         alike: Whether all layers have one head count.
         head_count: Heads of a map per head.
         heads_of: Which layers such a map averages.

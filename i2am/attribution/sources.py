@@ -11,7 +11,7 @@ from i2am.attribution.sums import LayerSums, Measure
 
 
 def default_measure(layers: Sequence[LayerSums], preset: Preset) -> Measure:
-    """How R2G of some layers is read where nobody says how; the published code knows the spread."""
+    """How R2G of some layers is read by default; the published code knows the spread."""
     shared = all(layer.site.measure == "share" for layer in layers)
     return "share" if shared and not preset.clamp_after_grid_resize else "spread"
 

@@ -39,7 +39,7 @@ def known_reason(pipe: Any, denoiser: nn.Module, known: Mapping[str, str]) -> st
         known: The reasons, by the names of the pipelines whose order of tokens is known.
 
     Returns:
-        ``None`` where nobody knows the order: another pipeline, or a ``forward`` of one's own.
+        ``None`` where the order is not known: another pipeline, or a ``forward`` of one's own.
     """
     own = next(cls for cls in type(denoiser).__mro__ if "forward" in vars(cls))
     if own.__module__.partition(".")[0] != "diffusers":

@@ -108,7 +108,7 @@ class Span:
 class Sequences(NamedTuple):
     """The spans of one attention call: of its queries, one of them generated, and of its keys.
 
-    They need not cover a sequence; what is not named is nobody's.
+    They need not cover a sequence; tokens outside of every span are not recorded.
     """
 
     query: tuple[Span, ...]

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 import i2am
 from i2am.adapters.attention.tap import tap
-from i2am.adapters.outputs import ValueNorms, output_weight
 from i2am.adapters.run import Run
+from i2am.adapters.value_norms import ValueNorms, output_weight
 from i2am.layouts import TokenLayout
 from i2am.layouts.spans import joint
 

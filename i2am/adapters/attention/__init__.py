@@ -1,1 +1,1 @@
-"""The attention of a network's layers, lent for as long as somebody listens: see :mod:`.tap`."""
+"""Attention calls of a network's layers, handed to a listener: see :mod:`.tap`."""

@@ -98,7 +98,7 @@ def install_rebound(
         raise
 
     def restore() -> None:
-        ours._i2am_recording = None  # whoever kept it: from now on it only attends
+        ours._i2am_recording = None  # a copy that is still used only attends
         for stand_in in kind.stand_ins:
             stand_in.leave()
         if attn.processor is ours:

@@ -9,7 +9,7 @@ from torch import Tensor
 Listener = Callable[..., None]
 """``listener(layer, call_index, query, key, bias, scale, query_lse, multiplier, value)``:
 ``multiplier`` ``[1 or seqlen_q]`` is what the layer multiplies the call's output by, ``None`` for
-1; ``value`` is ``None`` where nobody wants it."""
+1; ``value`` is ``None`` unless the listener asked for values."""
 
 Record = Callable[..., None]
 """``record(query, key, *, bias, scale, query_lse, call_index, multiplier, value)``: all these may
@@ -73,17 +73,17 @@ class Site:
 
 
 def takes(record: Record) -> bool:
-    """Whether somebody wants to be told of a layer's call from here."""
+    """Whether a layer's call from here is recorded."""
     here: Callable[[], bool] | None = getattr(record, "here", None)
     return here is None or here()
 
 
 def wanted(record: Record, value: Tensor) -> dict[str, Tensor]:
-    """The keyword that hands a call's value over, where somebody wants it."""
+    """The keyword that hands a call's value over, if ``record`` takes values."""
     return {"value": value} if getattr(record, "values", False) else {}
 
 
-# address: a write that nobody makes, so that no compiler drops or reorders the call
+# address: declared as written to though it is not, so that no compiler drops or reorders the call
 @torch.library.custom_op("i2am::record_attention", mutates_args=("address",))
 def _record_attention(
     address: Tensor,

@@ -101,7 +101,7 @@ class StandIn:
         return [self._own] if functional is None else [self._own, functional]
 
     def _refresh(self) -> None:
-        """Take over what somebody has patched in the other module."""
+        """Copy what was patched in the other module."""
         of_source = vars(self._source)
         helpers = {
             name: rebound

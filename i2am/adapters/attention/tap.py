@@ -1,7 +1,7 @@
-"""The loan of a network's attention: query, key, bias and log-sum-exp, as long as one holds it.
+"""A tap hands query, key, bias and log-sum-exp of a network's attention layers to a listener.
 
-Whoever wants to see the attention of some layers taps them: recorders, losses, benchmarks. Layers,
-processors and hooks are lent, and given back as they were, also after an exception.
+Recorders, the attention loss of training and benchmarks use it. Detached, also after an exception,
+it leaves processors and hooks as they were.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from i2am.adapters.attention.attending import Attend, attend_beside
-from i2am.adapters.attention.hooks import around_calls
 from i2am.adapters.attention.sites import LISTENERS, NUMBERS, Listener, Record, Site
 from i2am.adapters.contexts import Calls
 from i2am.adapters.guard import UNGUARDED
+from i2am.adapters.hooks import around_calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +180,7 @@ class Tap:
         self._installed.clear()
 
     def lost(self) -> dict[TappedLayer, Any]:
-        """Layers whose processor somebody has replaced meanwhile, and what they have now."""
+        """Layers whose processor was replaced meanwhile, and what they have now."""
         return {
             layer: layer.module.processor
             for layer, installed in self._installed.items()
@@ -188,7 +188,7 @@ class Tap:
         }
 
     def _hear(self, *call: Any) -> None:
-        if self._here():  # compiled layers ask nobody before
+        if self._here():  # compiled layers do not check before
             self._listen(*call)
 
     def _record(self, index: int) -> Record:
@@ -206,7 +206,7 @@ def tap(
     graph: bool = False,
     values: bool = False,
 ) -> Iterator[Tap]:
-    """See the attention of some layers inside a block; calls of other threads are nobody's.
+    """See the attention of some layers inside a block; calls of other threads are left out.
 
     Args:
         networks: See :class:`Tap`.

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from i2am.adapters.attention.hooks import around_calls
-from i2am.adapters.prompts.telling import around, listen
+from i2am.adapters.hooks import around_calls
+from i2am.adapters.prompts.tokenizer_hooks import around, listen
 from i2am.layouts.token_layout import CONDITIONAL, UNCONDITIONAL, Encoder
 
 
@@ -174,7 +174,7 @@ class Encodings:
         self._texts = {}
         run = [one for one in fresh if one.run == self._runs]
         if self._runs:
-            # what a pipeline encodes by itself nobody can give it again
+            # prompts that the pipeline encodes itself cannot be given again
             for one in run:
                 one.result = None
         if not any(one.negative for one in run):

@@ -207,7 +207,7 @@ def positions_of(name: str, given: Any, spans: list[str]) -> dict[str, list[int]
 
     Raises:
         TypeError: They are no numbers.
-        ValueError: There are none, one is below 0, or nobody knows in which span.
+        ValueError: There are none, one is below 0, or their span is not known.
     """
     if not isinstance(given, Mapping):
         if len(spans) > 1:

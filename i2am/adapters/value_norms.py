@@ -1,4 +1,4 @@
-"""What tokens bring: the norm of a value behind the output projection of its head."""
+"""Norms of values behind the output projection of their head, ``|| W_o v ||``."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Being told of the calls of one object: of its methods, or of a tokenizer itself."""
+"""Hooks on tokenizers and on methods that encode prompts."""
 
 import contextlib
 import functools
@@ -6,10 +6,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from i2am.adapters.hooks import replace_method
+
 
 def around(owner: Any, name: str, context: Callable[..., Any]) -> Callable[[], None]:
     """Call a method of an instance inside ``context(*arguments)``, which is told the result."""
-    original, own = getattr(owner, name), vars(owner).get(name)
+    original = getattr(owner, name)
 
     @functools.wraps(original)
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -18,16 +20,7 @@ def around(owner: Any, name: str, context: Callable[..., Any]) -> Callable[[], N
             done(result)
         return result
 
-    def put_back() -> None:
-        if vars(owner).get(name) is not watched:
-            return  # replaced since by somebody else
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
-
-    setattr(owner, name, watched)
-    return put_back
+    return replace_method(owner, name, watched)
 
 
 _LISTENERS: weakref.WeakKeyDictionary[Any, list[Callable[..., None]]] = weakref.WeakKeyDictionary()

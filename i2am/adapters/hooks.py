@@ -1,4 +1,4 @@
-"""Code around the calls of a module, and calls of ours that keep nothing alive."""
+"""Hooks: code around the calls of a module or a method, put back as it was; weak callbacks."""
 
 import weakref
 from collections.abc import Callable
@@ -16,6 +16,31 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
             bound(*args)
 
     return call
+
+
+def replace_method(owner: Any, name: str, ours: Any) -> Callable[[], None]:
+    """Set a method of one object.
+
+    Args:
+        owner: The object, whose class stays as it is.
+        name: Of the method.
+        ours: What is called instead.
+
+    Returns:
+        A function that puts the former method back, unless another one was set since.
+    """
+    own = vars(owner).get(name)
+    setattr(owner, name, ours)
+
+    def put_back() -> None:
+        if vars(owner).get(name) is not ours:
+            return
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+    return put_back
 
 
 def around_calls(
