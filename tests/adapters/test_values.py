@@ -100,6 +100,23 @@ def test_cross_attention(tiny, impl, guidance):
     torch.testing.assert_close(by.mean(1), maps.reference_to_generated(values="norm"))
 
 
+def test_norms_are_fp32_under_autocast(tiny):
+    loop, layout = tiny.loop(), TokenLayout.cross_attention((4, 3), prefix=1)
+    options = {"guidance": "off", "steps": 1}
+    with torch.autocast("cpu", torch.bfloat16):
+        with Spy() as spy:
+            loop(tiny.reference(2), **options)
+        with i2am.record(loop, layout=layout, time_groups=1, **BOTH) as recorder:
+            loop(tiny.reference(2), **options)
+    maps = recorder.maps()
+    crossing = [call for call in spy.calls if call[1].shape[2] == 13]
+    for number, layer in enumerate(maps.layers):
+        weight = loop.unet.get_submodule(layer).to_out[0].weight
+        expected = definitions([crossing[number]], weight, slice(None), slice(1, None))
+        grid = maps.layer_sums[number].site.generated_grid
+        assert_maps(maps, layer, expected, grid, (4, 3))
+
+
 def test_keys_that_are_all_the_references_are_recorded_once(tiny):
     loop, layout = tiny.loop(), TokenLayout.cross_attention((4, 3), prefix=0)
     found = {}
